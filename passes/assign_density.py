@@ -1,0 +1,153 @@
+"""Decide each layer's densities and what is sparse where, from the policy.
+
+Reads LayerPlans; writes them back with the policy's fields filled in, or with the reason why the
+layer stays dense. Layers under one rule of a per-layer policy share that rule's budget. Changes no
+node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from swatfx import distributions, meta, selectors
+from swatfx.density import DENSE, Density
+from swatfx.errors import InputError, PolicyError
+from swatfx.graph_module import SwatModule, all_parts
+from swatfx.meta import LayerPlan
+from swatfx.passing import Context, PassResult
+from swatfx.policy import Policy
+
+
+def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
+    """Fill the policy's decisions into every LayerPlan.
+
+    Raises:
+        PolicyError: a pattern that matches nothing, a selector that cannot do what is asked.
+        InputError: nothing is left to sparsify.
+    """
+    nodes: dict[str, list[fx.Node]] = {}
+    plans: dict[str, LayerPlan] = {}
+    for _, part in all_parts(gm):
+        for node in part.graph.nodes:
+            plan = meta.read(node).plan
+            if plan is not None:
+                nodes.setdefault(plan.name, []).append(node)
+                plans.setdefault(plan.name, plan)
+    rules = _rule_of(ctx.policy, list(plans))
+    for policy in dict.fromkeys(rules.values()):
+        group = [plan for name, plan in plans.items() if rules[name] == policy]
+        for plan in _assign(group, policy):
+            plans[plan.name] = plan
+    _check_something_left(ctx.policy, plans)
+    for name, plan in plans.items():
+        for node in nodes[name]:
+            meta.update(node, plan=plan)
+    count = sum(plan.takes_part for plan in plans.values())
+    return PassResult(gm, bool(plans), (f"{count} of {len(plans)} layers sparse",))
+
+
+def _rule_of(policy: Policy, names: list[str]) -> dict[str, Policy]:
+    for pattern, _ in policy.rules:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise PolicyError(
+                "a per_layer pattern matches no layer",
+                value=pattern,
+                remedy=f"layers are called {', '.join(names[:4])}{', ...' * (len(names) > 4)}",
+            )
+    base = replace(policy, rules=())
+    result = {}
+    for name in names:
+        rule = next((r for pattern, r in policy.rules if fnmatchcase(name, pattern)), base)
+        result[name] = rule
+    return result
+
+
+def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
+    skipped = {plan.name: _skip_reason(plan, policy) for plan in group}
+    taking_part = [plan for plan in group if skipped[plan.name] is None]
+    shapes = [plan.weight_shape for plan in taking_part]
+    if policy.distribution == "dense":
+        return [replace(plan, skipped=skipped[plan.name], policy=policy.name) for plan in group]
+    share = distributions.get(policy.distribution)
+    weights = share(shapes, Density.from_sparsity(policy.sparsity))
+    activations = weights
+    if policy.activation_sparsity is not None:
+        activations = share(shapes, Density.from_sparsity(policy.activation_sparsity))
+    gradient = Density.from_sparsity(policy.gradient_sparsity)
+    result = [
+        replace(plan, skipped=skipped[plan.name], policy=policy.name)
+        for plan in group
+        if skipped[plan.name] is not None
+    ]
+    for plan, weight, activation in zip(taking_part, weights, activations, strict=True):
+        sees_weight = policy.forward_weight or policy.backward_weight
+        sees_activation = policy.forward_activation or policy.backward_activation
+        _check_selectors(policy, weight, plan.name)
+        result.append(
+            replace(
+                plan,
+                policy=policy.name,
+                weight_density=weight if sees_weight else DENSE,
+                activation_density=activation if sees_activation else DENSE,
+                gradient_density=gradient,
+                weight_selector=policy.weight_selector,
+                activation_selector=policy.activation_selector,
+                gradient_selector=policy.gradient_selector,
+                forward_weight=policy.forward_weight,
+                forward_activation=policy.forward_activation,
+                backward_weight=policy.backward_weight,
+                backward_activation=policy.backward_activation,
+                update=policy.update,
+                period=policy.period,
+                global_threshold=policy.global_threshold,
+                seed=policy.seed,
+            )
+        )
+    return result
+
+
+def _skip_reason(plan: LayerPlan, policy: Policy) -> str | None:
+    if plan.skipped is not None:
+        return plan.skipped
+    if policy.distribution == "dense":
+        return f"policy {policy.name!r}"
+    if policy.first_dense and plan.is_first:
+        return "first layer"
+    if policy.last_dense and plan.is_last:
+        return "last layer"
+    return None
+
+
+def _check_selectors(policy: Policy, density: Density, layer: str) -> None:
+    selectors.get(policy.weight_selector).check(density, layer)
+    for field in ("activation_selector", "gradient_selector"):
+        name = getattr(policy, field)
+        if selectors.get(name).weights_only:
+            raise PolicyError(
+                f"{field} selects weights only",
+                value=name,
+                remedy="use nchw, chw, hw or random for activations and gradients",
+            )
+    if policy.global_threshold and selectors.get(policy.activation_selector).groups:
+        raise PolicyError(
+            "global_threshold wants one threshold a tensor",
+            value=policy.activation_selector,
+            remedy="use activation_selector='nchw'",
+        )
+
+
+def _check_something_left(policy: Policy, plans: dict[str, LayerPlan]) -> None:
+    if any(plan.takes_part for plan in plans.values()):
+        return
+    wanted = [policy, *(rule for _, rule in policy.rules)]
+    if all(p.distribution == "dense" for p in wanted):
+        return
+    reasons = sorted({f"{p.name}: {p.skipped}" for p in plans.values()})
+    raise InputError(
+        "the model has nothing to sparsify",
+        value="; ".join(reasons) or "no conv or linear layer",
+        remedy="try first_dense=False, or the policy 'dense'",
+    )

@@ -1,0 +1,310 @@
+"""Rewrite each layer that takes part into thresholds, a packed activation and a sparse op.
+
+Reads LayerPlans and LayerCalls; replaces layer nodes by `swatfx::conv` or `swatfx::linear` nodes,
+which carry the metadata on, and puts the state they need under `swat.`. Layers that read the same
+tensor at the same density share one packed activation, unless the tensor is written between them.
+Parameters keep their names. A second run finds no layer node left and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from passes.aliasing import Versions
+from passes.layer_calls import Site, find_site
+from swatfx import meta
+from swatfx.errors import InputError
+from swatfx.graph_module import SwatModule, all_parts
+from swatfx.meta import LayerCall, LayerPlan
+from swatfx.ops.where import Where, density_text
+from swatfx.passing import Context, PassResult
+from swatfx.state import (
+    ActivationThreshold,
+    LayerState,
+    Pack,
+    SwatState,
+    WeightThreshold,
+    initial_state,
+)
+
+
+def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
+    """Insert thresholds, packs and sparse ops, in the root graph and in every part."""
+    states = _States(gm)
+    count = 0
+    for prefix, part in all_parts(gm):
+        count += _Rewriter(gm, part, prefix, states).run()
+    return PassResult(gm, count > 0, (f"{count} sparse calls",))
+
+
+class _States:
+    """The children of `swat`, made as they are asked for."""
+
+    def __init__(self, gm: SwatModule) -> None:
+        self.swat: SwatState = gm.swat
+        self._names: dict[str, str] = {}
+
+    def layer(self, name: str) -> tuple[str, LayerState]:
+        """(name below swat, container) of a layer."""
+        if name not in self._names:
+            base = "layer_" + name if not name[:1].isalpha() else name
+            base = candidate = base.replace(".", "_")
+            taken = set(self.swat._modules)
+            count = 1
+            while candidate in taken:
+                candidate, count = f"{base}_{count}", count + 1
+            self._names[name] = candidate
+            self.swat.add_module(candidate, LayerState())
+        child = self.swat.get_submodule(self._names[name])
+        assert isinstance(child, LayerState)
+        return self._names[name], child
+
+    def add(self, layer: str, role: str, module: nn.Module) -> str:
+        """Register `module` for `layer` as `role` (numbered if taken); return its target."""
+        name, state = self.layer(layer)
+        chosen, count = role, 1
+        while chosen in state._modules:
+            chosen, count = f"{role}_{count}", count + 1
+        module.train(self.swat.training)
+        state.add_module(chosen, module)
+        return f"swat.{name}.{chosen}"
+
+
+@dataclass
+class _Shared:
+    """One packed activation: its nodes, and the weights whose gradients read it."""
+
+    threshold: fx.Node
+    pack: fx.Node | None
+    weights: dict[fx.Node, None]
+
+
+class _Rewriter:
+    """Rewrites one graph."""
+
+    def __init__(
+        self, gm: SwatModule, part: fx.GraphModule, prefix: str, states: _States
+    ) -> None:
+        self.gm = gm
+        self.part = part
+        self.prefix = prefix
+        self.graph = part.graph
+        self.states = states
+        self.step: fx.Node | None = None
+        self.thresholds: dict[str, tuple[fx.Node, fx.Node]] = {}
+        self.shared: dict[tuple[Any, ...], _Shared] = {}
+        self.attributes = {
+            str(n.target): n for n in reversed(self.graph.nodes) if n.op == "get_attr"
+        }
+
+    def run(self) -> int:
+        """Rewrite every layer node; return how many."""
+        todo = []
+        for node in self.graph.nodes:
+            record = meta.read(node)
+            if record.role == "layer" and record.plan is not None and record.plan.takes_part:
+                todo.append(node)
+        if not todo:
+            return 0
+        eager = {
+            path.removeprefix(f"{self.prefix}.") if self.prefix else path: reason
+            for path, reason in self.gm.eager.items()
+        }
+        versions = Versions(self.part, eager)
+        seen_at = {node: versions for node in todo}
+        self._insert_clock()
+        for node in todo:
+            self._rewrite(node, seen_at[node])
+        for shared in self.shared.values():
+            weights = tuple(shared.weights)
+            shared.threshold.args = (*shared.threshold.args[:2], *weights)
+            if shared.pack is not None:
+                shared.pack.args = (*shared.pack.args[:2], *weights)
+        self.part.recompile()
+        return len(todo)
+
+    def _insert_clock(self) -> None:
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        target = "swat.part_clock" if self.prefix else "swat.clock"
+        with self.graph.inserting_after(placeholders[-1]):
+            args = tuple(placeholders)
+            self.step = self.graph.create_node("call_module", target, args, name="step")
+
+    def _rewrite(self, node: fx.Node, versions: Versions) -> None:
+        record = meta.read(node)
+        plan, call = record.plan, record.call
+        site = find_site(self.part, node)
+        assert plan is not None and call is not None and site is not None
+        with self.graph.inserting_before(node):
+            weight, state = self._weight(plan, site)
+            bias = self._attribute(site.bias) if isinstance(site.bias, str) else site.bias
+            shared = self._activation(plan, call, site, weight, versions.of(site.input, node))
+            source = site.input
+            if call.pad:
+                source = self.graph.call_function(
+                    F.pad, (source, call.pad), {"mode": call.pad_mode}
+                )
+            new = self._op(plan, call, (source, weight, bias, state), shared)
+        new.meta.update(node.meta)
+        named = replace(plan, state=self.states.layer(plan.name)[0])
+        meta.write(new, replace(record, plan=named, role="op"))
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+        new.name = node.name
+
+    def _attribute(self, path: str) -> fx.Node:
+        if path not in self.attributes:
+            self.attributes[path] = self.graph.create_node("get_attr", path)
+        return self.attributes[path]
+
+    def _call(self, target: str, args: tuple[Any, ...], short: str) -> fx.Node:
+        """Call a state module; the node is named after its layer and `short`."""
+        layer = target.split(".")[1]
+        return self.graph.create_node("call_module", target, args, name=f"{layer}_{short}")
+
+    def _weight(self, plan: LayerPlan, site: Site) -> tuple[fx.Node, fx.Node]:
+        """(weight node, node of its threshold); once a layer and graph."""
+        if plan.name in self.thresholds:
+            return self.thresholds[plan.name]
+        weight: fx.Node
+        if isinstance(site.weight, fx.Node):
+            weight = site.weight
+        elif self._is_parametrized(site.weight):
+            owner, _, leaf = site.weight.rpartition(".")
+            weight = self.graph.call_module(f"{owner}.parametrizations.{leaf}")
+        else:
+            weight = self._attribute(site.weight)
+        target = self._weight_state(plan, site)
+        threshold = self._call(target, (weight, self.step), "w_t")
+        self.thresholds[plan.name] = weight, threshold
+        return weight, threshold
+
+    def _is_parametrized(self, path: str) -> bool:
+        owner, _, leaf = path.rpartition(".")
+        module = self.part.get_submodule(owner)
+        return bool(nn.utils.parametrize.is_parametrized(module, leaf))
+
+    def _weight_state(self, plan: LayerPlan, site: Site) -> str:
+        name, state = self.states.layer(plan.name)
+        if "weight_threshold" in state._modules:
+            return f"swat.{name}.weight_threshold"
+        value = site.value
+        assert value is not None  # find_layers skips the rest
+        module = WeightThreshold(
+            plan.name,
+            plan.weight_selector,
+            plan.weight_density,
+            state=initial_state(value, value, plan.weight_selector, site.spatial, True),
+            period=plan.period,
+            spatial=site.spatial,
+            is_weight=True,
+            seed=plan.seed,
+        )
+        if value.is_complex():
+            raise InputError(
+                "Top-K cannot rank complex weights",
+                layer=plan.name,
+                value=str(value.dtype),
+                remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
+            )
+        module.recompute(value)
+        return self.states.add(plan.name, "weight_threshold", module)
+
+    def _activation(
+        self, plan: LayerPlan, call: LayerCall, site: Site, weight: fx.Node, version: int
+    ) -> _Shared | None:
+        """Threshold and pack of the input, shared with earlier readers where that is exact."""
+        if not (plan.backward_activation or plan.forward_activation):
+            return None
+        moves = self.gm.swat.clock.optimizer_wanted_by is not None
+        key = (
+            site.input,
+            version,
+            plan.activation_density,
+            plan.activation_selector,
+            plan.period,
+            plan.global_threshold,
+            plan.forward_activation,
+            plan.backward_activation,
+            site.spatial,
+            bool(call.pad),
+            # Densities that move, and draws that are seeded by the layer's name, are a layer's own.
+            plan.name if moves or plan.activation_selector == "random" else "",
+            # The pack asks whether its readers' weights train, so they have to exist before it.
+            None if weight.op == "get_attr" else weight,
+        )
+        if key not in self.shared:
+            self.shared[key] = self._new_activation(plan, call, site)
+        elif weight not in self.shared[key].weights and weight.op == "get_attr":
+            self.shared[key].threshold.prepend(weight)
+        self.shared[key].weights[weight] = None
+        return self.shared[key]
+
+    def _new_activation(self, plan: LayerPlan, call: LayerCall, site: Site) -> _Shared:
+        assert isinstance(site.value, Tensor)
+        threshold = ActivationThreshold(
+            plan.name,
+            plan.activation_selector,
+            plan.activation_density,
+            state=initial_state(
+                None, site.value, plan.activation_selector, site.spatial, False
+            ),
+            period=plan.period,
+            spatial=site.spatial,
+            is_weight=False,
+            seed=plan.seed,
+            all_ranks=plan.global_threshold,
+            in_forward=plan.forward_activation,
+        )
+        target = self.states.add(plan.name, "activation_threshold", threshold)
+        a_t = self._call(target, (site.input, self.step), "a_t")
+        if not plan.backward_activation:
+            return _Shared(a_t, None, {})
+        pack = Pack(plan.name, plan.activation_selector, site.spatial, bool(call.pad))
+        kept = self._call(self.states.add(plan.name, "pack", pack), (site.input, a_t), "kept")
+        return _Shared(a_t, kept, {})
+
+    def _op(
+        self,
+        plan: LayerPlan,
+        call: LayerCall,
+        tensors: tuple[Any, ...],
+        shared: _Shared | None,
+    ) -> fx.Node:
+        """The sparse op; arguments at their defaults are left out, so that the graph stays short."""
+        where = Where(
+            plan.forward_weight,
+            plan.forward_activation,
+            plan.backward_weight,
+            plan.backward_activation,
+            not plan.gradient_density.is_dense,
+            plan.update == "active",
+        )
+        options: dict[str, Any] = {}
+        if call.pad:
+            options |= {"pad": call.pad, "pad_mode": call.pad_mode}
+        if str(where) != str(Where()):
+            options["sparse"] = str(where)
+        if plan.weight_selector != "nchw":
+            options["weight_selector"] = plan.weight_selector
+        if plan.forward_activation and shared is not None:
+            options |= {
+                "activation_state": shared.threshold,
+                "activation_selector": plan.activation_selector,
+            }
+        if where.gradient:
+            options |= {
+                "gradient_density": density_text(plan.gradient_density),
+                "gradient_selector": plan.gradient_selector,
+            }
+        kept = shared.pack if shared is not None else None
+        args: tuple[Any, ...] = (*tensors, kept)
+        if plan.kind == "linear":
+            return self.graph.call_function(torch.ops.swatfx.linear.default, args, options)
+        args = (*args, call.stride, call.padding, call.dilation, call.groups)
+        return self.graph.call_function(torch.ops.swatfx.conv.default, args, options)

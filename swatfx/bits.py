@@ -1,0 +1,79 @@
+"""Packing: a bitmask and the nonzero values behind it, in one flat byte tensor.
+
+Layout of a packed tensor of n elements: ceil(n / 8) bytes of mask (element i is bit i mod 8 of byte
+i div 8), zero padding up to a multiple of 8 bytes, then the values in element order. Elements are
+counted in logical (row-major) order, or in memory order for a channels_last tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mask_to_bits(mask: Tensor) -> Tensor:
+    """Bool tensor of n elements, flattened -> uint8 [ceil(n / 8)]."""
+    flat = mask.reshape(-1)
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def bits_to_mask(bits: Tensor, elements: int) -> Tensor:
+    """Inverse of `mask_to_bits`: uint8 [ceil(n / 8)] -> bool [n]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(1) >> shifts).bitwise_and_(1).view(-1)[:elements].bool()
+
+
+def header_bytes(elements: int) -> int:
+    """Bytes before the values: the mask, padded so that values of any dtype are aligned."""
+    return (elements + 63) // 64 * 8
+
+
+def pack(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pack the elements of `x` where `keep`, both flat, as `dtype` -> uint8 [header + values]."""
+    values = x[keep].to(dtype)
+    header = header_bytes(x.numel())
+    out = x.new_zeros(header + values.numel() * dtype.itemsize, dtype=torch.uint8)
+    bits = mask_to_bits(keep)
+    out[: bits.numel()] = bits
+    if values.numel():
+        out[header:].view(dtype).copy_(values)
+    return out
+
+
+def unpack(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `pack`: uint8 -> flat dense tensor of `elements`, zero where nothing was kept."""
+    keep = bits_to_mask(packed[: (elements + 7) // 8], elements)
+    out = packed.new_zeros(elements, dtype=dtype)
+    values = packed[header_bytes(elements) :]
+    if values.numel():
+        out[keep] = values.view(dtype)
+    return out
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` is dense in channels_last and not also in row-major order."""
+    if x.dim() == 4:
+        layout = torch.channels_last
+    elif x.dim() == 5:
+        layout = torch.channels_last_3d
+    else:
+        return False
+    return not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+
+
+def flat_view(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` as a vector, in memory order if it is channels_last, else in row-major order."""
+    if channels_last:
+        return x.movedim(1, -1).reshape(-1)
+    return x.reshape(-1)
+
+
+def from_flat(flat: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Inverse of `flat_view`, without a copy."""
+    if channels_last:
+        return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return flat.view(tuple(shape))

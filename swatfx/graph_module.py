@@ -1,0 +1,154 @@
+"""SwatModule: a GraphModule that keeps the whole module tree of the model it was traced from.
+
+A plain GraphModule copies only what its graph reads, and loses the rest of the state dict. This one
+shares the module, parameter and buffer tables of a *mirror* of the model: the same module tree with
+the same tensors but its own mode flags. What symbolic tracing cannot follow stays in the mirror as
+it was, and the layers below it are reached through *parts*: small SwatModules that stand in for
+the `forward` of one module each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from swatfx.errors import CheckpointError, InputError
+from swatfx.state import SwatState
+
+_TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_HOOKS = tuple(
+    name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))
+) + ("_forward_hooks_always_called",)
+_GRAPH_STATE = ("_graph", "_code")
+
+
+def mirror(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer.
+
+    Plain attributes are deep-copied, so that references between modules stay inside the copy;
+    whatever cannot be copied (locks, handles) is shared.
+
+    Raises:
+        InputError: a lazy module that has not seen an input yet.
+    """
+    memo: dict[int, Any] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for name, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                raise InputError(
+                    "the layer is lazy and has no shape yet",
+                    layer=name,
+                    remedy="run one forward pass before swatfx.compile",
+                )
+            if tensor is not None:
+                memo[id(tensor)] = tensor
+        if isinstance(module, torch.jit.ScriptModule):
+            memo[id(module)] = module
+            continue
+        twin = module.__class__.__new__(module.__class__)
+        memo[id(module)] = twin
+        pairs.append((module, twin))
+    for module, twin in pairs:
+        for key, value in module.__dict__.items():
+            twin.__dict__[key] = _copy_attribute(key, value, memo)
+    result: nn.Module = memo[id(model)]
+    return result
+
+
+def _copy_attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if key in ("_parameters", "_buffers"):
+        return dict(value)
+    if key == "_modules":
+        return {name: None if m is None else memo[id(m)] for name, m in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value  # not registered: shared, since a non-leaf tensor cannot be copied
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever a user's attribute may raise, sharing it is what is left
+        return value
+
+
+class SwatModule(fx.GraphModule):
+    """A GraphModule over the tables of a mirrored module.
+
+    Attributes:
+        swat: the clock and the thresholds (a child of the root; parts only refer to it).
+        parts: path -> SwatModule that stands in for the forward of the module there.
+        eager: path -> why symbolic tracing left the module there to Python.
+    """
+
+    swat: SwatState
+    parts: dict[str, SwatModule]
+    eager: dict[str, str]
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
+        for table in _TABLES:
+            self.__dict__[table] = root.__dict__[table]
+        self.training = root.training
+        self.__dict__["parts"] = {}
+        self.__dict__["eager"] = {}
+        self.graph = graph
+
+    def adopt_parts(self) -> None:
+        """Let every part see this root's `swat`, and finish an eager root's graph."""
+        for part in self.parts.values():
+            part.__dict__["swat"] = self.swat
+        if "pending_graph" in self.__dict__:
+            self.swat.add_module("eager_root", self.__dict__.pop("pending_eager_root"))
+            self.swat.eager_root.train(self.training)
+            self.graph = self.__dict__.pop("pending_graph")
+
+    def share_hooks(self, root: nn.Module) -> None:
+        """Let hooks that were registered on the model itself run on this module."""
+        for name in _HOOKS:
+            if name in root.__dict__:
+                self.__dict__[name] = root.__dict__[name]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwatModule:
+        twin = SwatModule.__new__(SwatModule)
+        memo[id(self)] = twin
+        fx.GraphModule.__init__(twin, nn.Module(), fx.Graph(), self.__class__.__name__)
+        for key, value in self.__dict__.items():
+            if key not in _GRAPH_STATE:
+                twin.__dict__[key] = copy.deepcopy(value, memo)
+        twin.graph = copy.deepcopy(self.graph)
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise CheckpointError(
+            "a compiled model cannot be pickled: fx would trace it anew and lose its plan",
+            remedy="use swatfx.save(gm, path) and swatfx.load(path, model)",
+        )
+
+
+def all_parts(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+    """(path prefix, graph module) of the root ("") and of every part below eager code."""
+    yield "", gm
+    yield from getattr(gm, "parts", {}).items()
+
+
+def join(prefix: str, name: str) -> str:
+    """Path of `name` below `prefix`."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+class EagerRoot(nn.Module):
+    """Calls the forward of a root module that symbolic tracing could not follow."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["root"] = root  # hidden: its parameters already have their names
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the original forward in this module's mode."""
+        root: nn.Module = self.__dict__["root"]
+        root.training = self.training
+        return root.forward(*args, **kwargs)

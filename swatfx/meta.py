@@ -1,0 +1,200 @@
+"""What a compiled graph knows of its layers: frozen records, kept on nodes as JSON-able dicts.
+
+The records live under `node.meta["custom"]["swatfx"]`, a key that survives deepcopy,
+fx.Transformer, torch.export and its save and load. This file is the only one that spells it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from torch import fx
+
+from swatfx.density import DENSE, Density
+
+_KEY = "swatfx"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One conv or linear layer: what it is, and what the policy decided for it.
+
+    Attributes:
+        name: module path (or the weight's path, for a functional call).
+        kind: "conv1d", "conv2d", "conv3d", "linear", or "conv_transpose1d" and so on.
+        weight: path of the weight (parameter or computed), from the graph's root.
+        weight_shape: (F, C/groups, *kernel), or (out, in).
+        is_first: no other layer stands between this one and a graph input.
+        is_last: likewise for the outputs.
+        skipped: why the layer stays dense, or None.
+        policy: name of the policy that rules it.
+        weight_density: what Top-K keeps of the weight.
+        activation_density: what Top-K keeps of the input activation.
+        gradient_density: what Top-K keeps of the output gradient.
+        weight_selector: name in `swatfx.selectors`.
+        activation_selector: likewise.
+        gradient_selector: likewise.
+        forward_weight: see `Policy`, as are the five below.
+        forward_activation: forward sees Top-K activations.
+        backward_weight: input gradient sees Top-K weights.
+        backward_activation: weight gradient sees Top-K activations.
+        update: "all" or "active".
+        period: iterations between threshold refreshes.
+        global_threshold: activation threshold over all ranks.
+        seed: of random selectors.
+        state: name of the layer's module under `swat.`, if it takes part.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    is_first: bool = False
+    is_last: bool = False
+    skipped: str | None = None
+    policy: str = "dense"
+    weight_density: Density = DENSE
+    activation_density: Density = DENSE
+    gradient_density: Density = DENSE
+    weight_selector: str = "nchw"
+    activation_selector: str = "nchw"
+    gradient_selector: str = "nchw"
+    forward_weight: bool = True
+    forward_activation: bool = False
+    backward_weight: bool = True
+    backward_activation: bool = True
+    update: str = "all"
+    period: int = 1
+    global_threshold: bool = False
+    seed: int = 0
+    state: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, bias not counted."""
+        count = 1
+        for extent in self.weight_shape:
+            count *= extent
+        return count
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the layer was rewritten."""
+        return self.skipped is None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {f.name: _encode(getattr(self, f.name)) for f in fields(self)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> LayerPlan:
+        """Inverse of `to_json`."""
+        values = dict(data)
+        values["weight_shape"] = tuple(values["weight_shape"])
+        for key in ("weight_density", "activation_density", "gradient_density"):
+            values[key] = Density.from_json(values[key])
+        return LayerPlan(**values)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer in a graph: the arguments a kernel needs beside the tensors.
+
+    Attributes:
+        layer: the LayerPlan's name.
+        stride: per spatial dimension; empty for linear layers, as are the two below.
+        padding: symmetric zero padding that the kernel itself applies.
+        dilation: per spatial dimension.
+        groups: of a convolution.
+        pad: padding applied before the kernel, in `F.pad` order; empty if none.
+        pad_mode: "constant", "reflect", "replicate" or "circular".
+    """
+
+    layer: str
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    pad: tuple[int, ...] = ()
+    pad_mode: str = "constant"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one call of a layer costs: MACs of the three passes and bytes kept for backward.
+
+    `dense_` is the layer as it was, `sparse_` under its plan. `forward`, `input_gradient` and
+    `weight_gradient` are MACs (one multiplication and one addition).
+    """
+
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    dense_forward_macs: int = 0
+    sparse_forward_macs: int = 0
+    dense_input_gradient_macs: int = 0
+    sparse_input_gradient_macs: int = 0
+    dense_weight_gradient_macs: int = 0
+    sparse_weight_gradient_macs: int = 0
+    dense_saved_bytes: int = 0
+    sparse_saved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """All that a node carries of ours."""
+
+    plan: LayerPlan | None = None
+    call: LayerCall | None = None
+    cost: LayerCost | None = None
+    role: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+_Record = TypeVar("_Record", LayerCall, LayerCost)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Density):
+        return value.to_json()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _decode(kind: type[_Record], data: dict[str, Any] | None) -> _Record | None:
+    if data is None:
+        return None
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def read(node: fx.Node) -> NodeRecord:
+    """The record of `node`; an empty one if it has none."""
+    data = node.meta.get("custom", {}).get(_KEY)
+    if data is None:
+        return NodeRecord()
+    plan = data.get("plan")
+    return NodeRecord(
+        plan=None if plan is None else LayerPlan.from_json(plan),
+        call=_decode(LayerCall, data.get("call")),
+        cost=_decode(LayerCost, data.get("cost")),
+        role=data.get("role", ""),
+        notes=tuple(data.get("notes", ())),
+    )
+
+
+def write(node: fx.Node, record: NodeRecord) -> None:
+    """Replace the record of `node`."""
+    data: dict[str, Any] = {"role": record.role, "notes": list(record.notes)}
+    if record.plan is not None:
+        data["plan"] = record.plan.to_json()
+    for key in ("call", "cost"):
+        value = getattr(record, key)
+        if value is not None:
+            data[key] = {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: data}
+
+
+def update(node: fx.Node, **changes: Any) -> NodeRecord:
+    """Replace some fields of the record of `node` and return the new record."""
+    record = replace(read(node), **changes)
+    write(node, record)
+    return record

@@ -1,0 +1,309 @@
+"""`swatfx::conv` and its backward: convolution with Top-K weights and a packed activation.
+
+Forward is `conv(a, w_s) + bias`; the input gradient sees `w_s`, the weight gradient is dense and
+sees what `kept` holds of `a` (paper equations 1 to 3, appendix algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swatfx import bits, selectors
+from swatfx.errors import SwatError
+from swatfx.ops.autocast import register_autocast
+from swatfx.ops.pack import unpack
+from swatfx.ops.where import SWAT, Where, active_weight, sparse_gradient, weight_keep
+from swatfx.selectors import Axes
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@torch.library.custom_op("swatfx::conv", mutates_args=())
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_state: Tensor,
+    kept: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad: Sequence[int] | None = None,
+    pad_mode: str = "constant",
+    sparse: str = SWAT,
+    weight_selector: str = "nchw",
+    activation_state: Tensor | None = None,
+    activation_selector: str = "nchw",
+    gradient_density: str = "",
+    gradient_selector: str = "nchw",
+) -> Tensor:
+    """Convolution with Top-K weights.
+
+    Args:
+        input: (N, C, *spatial) or (C, *spatial), already padded by `pad`.
+        weight: dense (F, C / groups, *kernel).
+        bias: (F,) or None.
+        weight_state: what `weight_selector` made for the weight.
+        kept: packed activation for the weight gradient (`swatfx::pack` of the input before `pad`),
+            or None: then the dense input is saved, if anything is.
+        stride: per spatial dimension.
+        padding: symmetric zero padding, per spatial dimension.
+        dilation: per spatial dimension.
+        groups: as in `F.conv2d`.
+        pad: what was padded before, in `F.pad` order; backward pads the unpacked activation so.
+        pad_mode: mode of `pad`.
+        sparse: what is sparse where, see `swatfx.ops.where`.
+        weight_selector: name in `swatfx.selectors`.
+        activation_state: threshold of the input, where forward sees Top-K activations.
+        activation_selector: name in `swatfx.selectors`.
+        gradient_density: of the output gradient; "" keeps it dense.
+        gradient_selector: name in `swatfx.selectors`.
+
+    Returns:
+        (N, F, *spatial).
+    """
+    where = Where.parse(sparse)
+    spatial = weight.dim() - 2
+    if where.forward_activation and activation_state is not None:
+        axes = Axes.of(input.dim(), spatial, False)
+        keep = selectors.get(activation_selector).keep(input, activation_state, axes)
+        input = input.masked_fill(keep.logical_not(), 0)
+    used = weight.to(input.dtype)
+    if where.forward_weight:
+        used = active_weight(weight, weight_state, weight_selector, input.dtype)
+    return _run(input, used, bias, stride, padding, dilation, groups)
+
+
+def _run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    call = _CONV[weight.dim() - 2]
+    return call(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+
+
+@conv.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_state: Tensor,
+    kept: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *rest: Any,
+    **options: Any,
+) -> Tensor:
+    return _run(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
+
+
+@torch.library.custom_op("swatfx::conv_backward", mutates_args=())
+def conv_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor,
+    weight_state: Tensor,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+    pad_mode: str,
+    sparse: str,
+    weight_selector: str,
+    gradient_density: str,
+    gradient_selector: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `swatfx::conv` for input, weight and bias; those not in `wants` are empty.
+
+    `input_shape` and `channels_last` describe the padded input; exactly one of `input` and `kept`
+    is given if the weight gradient is wanted.
+    """
+    where = Where.parse(sparse)
+    batched = grad.dim() == weight.dim()
+    wants_input, wants_weight, wants_bias = wants
+    spatial = weight.dim() - 2
+    bias_grad = None
+    if where.gradient and gradient_density:
+        # Biases never take part: theirs is the sum of the whole gradient.
+        if wants_bias:
+            bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
+        grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
+    seen = _seen_input(grad, input, kept, input_shape, channels_last, pad, pad_mode)
+    used = weight.to(grad.dtype)
+    if where.backward_weight and wants_input:
+        used = active_weight(weight, weight_state, weight_selector, grad.dtype)
+    if not batched:
+        grad, seen = grad.unsqueeze(0), seen.unsqueeze(0)
+    mask = [wants_input, wants_weight, wants_bias and bias_grad is None]
+    grads = torch.ops.aten.convolution_backward(
+        grad,
+        seen,
+        used,
+        [weight.shape[0]],
+        list(stride),
+        list(padding),
+        list(dilation),
+        False,
+        [0] * spatial,
+        groups,
+        mask,
+    )
+    input_grad, weight_grad, summed = grads
+    if wants_input and not batched:
+        input_grad = input_grad.squeeze(0)
+    if wants_weight:
+        weight_grad = weight_grad.to(weight.dtype)
+        if where.active_only:
+            inactive = weight_keep(weight, weight_state, weight_selector).logical_not()
+            weight_grad = weight_grad.masked_fill(inactive, 0)
+    empty = grad.new_empty(0)
+    return (
+        input_grad if wants_input else empty,
+        weight_grad if wants_weight else empty.clone(),
+        (summed if bias_grad is None else bias_grad) if wants_bias else empty.clone(),
+    )
+
+
+def _seen_input(
+    grad: Tensor,
+    input: Tensor | None,
+    kept: Tensor | None,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    pad: Sequence[int],
+    pad_mode: str,
+) -> Tensor:
+    """The activation that backward sees, padded; contents undefined if nothing was saved."""
+    shape = list(input_shape)
+    if input is not None:
+        return input
+    if kept is None:
+        layout = _layout(len(shape), channels_last)
+        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    for i in range(len(pad) // 2):
+        shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
+    dense = unpack(kept, tuple(shape), grad.dtype, channels_last and not pad)
+    if not pad:
+        return dense
+    padded = F.pad(dense, list(pad), mode=pad_mode)
+    return padded.contiguous(memory_format=_layout(len(shape), channels_last))
+
+
+def _layout(ndim: int, channels_last: bool) -> torch.memory_format:
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+
+
+@conv_backward.register_fake
+def _(
+    grad: Tensor,
+    input: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor,
+    weight_state: Tensor,
+    input_shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad: Sequence[int],
+    pad_mode: str,
+    sparse: str,
+    weight_selector: str,
+    gradient_density: str,
+    gradient_selector: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(len(input_shape), channels_last)
+    seen = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    batched = grad.dim() == weight.dim()
+    grads = torch.ops.aten.convolution_backward(
+        grad if batched else grad.unsqueeze(0),
+        seen if batched else seen.unsqueeze(0),
+        weight.to(grad.dtype),
+        [weight.shape[0]],
+        list(stride),
+        list(padding),
+        list(dilation),
+        False,
+        [0] * (weight.dim() - 2),
+        groups,
+        [True, True, True],
+    )
+    input_grad = grads[0] if batched else grads[0].squeeze(0)
+    return (
+        input_grad if wants[0] else grad.new_empty(0),
+        grads[1].to(weight.dtype) if wants[1] else grad.new_empty(0),
+        grads[2] if wants[2] else grad.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, weight_state, kept = inputs[:5]
+    ctx.options = inputs[5:]
+    ctx.input_shape = tuple(input.shape)
+    ctx.channels_last = bits.is_channels_last(input)
+    saved = input if kept is None and ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_state, kept, input = ctx.saved_tensors
+    (stride, padding, dilation, groups, pad, pad_mode, sparse, weight_selector) = ctx.options[:8]
+    _, _, gradient_density, gradient_selector = ctx.options[8:]
+    wants = list(ctx.needs_input_grad[:3])
+    grads = conv_backward(
+        grad,
+        input,
+        kept,
+        weight,
+        weight_state,
+        ctx.input_shape,
+        ctx.channels_last,
+        stride,
+        padding,
+        dilation,
+        groups,
+        pad or (),
+        pad_mode,
+        sparse,
+        weight_selector,
+        gradient_density,
+        gradient_selector,
+        wants,
+    )
+    wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
+    return (*wanted, *[None] * (2 + len(ctx.options)))
+
+
+def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """Backward of our backward ops: a sparse weight gradient has no second derivative to offer."""
+    raise SwatError(
+        "double backward through a sparse layer is not defined",
+        remedy="call backward without create_graph, or compile the layer with the policy 'dense'",
+    )
+
+
+conv.register_autograd(_backward, setup_context=_setup_context)
+conv_backward.register_autograd(no_double_backward)
+register_autocast("swatfx::conv", casts=(0, 2))

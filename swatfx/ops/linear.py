@@ -1,0 +1,160 @@
+"""`swatfx::linear` and its backward: a linear layer with Top-K weights and a packed activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swatfx import selectors
+from swatfx.ops.autocast import register_autocast
+from swatfx.ops.conv import no_double_backward
+from swatfx.ops.pack import unpack
+from swatfx.ops.where import SWAT, Where, active_weight, sparse_gradient, weight_keep
+from swatfx.selectors import Axes
+
+
+@torch.library.custom_op("swatfx::linear", mutates_args=())
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_state: Tensor,
+    kept: Tensor | None,
+    sparse: str = SWAT,
+    weight_selector: str = "nchw",
+    activation_state: Tensor | None = None,
+    activation_selector: str = "nchw",
+    gradient_density: str = "",
+    gradient_selector: str = "nchw",
+) -> Tensor:
+    """`F.linear` with Top-K weights.
+
+    Args:
+        input: (*any, in).
+        weight: dense (out, in).
+        bias: (out,) or None.
+        weight_state: what `weight_selector` made for the weight.
+        kept: packed input for the weight gradient, or None: then the dense input is saved, if
+            anything is.
+        sparse: what is sparse where, see `swatfx.ops.where`; the rest as in `swatfx::conv`.
+        weight_selector: name in `swatfx.selectors`.
+        activation_state: threshold of the input, where forward sees Top-K activations.
+        activation_selector: name in `swatfx.selectors`.
+        gradient_density: of the output gradient; "" keeps it dense.
+        gradient_selector: name in `swatfx.selectors`.
+
+    Returns:
+        (*any, out).
+    """
+    where = Where.parse(sparse)
+    if where.forward_activation and activation_state is not None:
+        axes = Axes.of(input.dim(), 0, False)
+        keep = selectors.get(activation_selector).keep(input, activation_state, axes)
+        input = input.masked_fill(keep.logical_not(), 0)
+    used = weight.to(input.dtype)
+    if where.forward_weight:
+        used = active_weight(weight, weight_state, weight_selector, input.dtype)
+    return F.linear(input, used, bias)
+
+
+@linear.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options: Any) -> Tensor:
+    return F.linear(input, weight.to(input.dtype), bias)
+
+
+@torch.library.custom_op("swatfx::linear_backward", mutates_args=())
+def linear_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor,
+    weight_state: Tensor,
+    input_shape: Sequence[int],
+    sparse: str,
+    weight_selector: str,
+    gradient_density: str,
+    gradient_selector: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `swatfx::linear` for input, weight and bias; those not in `wants` are empty."""
+    where = Where.parse(sparse)
+    features, inputs = weight.shape
+    # Biases never take part: theirs is the sum of the whole gradient.
+    bias_grad = grad.reshape(-1, features).sum(0) if wants[2] else grad.new_empty(0)
+    if where.gradient and gradient_density:
+        grad = sparse_gradient(grad, gradient_density, gradient_selector, 0)
+    rows = grad.reshape(-1, features)
+    input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
+    if wants[0]:
+        used = weight.to(grad.dtype)
+        if where.backward_weight:
+            used = active_weight(weight, weight_state, weight_selector, grad.dtype)
+        input_grad = (rows @ used).view(tuple(input_shape))
+    if wants[1]:
+        if input is None:
+            assert kept is not None  # setup_context saves one of the two
+            input = unpack(kept, tuple(input_shape), grad.dtype, False)
+        weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
+        if where.active_only:
+            inactive = weight_keep(weight, weight_state, weight_selector).logical_not()
+            weight_grad = weight_grad.masked_fill(inactive, 0)
+    return input_grad, weight_grad, bias_grad
+
+
+@linear_backward.register_fake
+def _(
+    grad: Tensor,
+    input: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor,
+    weight_state: Tensor,
+    input_shape: Sequence[int],
+    sparse: str,
+    weight_selector: str,
+    gradient_density: str,
+    gradient_selector: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        grad.new_empty(tuple(input_shape)) if wants[0] else grad.new_empty(0),
+        weight.new_empty(tuple(weight.shape)) if wants[1] else grad.new_empty(0),
+        grad.new_empty(weight.shape[0]) if wants[2] else grad.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias, weight_state, kept = inputs[:5]
+    ctx.options = inputs[5:]
+    ctx.input_shape = tuple(input.shape)
+    saved = input if kept is None and ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, weight_state, kept, input = ctx.saved_tensors
+    sparse, weight_selector, _, _, gradient_density, gradient_selector = ctx.options
+    wants = list(ctx.needs_input_grad[:3])
+    grads = linear_backward(
+        grad,
+        input,
+        kept,
+        weight,
+        weight_state,
+        ctx.input_shape,
+        sparse,
+        weight_selector,
+        gradient_density,
+        gradient_selector,
+        wants,
+    )
+    wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
+    return (*wanted, *[None] * (2 + len(ctx.options)))
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)
+linear_backward.register_autograd(no_double_backward)
+register_autocast("swatfx::linear", casts=(0, 2))

@@ -1,0 +1,76 @@
+"""What is sparse where, as the short string that stands on a compiled graph's nodes.
+
+"w/wa" is SWAT: Top-K weights in forward; Top-K weights and activations in backward. "/wa" is SAW,
+"/g" meProp, "w/" and "a/" figure 1. A trailing "!" lets only active weights receive a gradient
+(figure 7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from swatfx import selectors
+from swatfx.density import Density
+from swatfx.selectors import Axes
+
+SWAT = "w/wa"
+
+
+@dataclass(frozen=True)
+class Where:
+    """The flags behind the string."""
+
+    forward_weight: bool = True
+    forward_activation: bool = False
+    backward_weight: bool = True
+    backward_activation: bool = True
+    gradient: bool = False
+    active_only: bool = False
+
+    @staticmethod
+    def parse(text: str) -> Where:
+        """Read the string form."""
+        forward, _, backward = text.rstrip("!").partition("/")
+        return Where(
+            "w" in forward,
+            "a" in forward,
+            "w" in backward,
+            "a" in backward,
+            "g" in backward,
+            text.endswith("!"),
+        )
+
+    def __str__(self) -> str:
+        forward = "w" * self.forward_weight + "a" * self.forward_activation
+        backward = "w" * self.backward_weight + "a" * self.backward_activation
+        return f"{forward}/{backward}{'g' * self.gradient}{'!' * self.active_only}"
+
+
+def weight_keep(weight: Tensor, state: Tensor, selector: str) -> Tensor:
+    """Mask of active weights, broadcastable to `weight`."""
+    return selectors.get(selector).keep(weight, state, Axes(0, 1))
+
+
+def active_weight(weight: Tensor, state: Tensor, selector: str, dtype: torch.dtype) -> Tensor:
+    """Top-K weight as a dense tensor in the weight's memory format, cast to `dtype`."""
+    inactive = weight_keep(weight, state, selector).logical_not_()
+    return weight.masked_fill(inactive, 0).to(dtype)
+
+
+def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> Tensor:
+    """Top-K of an output gradient; `density` as `Density` prints it, "9/10" or "0.9"."""
+    exact = Fraction(density)
+    value = Density(float(exact), exact if "/" in density else None)
+    axes = Axes.of(grad.dim(), spatial, False)
+    chosen = selectors.get(selector)
+    state = chosen.state(grad, value, axes, seed=0)
+    return grad.masked_fill(chosen.keep(grad, state, axes).logical_not(), 0)
+
+
+def density_text(density: Density) -> str:
+    """The inverse of what `sparse_gradient` reads."""
+    return repr(density.value) if density.exact is None else f"{density.exact.numerator}/{density.exact.denominator}"

@@ -1,0 +1,144 @@
+"""From a model to a rewritten graph: a visible list of passes, run in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from passes.assign_density import assign_density
+from passes.dataflow import to_networkx
+from passes.find_layers import find_layers
+from passes.insert_sparsify import insert_sparsify
+from passes.trace_model import trace_model
+from passes.verify import verify
+from swatfx.errors import InputError, PassError, SwatError
+from swatfx.graph_module import SwatModule, all_parts, mirror
+from swatfx.passing import Context, Pass
+from swatfx.policy import Policy, as_policy
+from swatfx.state import SwatState
+from swatfx.training import after_load
+
+__all__ = ["PassRecord", "compile", "default_passes", "run_passes", "to_networkx"]
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """How one pass went: seconds it took, graph nodes before and after, what it noted."""
+
+    name: str
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    notes: tuple[str, ...]
+
+
+def default_passes() -> list[Pass]:
+    """The passes that make a SWAT graph, in order."""
+    return [find_layers, assign_density, insert_sparsify]
+
+
+def compile(
+    model: nn.Module,
+    policy: Policy | str,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    passes: Sequence[Pass] | None = None,
+) -> SwatModule:
+    """Rewrite `model` into a sparse-training graph.
+
+    Args:
+        model: any module. It keeps working as it was; parameters and buffers are shared with it.
+        policy: what is sparse where: a Policy, or its string form such as "swat-u:0.9".
+        example_inputs: positional inputs; needed only if forward has optional arguments that
+            shall be inputs of the graph.
+        passes: instead of `default_passes()`.
+
+    Returns:
+        A GraphModule whose parameters have the model's names. State that changes while training
+        is in buffers under `swat.`; `parts` and `eager` tell what symbolic tracing left to Python.
+
+    Raises:
+        PolicyError: the policy does not fit the model.
+        InputError: nothing to sparsify, lazy modules, NaN or complex weights.
+        PassError: a pass failed.
+    """
+    ctx = Context(as_policy(policy))
+    if not isinstance(model, nn.Module):
+        raise InputError("swatfx.compile wants a torch.nn.Module", value=type(model).__name__)
+    if isinstance(model, SwatModule):
+        raise InputError(
+            "the model is compiled already", remedy="compile the model it was made from"
+        )
+    if "swat" in model._modules:
+        raise InputError("the model has a child named 'swat'", remedy="rename it")
+    twin = mirror(model)
+    gm = trace_model(twin, example_inputs)
+    _add_state(gm, ctx.policy)
+    return run_passes(gm, default_passes() if passes is None else passes, ctx)
+
+
+def _add_state(gm: SwatModule, policy: Policy) -> None:
+    swat = SwatState(policy.name if policy.needs_optimizer else None)
+    swat.train(gm.training)
+    gm.add_module("swat", swat)
+    gm.meta["policy"] = policy.to_json()
+    gm.adopt_parts()
+    gm.register_load_state_dict_post_hook(after_load)
+
+
+def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModule:
+    """Run `passes` in order, each followed by `verify`; what happened is in `gm.pass_records`.
+
+    Raises:
+        PassError: from whatever a pass raised that is not a SwatError of its own.
+    """
+    records: list[PassRecord] = []
+    for function in passes:
+        name = getattr(function, "__name__", type(function).__name__)
+        before, start = _count(gm), time.perf_counter()
+        try:
+            result = function(gm, ctx)
+            gm = result.graph_module
+            if result.modified:
+                verify(gm, ctx)
+        except SwatError:
+            raise
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            raise PassError(name, f"{type(error).__name__}: {first}") from error
+        seconds = time.perf_counter() - start
+        records.append(PassRecord(name, seconds, before, _count(gm), result.notes))
+    gm.__dict__["pass_records"] = records
+    _ignore_in_ddp(gm)
+    return gm
+
+
+def _count(gm: SwatModule) -> int:
+    return sum(len(part.graph.nodes) for _, part in all_parts(gm))
+
+
+def _ignore_in_ddp(gm: SwatModule) -> None:
+    """DistributedDataParallel would broadcast rank 0's thresholds over each rank's own."""
+    names = [name for name, _ in gm.named_buffers() if name.startswith("swat.")]
+    gm.__dict__["_ddp_params_and_buffers_to_ignore"] = names
+
+
+def as_fx_pass(function: Pass, policy: Policy | str) -> Any:
+    """`function` in the form that torch.fx's PassManager runs."""
+    from torch.fx.passes.infra.pass_base import PassResult as FxPassResult
+
+    ctx = Context(as_policy(policy))
+
+    def run(gm: fx.GraphModule) -> Any:
+        if not isinstance(gm, SwatModule):
+            raise InputError("a swatfx pass runs on a compiled model", value=type(gm).__name__)
+        result = function(gm, ctx)
+        return FxPassResult(result.graph_module, result.modified)
+
+    run.__name__ = getattr(function, "__name__", "swatfx_pass")
+    return run
+

@@ -1,0 +1,590 @@
+"""A training run from beginning to end: what `swatfx train` does.
+
+A run is a model, a data set, a policy and a recipe. Into its output folder go ``config.json``
+(what the run is), ``metrics.jsonl`` (one line an epoch) and ``checkpoint.ckpt`` (written anew after
+each epoch, in one step). A run that was stopped, however it was stopped, goes on from its last
+checkpoint with `resume`; on a CPU its weights and metrics then equal those of a run that was never
+stopped bit for bit, seconds apart. (On a GPU that holds as far as its kernels are deterministic.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from swatfx import models
+from swatfx.checkpoint import load, read_extra, save
+from swatfx.datasets import Dataset, open_data
+from swatfx.errors import InputError, SwatError
+from swatfx.pipeline import compile as compile_model
+from swatfx.policy import Policy, as_policy
+from swatfx.recipes import Recipe, learning_rate, make_optimizer, recipe_for, recipe_named
+from swatfx.reporting import observe
+from swatfx.training import attach
+
+__all__ = ["RunConfig", "RunResult", "add_arguments", "load_model", "main", "train_run"]
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.ckpt"
+_TEST_BATCH = 500  # images; nothing depends on it but speed and memory
+_LOSSES_IN_FLIGHT = 32  # steps on a GPU between two looks at the losses, each of which waits for it
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train, and how; None means what the recipe says, or the default given here.
+
+    Attributes:
+        model: a name of `swatfx.models.create`, or ``package.module:callable``.
+        data: a name of `swatfx.datasets.open_data`.
+        policy: a policy or its string, e.g. ``"swat-u:0.9"``. Where a string gives no period, the
+            recipe's is taken.
+        data_root: where the data set's files are.
+        recipe: name of a recipe; None chooses by model and data.
+        epochs: epochs in all; the recipe's schedule is stretched or shrunk to them.
+        batch_size: images a step. The learning rate is not adapted to it.
+        lr: first learning rate; the later ones keep their ratio to it.
+        seed: of initialisation, order, augmentation and dropout.
+        device: "cpu", "cuda", "cuda:1", ...; None is "cuda" where there is one.
+        output_dir: folder for configuration, metrics and checkpoints; None writes nothing.
+        resume: continue the run in `output_dir`.
+        limit: train on the first so many images only, and test on a fifth as many.
+        max_steps: stop, with a checkpoint, once the run has taken so many steps in all.
+        threads: CPU threads; None leaves PyTorch's setting.
+        workers: processes that read images from disk (imagenet only).
+        compile: run training steps through `torch.compile`.
+        tensorboard: also write TensorBoard events into `output_dir`.
+        quiet: show no progress bar (nor is there one when stderr is not a terminal).
+    """
+
+    model: str
+    data: str
+    policy: Policy | str
+    data_root: str | None = None
+    recipe: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    device: str | None = None
+    output_dir: str | None = None
+    resume: bool = False
+    limit: int | None = None
+    max_steps: int | None = None
+    threads: int | None = None
+    workers: int = 0
+    compile: bool = False
+    tensorboard: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise `InputError` for numbers out of range and options that need an output folder."""
+        for name in ("epochs", "batch_size", "limit", "max_steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1", value=value)
+        for name in ("resume", "tensorboard"):
+            if getattr(self, name) and self.output_dir is None:
+                raise InputError(f"{name} needs an output folder", remedy="Give --output-dir DIR")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run stands when `train_run` returns; rates and accuracies are fractions.
+
+    Attributes:
+        epochs: epochs completed.
+        steps: optimizer steps taken, those before a resume included.
+        finished: False where `max_steps` ended the run early.
+        train_loss: mean training loss over the images of the last epoch.
+        test_accuracy: fraction of test images classified rightly after the last epoch.
+        best_test_accuracy: the best such fraction after any epoch.
+        mean_weight_density: mean over layers of the weight density in the last training batch,
+            None where nothing is sparse.
+        mean_activation_density: likewise of the activations kept for backward.
+        seconds: training and testing, those before a resume included.
+        output_dir: where metrics and checkpoint are.
+    """
+
+    epochs: int
+    steps: int
+    finished: bool
+    train_loss: float
+    test_accuracy: float
+    best_test_accuracy: float
+    mean_weight_density: float | None
+    mean_activation_density: float | None
+    seconds: float
+    output_dir: str | None
+
+
+@dataclass
+class _Progress:
+    """Where a run stands; goes into the checkpoint as JSON (which keeps floats exactly)."""
+
+    epoch: int = 0  # epochs completed
+    batch: int = 0  # batches done of the next one
+    step: int = 0
+    loss_sum: float = 0.0  # over the images of those batches
+    images: int = 0
+    best_test_accuracy: float = 0.0
+    seconds: float = 0.0
+
+
+def load_model(spec: str, num_classes: int) -> nn.Module:
+    """Build the network ``spec``: a name of `swatfx.models.create`, or ``package.module:callable``.
+
+    The callable is called with ``num_classes=...`` and returns a module; it is also looked for in
+    the current folder. Raises `SwatError` where there is no such thing.
+    """
+    if ":" not in spec:
+        return models.create(spec, num_classes=num_classes)
+    module_name, _, attribute = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # as `python -m` has it and a console script has not
+        sys.path.insert(0, here)
+    try:
+        builder: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            builder = getattr(builder, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"cannot import the model: {error}",
+            value=spec,
+            remedy="Write package.module:callable, importable from the current folder",
+        ) from error
+    model = builder(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned no torch.nn.Module", value=type(model).__name__)
+    return model
+
+
+def train_run(config: RunConfig) -> RunResult:
+    """Train as ``config`` says, and return how it went.
+
+    Raises `SwatError` before anything is written where the configuration does not hold together,
+    the output folder is in use, or the run to resume is another one; and while training where the
+    loss is no longer finite (the checkpoint then is that of the last epoch before).
+    """
+    device = _device(config.device)
+    with _private_state(config, device):
+        return _Run(config, device).go()
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise InputError("unknown device", value=name, remedy="Use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("PyTorch sees no GPU", value=name, remedy="Use --device cpu")
+    return device
+
+
+@contextlib.contextmanager
+def _private_state(config: RunConfig, device: torch.device) -> Iterator[None]:
+    """Seed the global random state and set the threads, and put both back at the end."""
+    threads = torch.get_num_threads()
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Folder:
+    """The output folder of a run: its configuration, its metrics, its checkpoint."""
+
+    def __init__(self, path: str) -> None:
+        self.path = pathlib.Path(path)
+        self.checkpoint = self.path / CHECKPOINT
+
+    def check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
+        """Raise `InputError` unless the folder is free, or with ``resume`` holds this very run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError("the output folder is a file", value=str(self.path))
+        if not resume:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise InputError(
+                    "the output folder is not empty",
+                    value=str(self.path),
+                    remedy="Continue the run in it with --resume, or give another --output-dir",
+                )
+            return
+        try:
+            before = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"no run to resume: {error}",
+                value=str(self.path),
+                remedy="Check --output-dir, or leave --resume out to begin a run",
+            ) from error
+        differing = list(_differences(before, identity))
+        if differing:
+            raise InputError(
+                f"the run to resume is another one: {'; '.join(differing)}",
+                remedy="Give the options it was begun with, or another --output-dir",
+            )
+
+    def begin(self, config: Mapping[str, Any], epochs: int) -> None:
+        """Write ``config``, and drop metrics of epochs that the checkpoint has not completed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(CONFIG, json.dumps(config, indent=2) + "\n")
+        metrics = self.path / METRICS
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        self._write(METRICS, "".join(line + "\n" for line in lines[:epochs]))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file in one step."""
+        partial = self.path / (name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.path / name)
+
+
+def _differences(before: Any, now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Name each field of `now` that `before` holds otherwise, nested ones with dots."""
+    for key, value in now.items():
+        old = before.get(key) if isinstance(before, dict) else None
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _differences(old, value, f"{prefix}{key}.")
+        elif old != value:
+            yield f"{prefix}{key} was {old!r} and is {value!r}"
+
+
+class _Run:
+    """One run: its parts, made in the order that the random state is used in."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        preset = (
+            recipe_named(config.recipe) if config.recipe else recipe_for(config.model, config.data)
+        )
+        policy = as_policy(config.policy)
+        if isinstance(config.policy, str) and "period" not in config.policy:
+            policy = replace(policy, period=preset.period)
+        self.recipe = preset if config.lr is None else preset.with_base_rate(config.lr)
+        self.epochs = config.epochs or preset.epochs
+        self.batch_size = config.batch_size or preset.batch_size
+        self.folder = None if config.output_dir is None else _Folder(config.output_dir)
+        identity = self._identity(policy, preset)
+        if self.folder is not None:
+            self.folder.check(identity, resume=config.resume)
+
+        self.data = open_data(
+            config.data, config.data_root, limit=config.limit, workers=config.workers
+        )
+        if isinstance(self.data, Dataset):
+            self.data = self.data.to(device)
+        self.batches = self.data.train_batch_count(self.batch_size)
+        model = load_model(config.model, self.data.num_classes).to(device)
+        self.progress = _Progress()
+        self.record: dict[str, Any] = {}  # the last line of the metrics
+        # Over the model, whose parameters the graph shares: the order of an optimizer's parameters
+        # is part of its state, and the graph need not keep it.
+        self.optimizer = make_optimizer(self.recipe, model)
+        if config.resume and self.folder is not None and self.folder.checkpoint.exists():
+            self.gm = load(self.folder.checkpoint, model, optimizer=self.optimizer)
+            self._restore(read_extra(self.folder.checkpoint))
+        else:
+            self.gm = compile_model(model, policy)
+        self.board: Any = self._open_board() if config.tensorboard else None
+        self.gm.train()
+        self.step_module: Callable[..., Any] = torch.compile(self.gm) if config.compile else self.gm
+        if self.folder is not None:
+            self.folder.begin(identity | self._circumstances(), self.progress.epoch)
+
+    def go(self) -> RunResult:
+        """Train the epochs that are left."""
+        handle = attach(self.gm, self.optimizer)
+        silent = self.config.quiet or not sys.stderr.isatty()
+        record = self.record
+        total = self.epochs * self.batches
+        with tqdm(total=total, initial=self.progress.step, unit="step", disable=silent) as bar:
+            try:
+                while self.progress.epoch < self.epochs and not self._stopped():
+                    record = self.record = self._epoch(bar)
+                    bar.set_postfix(
+                        epoch=record["epoch"],
+                        loss=f"{record['train_loss']:.4f}",
+                        accuracy=f"{record['test_accuracy']:.2%}",
+                    )
+            finally:
+                handle.detach()
+                if self.board is not None:
+                    self.board.close()
+        progress = self.progress
+        return RunResult(
+            epochs=progress.epoch,
+            steps=progress.step,
+            finished=progress.epoch == self.epochs,
+            train_loss=record["train_loss"],
+            test_accuracy=record["test_accuracy"],
+            best_test_accuracy=max(progress.best_test_accuracy, record["test_accuracy"]),
+            mean_weight_density=record["weight_density"]["mean"],
+            mean_activation_density=record["activation_density"]["mean"],
+            seconds=progress.seconds,
+            output_dir=self.config.output_dir,
+        )
+
+    def _stopped(self) -> bool:
+        return self.config.max_steps is not None and self.progress.step >= self.config.max_steps
+
+    def _epoch(self, bar: Any) -> dict[str, Any]:
+        """Train one epoch, or what is left of it; test; write metrics, then the checkpoint."""
+        started = time.perf_counter()
+        progress = self.progress
+        pending: list[tuple[int, Tensor, int]] = []
+        in_flight = _LOSSES_IN_FLIGHT if self.device.type == "cuda" else 1
+        rate, seen = 0.0, None
+        for images, labels in self.data.train_batches(
+            self.batch_size,
+            seed=self.config.seed,
+            epoch=progress.epoch,
+            device=self.device,
+            start_batch=progress.batch,
+        ):
+            # Half a step on: warm-up then starts above zero, and no step stands on a boundary.
+            done = (progress.batch + 0.5) / self.batches
+            rate = learning_rate(self.recipe, progress.epoch, done, self.epochs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            progress.batch += 1
+            progress.step += 1
+            last = progress.batch == self.batches or self._stopped()
+            # Observation wants the graph itself: compiled code has nothing to observe.
+            with observe(self.gm) if last else contextlib.nullcontext() as watched:
+                logits = (self.gm if last else self.step_module)(images)
+            seen = watched if last else seen
+            loss = functional.cross_entropy(
+                _logits(logits), labels, label_smoothing=self.recipe.label_smoothing
+            )
+            pending.append((progress.step, loss.detach(), len(labels)))
+            if last or len(pending) >= in_flight:
+                self._count(pending)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            bar.update()
+            if last:
+                break
+        whole = progress.batch == self.batches
+        accuracy = self._test_accuracy()
+        record = {
+            "epoch": progress.epoch + 1,
+            "complete": whole,
+            "step": progress.step,
+            "lr": rate,
+            "train_loss": progress.loss_sum / progress.images,
+            "test_accuracy": accuracy,
+            "weight_density": _densities(seen.weight_density if seen else {}),
+            "activation_density": _densities(seen.activation_density if seen else {}),
+            "seconds": time.perf_counter() - started,
+        }
+        progress.seconds += record["seconds"]
+        if whole:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            progress.loss_sum, progress.images = 0.0, 0
+            progress.best_test_accuracy = max(progress.best_test_accuracy, accuracy)
+        self._keep(record)
+        return record
+
+    def _count(self, pending: list[tuple[int, Tensor, int]]) -> None:
+        """Move losses still on the device into the epoch's sum; raise if one is not finite."""
+        for step, loss, images in pending:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise SwatError(
+                    f"the loss is {value} at step {step}, in epoch {self.progress.epoch + 1}",
+                    remedy="Lower the learning rate (--lr); the checkpoint, if one was written, "
+                    "is that of the last epoch before",
+                )
+            self.progress.loss_sum += value * images
+            self.progress.images += images
+        pending.clear()
+
+    def _test_accuracy(self) -> float:
+        """Fraction of the test images that the network classifies rightly."""
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        count = 0
+        self.gm.eval()
+        with torch.no_grad():
+            for images, labels in self.data.test_batches(_TEST_BATCH, device=self.device):
+                right += (self.gm(images).argmax(dim=1) == labels).sum()
+                count += len(labels)
+        self.gm.train()
+        return int(right) / count
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        """Write one epoch down: metrics first, since a resume drops a line without checkpoint."""
+        if self.board is not None:
+            for name, value in _scalars(record):
+                self.board.add_scalar(name, value, record["epoch"])
+            self.board.flush()
+        if self.folder is None:
+            return
+        self.folder.append(record)
+        random_state = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            random_state.append(torch.cuda.get_rng_state(self.device))
+        extra = {
+            "progress": json.dumps(asdict(self.progress)),
+            "record": json.dumps(record),
+            "random_state": random_state,
+        }
+        save(self.gm, self.folder.checkpoint, optimizer=self.optimizer, extra=extra)
+
+    def _restore(self, extra: Mapping[str, Any]) -> None:
+        """Take up where the checkpoint's `extra` left off."""
+        self.progress = _Progress(**json.loads(extra["progress"]))
+        self.record = json.loads(extra["record"])
+        states = extra["random_state"]
+        torch.set_rng_state(states[0].cpu())
+        if self.device.type == "cuda" and len(states) > 1:
+            torch.cuda.set_rng_state(states[1].cpu(), self.device)
+
+    def _identity(self, policy: Policy, preset: Recipe) -> dict[str, Any]:
+        """What makes this run this run: what a resume may not change, as plain JSON."""
+        identity: dict[str, Any] = {
+            "model": self.config.model,
+            "data": self.config.data,
+            "limit": self.config.limit,
+            "policy": policy.to_json(),
+            "recipe": asdict(preset),
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.recipe.learning_rates[0][1],
+            "seed": self.config.seed,
+        }
+        return dict(json.loads(json.dumps(identity)))  # tuples become the lists of a JSON file
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What a resume may change, for the record."""
+        return {
+            "data_root": self.config.data_root,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "compile": self.config.compile,
+            "torch": str(torch.__version__),
+        }
+
+    def _open_board(self) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise SwatError(
+                f"TensorBoard cannot be imported: {error}",
+                remedy="Run pip install tensorboard, or leave --tensorboard out",
+            ) from error
+        folder = pathlib.Path(self.config.output_dir or ".", "tensorboard")
+        return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise InputError(
+            "the model returns no logits in training",
+            value=type(output).__name__,
+            remedy="Train one that returns a tensor (N, classes)",
+        )
+    return output
+
+
+def _densities(by_layer: Mapping[str, float]) -> dict[str, Any]:
+    """Layers' densities with their plain mean, None where no layer takes part."""
+    layers = {name: float(density) for name, density in by_layer.items()}
+    mean = sum(layers.values()) / len(layers) if layers else None
+    return {"mean": mean, "layers": layers}
+
+
+def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name in ("lr", "train_loss", "test_accuracy", "seconds"):
+        yield name, record[name]
+    for name in ("weight_density", "activation_density"):
+        if record[name]["mean"] is not None:
+            yield f"{name}/mean", record[name]["mean"]
+        for layer, density in record[name]["layers"].items():
+            yield f"{name}/{layer}", density
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `swatfx train` to ``parser``; `main` takes what it then parses."""
+    add = parser.add_argument
+    add("--model", required=True, help="e.g. cifar/resnet18, or package.module:callable")
+    add("--data", required=True, help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
+    add("--data-root", metavar="DIR", help="where the data set's files are")
+    add("--policy", required=True, help='e.g. swat-u:0.9, "swat-erk:0.9,period=100", dense')
+    add("--recipe", metavar="NAME", help="recipe of the paper (default: by model and data)")
+    add("--epochs", type=int, help="the recipe's schedule is scaled to them (default: its own)")
+    add("--batch-size", type=int, help="images a step; the learning rate is not adapted to it")
+    add("--lr", type=float, help="first learning rate; later ones keep their ratio to it")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--output-dir", metavar="DIR", help="for config, metrics and checkpoint")
+    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add("--limit", type=int, metavar="N", help="train on the first N images only")
+    add("--max-steps", type=int, metavar="N", help="stop after N steps, with a checkpoint")
+    add("--threads", type=int, metavar="N", help="CPU threads")
+    add("--workers", type=int, default=0, metavar="N", help="reader processes (imagenet)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--tensorboard", action="store_true", help="write TensorBoard events, too")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress bar and, without --json, no result")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `swatfx train`; return 0, 2 after an error (told on stderr), or 130 if interrupted."""
+    options = {field.name: getattr(args, field.name) for field in fields(RunConfig)}
+    try:
+        result = train_run(RunConfig(**options))
+    except SwatError as error:
+        print(f"swatfx train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; --resume continues from its last checkpoint" if args.output_dir else ""
+        print(f"swatfx train: interrupted{hint}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(asdict(result)))
+    elif not args.quiet:
+        print(_summary(result))
+    return 0
+
+
+def _summary(result: RunResult) -> str:
+    def density(value: float | None) -> str:
+        return "all dense" if value is None else f"{value:.4f}"
+
+    rows = {
+        "epochs": f"{result.epochs}" + ("" if result.finished else " (stopped early)"),
+        "steps": f"{result.steps}",
+        "train loss": f"{result.train_loss:.4f}",
+        "test accuracy": f"{result.test_accuracy:.2%}, best {result.best_test_accuracy:.2%}",
+        "weight density": density(result.mean_weight_density),
+        "activation density": density(result.mean_activation_density),
+        "seconds": f"{result.seconds:.1f}",
+        "written to": result.output_dir or "nowhere (--output-dir DIR would)",
+    }
+    return "\n".join(f"{name:20}{value}" for name, value in rows.items())

@@ -1,0 +1,255 @@
+"""What a compiled model remembers: its clock and its layers' thresholds, as leaf modules.
+
+Everything that changes while training lives here in buffers under `swat.`, so that torch.compile
+sees one graph and a checkpoint holds all that resuming needs. Evaluation changes none of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from swatfx import ops, selectors
+from swatfx.density import Density
+from swatfx.errors import AttachError
+from swatfx.ops.autocast import autocast_dtype
+from swatfx.ops.state import compute_state, read_density
+from swatfx.selectors import Axes
+
+_tokens = itertools.count()
+
+
+class Clock(nn.Module):
+    """Counts training forwards of the root; call it first, with the graph's inputs."""
+
+    iteration: Tensor
+    _is_impure = True  # dead-code elimination must not stop the clock
+
+    def __init__(self, optimizer_wanted_by: str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.token = next(_tokens)
+        self.optimizer_wanted_by = optimizer_wanted_by
+        self.attached = False
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Return int64 [3] of `swatfx::step` in training, the bare counter in evaluation."""
+        if not self.training:
+            return self.iteration
+        if self.optimizer_wanted_by is not None and not self.attached:
+            raise AttachError(
+                f"policy {self.optimizer_wanted_by!r} reads the optimizer's momentum, but none is"
+                " attached",
+                remedy="call swatfx.attach(gm, optimizer) before training",
+            )
+        step = ops.step(self.iteration, self.token, _tensors(inputs), True)
+        self.iteration.copy_(step[2])
+        return step
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clock:
+        # The counter is read by the host at every step: on a GPU it would cost a synchronisation.
+        return self
+
+
+class PartClock(nn.Module):
+    """Reads the clock in a part of the model that lies below eager code."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Return int64 [3] of `swatfx::step`, without advancing."""
+        clock: Clock = self.__dict__["clock"]
+        if not self.training:
+            return clock.iteration
+        return ops.step(clock.iteration, clock.token, _tensors(inputs), False)
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)][:1]
+
+
+class Threshold(nn.Module):
+    """One tensor's selection state, refreshed every `period` training iterations.
+
+    Buffers: `threshold` (the selector's state), `density` and `fraction` (persistent);
+    `previous` and `stamp` (what a recomputation in backward may need; not persistent).
+    """
+
+    threshold: Tensor
+    density: Tensor
+    fraction: Tensor
+    previous: Tensor
+    stamp: Tensor
+
+    def __init__(
+        self,
+        layer: str,
+        selector: str,
+        density: Density,
+        *,
+        state: Tensor,
+        period: int,
+        spatial: int,
+        is_weight: bool,
+        seed: int,
+        all_ranks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selector = selector
+        self.period = period
+        self.spatial = spatial
+        self.is_weight = is_weight
+        self.seed = seed
+        self.all_ranks = all_ranks
+        device = state.device
+        self.register_buffer("threshold", state)
+        self.register_buffer("density", torch.zeros((), dtype=torch.float64, device=device))
+        self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device=device))
+        self.register_buffer("previous", state.clone(), persistent=False)
+        stamp = torch.full((), -1, dtype=torch.int64, device=device)
+        self.register_buffer("stamp", stamp, persistent=False)
+        self.set_density(density)
+
+    def set_density(self, density: Density) -> None:
+        """Change the target; it takes effect at the next refresh."""
+        exact = density.exact
+        self.density.fill_(density.value)
+        pair = (0, 0) if exact is None else (exact.numerator, exact.denominator)
+        self.fraction.copy_(torch.tensor(pair))
+
+    def recompute(self, x: Tensor) -> None:
+        """Set the state from `x` now, whatever the iteration."""
+        if x.is_meta:
+            return
+        state = compute_state(
+            x.detach(),
+            read_density(self.density, self.fraction),
+            self.selector,
+            layer=self.layer,
+            spatial=self.spatial,
+            is_weight=self.is_weight,
+            seed=self.seed,
+        )
+        self.threshold.copy_(state)
+        self.previous.copy_(state)
+
+    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+        use, threshold, previous, stamp = ops.refresh(
+            x.detach(),
+            self.threshold,
+            self.previous,
+            self.stamp,
+            step,
+            self.density,
+            self.fraction,
+            self.period,
+            self.selector,
+            self.layer,
+            self.spatial,
+            self.is_weight,
+            self.seed,
+            self.all_ranks,
+        )
+        self.threshold.copy_(threshold)
+        self.previous.copy_(previous)
+        self.stamp.copy_(stamp)
+        return use
+
+
+class WeightThreshold(Threshold):
+    """State of a weight; valid from the start, kept as it is in evaluation."""
+
+    def forward(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Return the state to use now."""
+        if not self.training:
+            # A later refresh writes into the buffer; a pending backward must not see that.
+            return self.threshold.clone() if torch.is_grad_enabled() else self.threshold
+        return self._refresh(weight, step)
+
+
+class ActivationThreshold(Threshold):
+    """State of an input activation; None where no pass will use it."""
+
+    def __init__(self, *args: Any, in_forward: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.in_forward = in_forward
+
+    def forward(self, x: Tensor, step: Tensor, *weights: Tensor) -> Tensor | None:
+        """Return the state to use now, if the layers that own `weights` train."""
+        if not self.training or not (self.in_forward or any(w.requires_grad for w in weights)):
+            return None
+        return self._refresh(x, step)
+
+
+class Pack(nn.Module):
+    """Packs an activation for the weight gradient; None where nothing will be saved."""
+
+    def __init__(self, layer: str, selector: str, spatial: int, row_major: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selector = selector
+        self.spatial = spatial
+        self.row_major = row_major
+
+    def forward(self, x: Tensor, threshold: Tensor | None, *weights: Tensor) -> Tensor | None:
+        """Return `swatfx::pack` of `x` if a weight gradient will ask for it."""
+        if threshold is None or not torch.is_grad_enabled():
+            return None
+        if not any(w.requires_grad for w in weights):
+            return None
+        dtype = autocast_dtype(x)
+        return ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, self.row_major)
+
+
+class LayerState(nn.Module):
+    """Container of one layer's thresholds and packs."""
+
+
+class SwatState(nn.Module):
+    """The child `swat` of a compiled model: a clock, and a LayerState a layer."""
+
+    clock: Clock
+
+    def __init__(self, optimizer_wanted_by: str | None) -> None:
+        super().__init__()
+        self.clock = Clock(optimizer_wanted_by)
+        self.part_clock = PartClock(self.clock)
+        self.stale = False  # a dense checkpoint was loaded: weight thresholds want recomputing
+
+    def thresholds(self) -> Iterator[tuple[str, Threshold]]:
+        """(path below `swat`, module) of every threshold."""
+        for name, module in self.named_modules():
+            if isinstance(module, Threshold):
+                yield name, module
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A checkpoint of the dense model has none of our keys: supply them, and note that weight
+        # thresholds belong to other weights now.
+        if not any(key.startswith(prefix) for key in state_dict):
+            for key, value in self.state_dict().items():
+                state_dict[prefix + key] = value
+            self.stale = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def initial_state(
+    x: Tensor | None, like: Tensor, selector: str, spatial: int, is_weight: bool
+) -> Tensor:
+    """Zeros of the shape that `selector` keeps: for weight `x`, or for an activation (None)."""
+    chosen = selectors.get(selector)
+    dtype = chosen.state_dtype(like.dtype)
+    if x is None:
+        shape = () if chosen.groups else chosen.state_shape((1,), Axes(None, 0))
+    else:
+        shape = chosen.state_shape(tuple(x.shape), Axes.of(x.dim(), spatial, is_weight))
+    return torch.zeros(shape, dtype=dtype, device=like.device)

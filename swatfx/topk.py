@@ -1,0 +1,80 @@
+"""Exact k-th largest magnitude in O(n), in plain torch: a radix search over the floats' bits.
+
+The bit pattern of a non-negative float orders like the float, so the k-th largest is found digit
+by digit from histograms. Only counts are needed, so ranks can sum theirs and find the threshold of
+the tensor that none of them holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from swatfx.density import Density
+
+Reduce = Callable[[Tensor], Tensor]  # int64 counts -> their sum over ranks
+
+_SMALL = 1 << 16  # below this, quickselect beats three histograms
+_DIGITS = {
+    torch.float32: (torch.int32, ((20, 11), (9, 11), (0, 9))),
+    torch.float64: (torch.int64, ((52, 11), (39, 13), (26, 13), (13, 13), (0, 13))),
+}
+
+
+def kth_magnitude(scores: Tensor, density: Density, reduce: Reduce | None = None) -> Tensor:
+    """Threshold of a whole tensor: its k-th largest score, k = density.count(n); 0-dim.
+
+    Args:
+        scores: non-negative floats of any shape.
+        density: how many to keep.
+        reduce: sums int64 counts over ranks; the threshold is then that of all ranks' scores.
+    """
+    flat = scores.reshape(-1)
+    total = flat.numel()
+    if reduce is not None:
+        total = int(reduce(torch.tensor([total], device=flat.device)).item())
+    k = density.count(total)
+    if k >= total:
+        return scores.new_zeros(())
+    if reduce is None and total < _SMALL:
+        return _kth_of_rows(flat.unsqueeze(0), k).squeeze()
+    wide = flat if flat.dtype in _DIGITS else flat.float()  # exact for half and bfloat16
+    integer, digits = _DIGITS[wide.dtype]
+    keys = wide.view(integer)
+    found = 0
+    for shift, width in digits:
+        digit = (keys >> shift) & ((1 << width) - 1)
+        counts = torch.bincount(digit, minlength=1 << width)
+        if reduce is not None:
+            counts = reduce(counts)
+        at_least = counts.flip(0).cumsum(0)
+        index = int((at_least < k).sum().item())  # digits above the one that holds the k-th
+        k -= int(at_least[index - 1].item()) if index else 0
+        value = (1 << width) - 1 - index
+        found |= value << shift
+        keys = keys[digit == value]
+    return torch.tensor(found, dtype=integer, device=flat.device).view(wide.dtype).to(flat.dtype)
+
+
+def grouped_kth_magnitude(scores: Tensor, density: Density, shape: tuple[int, ...]) -> Tensor:
+    """One threshold a group: dimensions where `shape` is not 1 (and scores') index the groups.
+
+    Returns a tensor of `shape`.
+    """
+    kept = [d for d, n in enumerate(shape) if n != 1 and scores.shape[d] == n]
+    rest = [d for d in range(scores.dim()) if d not in kept]
+    groups = 1
+    for d in kept:
+        groups *= scores.shape[d]
+    rows = scores.permute(*kept, *rest).reshape(groups, -1)
+    k = density.count(rows.shape[1])
+    if k >= rows.shape[1]:
+        return scores.new_zeros(shape)
+    return _kth_of_rows(rows, k).view(shape)
+
+
+def _kth_of_rows(rows: Tensor, k: int) -> Tensor:
+    wide = rows if rows.dtype in _DIGITS else rows.float()
+    return wide.kthvalue(wide.shape[1] - k + 1, dim=1).values.to(rows.dtype)
