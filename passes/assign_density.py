@@ -57,12 +57,7 @@ def _rule_of(policy: Policy, names: list[str]) -> dict[str, Policy]:
                 value=pattern,
                 remedy=f"layers are called {', '.join(names[:4])}{', ...' * (len(names) > 4)}",
             )
-    base = replace(policy, rules=())
-    result = {}
-    for name in names:
-        rule = next((r for pattern, r in policy.rules if fnmatchcase(name, pattern)), base)
-        result[name] = rule
-    return result
+    return {name: policy.rule_for(name) for name in names}
 
 
 def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
@@ -77,8 +72,15 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
     if policy.activation_sparsity is not None:
         activations = share(shapes, Density.from_sparsity(policy.activation_sparsity))
     gradient = Density.from_sparsity(policy.gradient_sparsity)
+    # The paper's SWAT-U rows count the input of the dense first layer as sparse (accounting).
+    counted = activations[0] if activations and policy.distribution == "uniform" else None
     result = [
-        replace(plan, skipped=skipped[plan.name], policy=policy.name)
+        replace(
+            plan,
+            skipped=skipped[plan.name],
+            policy=policy.name,
+            counted_activation_density=counted if skipped[plan.name] == "first layer" else None,
+        )
         for plan in group
         if skipped[plan.name] is not None
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.trace_model import opaque_reason
+from swatfx.graph_module import evaluate
 from swatfx.meta import LayerCall
 
 # torch.conv2d and F.conv2d are one object; torch._C._nn.linear is F.linear.
@@ -137,41 +137,6 @@ def _function_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
     )
 
 
-def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    """The value of a node that depends on parameters alone, or None."""
-    if node.op == "get_attr":
-        return _attribute(gm, str(node.target))
-    chain: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-
-    def visit(n: fx.Node) -> bool:
-        if n in seen:
-            return True
-        seen.add(n)
-        if n.op in ("placeholder", "output"):
-            return False
-        if not all(visit(m) for m in n.all_input_nodes):
-            return False
-        chain.append(n)
-        return True
-
-    if not visit(node):
-        return None
-    run = fx.Interpreter(gm, garbage_collect_values=False)
-    with torch.no_grad():
-        for n in chain:
-            run.env[n] = run.run_node(n)
-    value = run.env[node]
-    return value if isinstance(value, Tensor) else None
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> Tensor | None:
-    value: Any = gm
-    for atom in path.split("."):
-        value = getattr(value, atom)
-    return value if isinstance(value, Tensor) else None
-
-
 def roots(node: fx.Node) -> list[str]:
     """Paths of the parameters that a computed weight comes from."""
     seen: dict[fx.Node, None] = {}
@@ -233,5 +198,3 @@ def normal_call(name: str, site: Site, kernel: tuple[int, ...]) -> LayerCall | N
         "constant" if mode == "zeros" else mode,
     )
 
-
-Describe = Callable[[fx.GraphModule, fx.Node], Site | None]

@@ -2,13 +2,22 @@
 
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import Policy, dense, meprop, per_layer, saw, swat_er, swat_erk, swat_m, swat_u
+from swatfx.reporting import Report, observe, report
+from swatfx.training import Handle, attach, dense_state_dict, refresh
 
 __all__ = [
+    "Handle",
     "Policy",
+    "Report",
+    "attach",
     "compile",
     "dense",
+    "dense_state_dict",
     "meprop",
+    "observe",
     "per_layer",
+    "refresh",
+    "report",
     "saw",
     "swat_er",
     "swat_erk",

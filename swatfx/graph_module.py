@@ -120,6 +120,8 @@ class SwatModule(fx.GraphModule):
             if key not in _GRAPH_STATE:
                 twin.__dict__[key] = copy.deepcopy(value, memo)
         twin.graph = copy.deepcopy(self.graph)
+        if "swat" in self._modules:
+            twin.swat.clock.attached = False  # the optimizer's hook is on the original
         return twin
 
     def __reduce__(self) -> Any:
@@ -138,6 +140,55 @@ def all_parts(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
 def join(prefix: str, name: str) -> str:
     """Path of `name` below `prefix`."""
     return f"{prefix}.{name}" if prefix else name
+
+
+def unwrap(module: nn.Module) -> SwatModule:
+    """The compiled model inside DistributedDataParallel or torch.compile wrappers.
+
+    Raises:
+        InputError: there is none.
+    """
+    inner: Any = module
+    while not isinstance(inner, SwatModule):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise InputError(
+                "not a compiled model",
+                value=type(module).__name__,
+                remedy="gm = swatfx.compile(model, policy)",
+            )
+    return inner
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of a node that depends on parameters alone, or None."""
+    if node.op == "get_attr":
+        value: Any = gm
+        for atom in str(node.target).split("."):
+            value = getattr(value, atom)
+        return value if isinstance(value, torch.Tensor) else None
+    chain: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def visit(n: fx.Node) -> bool:
+        if n in seen:
+            return True
+        seen.add(n)
+        if n.op in ("placeholder", "output"):
+            return False
+        if not all(visit(m) for m in n.all_input_nodes):
+            return False
+        chain.append(n)
+        return True
+
+    if not visit(node):
+        return None
+    run = fx.Interpreter(gm, garbage_collect_values=False)
+    with torch.no_grad():
+        for n in chain:
+            run.env[n] = run.run_node(n)
+    result = run.env[node]
+    return result if isinstance(result, torch.Tensor) else None
 
 
 class EagerRoot(nn.Module):

@@ -44,6 +44,8 @@ class LayerPlan:
         global_threshold: activation threshold over all ranks.
         seed: of random selectors.
         state: name of the layer's module under `swat.`, if it takes part.
+        counted_activation_density: what the paper's accounting takes for the input of a layer that
+            is itself dense (SWAT-U's first); None: the activation density.
     """
 
     name: str
@@ -69,6 +71,7 @@ class LayerPlan:
     global_threshold: bool = False
     seed: int = 0
     state: str = ""
+    counted_activation_density: Density | None = None
 
     @property
     def parameters(self) -> int:
@@ -92,8 +95,9 @@ class LayerPlan:
         """Inverse of `to_json`."""
         values = dict(data)
         values["weight_shape"] = tuple(values["weight_shape"])
-        for key in ("weight_density", "activation_density", "gradient_density"):
-            values[key] = Density.from_json(values[key])
+        for key, value in values.items():
+            if key.endswith("_density") and value is not None:
+                values[key] = Density.from_json(value)
         return LayerPlan(**values)
 
 

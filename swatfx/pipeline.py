@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from passes.annotate_cost import activation_density, add_costs, annotate_cost
 from passes.assign_density import assign_density
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
 from passes.insert_sparsify import insert_sparsify
 from passes.trace_model import trace_model
+from passes.trace_shapes import is_batch_norm, observe_run
 from passes.verify import verify
+from swatfx import meta
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
+from swatfx.layers import sparse_layers
+from swatfx.meta import LayerCost, LayerPlan
 from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
 from swatfx.training import after_load
 
-__all__ = ["PassRecord", "compile", "default_passes", "run_passes", "to_networkx"]
+__all__ = ["Measured", "PassRecord", "compile", "default_passes", "measure", "run_passes", "to_networkx"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,70 @@ def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModu
     gm.__dict__["pass_records"] = records
     _ignore_in_ddp(gm)
     return gm
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What observed runs of a compiled model say, by layer name.
+
+    Attributes:
+        plans: every layer's plan.
+        costs: MACs and bytes, summed over a layer's calls.
+        activation_densities: target, as it is now.
+        counted_densities: target as the accounting takes it.
+        realised: stored fraction of the input, where a real batch was run.
+        input_elements: elements of the layer's inputs, all calls.
+        norm_elements: elements of all batch-norm inputs.
+        saved_bytes: distinct storages kept for backward by the whole graph.
+        dense_saved_bytes: likewise with every layer dense.
+    """
+
+    plans: dict[str, LayerPlan]
+    costs: dict[str, LayerCost]
+    activation_densities: dict[str, float]
+    counted_densities: dict[str, float]
+    realised: dict[str, float]
+    input_elements: dict[str, int]
+    norm_elements: int
+    saved_bytes: int
+    dense_saved_bytes: int
+
+
+def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> Measured:
+    """Run `gm` on example inputs, annotate its layers with costs, and collect them.
+
+    Nothing of `gm` changes but the metadata of its nodes.
+    """
+    sparse = observe_run(gm, example_inputs, as_dense=False)
+    dense = observe_run(gm, example_inputs, as_dense=True)
+    annotate_cost(gm, sparse, dense, accounting)
+    layers = {layer.plan.name: layer for layer in sparse_layers(gm)}
+    result = Measured({}, {}, {}, {}, {}, {}, 0, sparse.saved_bytes, dense.saved_bytes)
+    norms = 0
+    for prefix, part in all_parts(gm):
+        for node in part.graph.nodes:
+            seen = sparse.nodes.get((prefix, node.name), [])
+            if is_batch_norm(part, node):
+                norms += sum(math.prod(s.input_shape) for s in seen)
+            record = meta.read(node)
+            if record.plan is None:
+                continue
+            name, plan = record.plan.name, record.plan
+            result.plans.setdefault(name, plan)
+            cost = record.cost or LayerCost()
+            result.costs[name] = add_costs(result.costs.get(name), cost)
+            elements = sum(math.prod(s.input_shape) for s in seen)
+            result.input_elements[name] = result.input_elements.get(name, 0) + elements
+            if name in layers:
+                density = activation_density(plan, layers[name])
+                result.activation_densities[name] = result.counted_densities[name] = density
+            elif plan.counted_activation_density is not None:
+                result.counted_densities[name] = plan.counted_activation_density.value
+            masks = [s.keep for s in seen if s.keep is not None]
+            if masks:
+                stored = sum(int(mask.sum().item()) for mask in masks)
+                result.realised[name] = stored / max(sum(m.numel() for m in masks), 1)
+    return replace(result, norm_elements=norms)
 
 
 def _count(gm: SwatModule) -> int:

@@ -11,6 +11,7 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from swatfx.density import check_sparsity
@@ -90,10 +91,12 @@ class Policy:
         """Whether training wants `swatfx.attach(gm, optimizer)`."""
         return self.distribution == "momentum" or any(p.needs_optimizer for _, p in self.rules)
 
-    @property
-    def exports_sparse_weights(self) -> bool:
-        """Whether the forward pass, and so an export, sees Top-K weights."""
-        return self.forward_weight
+    def rule_for(self, layer: str) -> Policy:
+        """The policy that rules a layer: the first rule whose pattern matches, or this one."""
+        for pattern, rule in self.rules:
+            if fnmatchcase(layer, pattern):
+                return rule
+        return replace(self, rules=())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` reads it back."""

@@ -18,7 +18,7 @@ from swatfx import ops, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
-from swatfx.ops.state import compute_state, read_density
+from swatfx.ops.state import check_rankable, compute_state, read_density
 from swatfx.selectors import Axes
 
 _tokens = itertools.count()
@@ -28,11 +28,13 @@ class Clock(nn.Module):
     """Counts training forwards of the root; call it first, with the graph's inputs."""
 
     iteration: Tensor
+    updates: Tensor
     _is_impure = True  # dead-code elimination must not stop the clock
 
     def __init__(self, optimizer_wanted_by: str | None = None) -> None:
         super().__init__()
         self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimizer steps
         self.token = next(_tokens)
         self.optimizer_wanted_by = optimizer_wanted_by
         self.attached = False
@@ -124,6 +126,10 @@ class Threshold(nn.Module):
         self.density.fill_(density.value)
         pair = (0, 0) if exact is None else (exact.numerator, exact.denominator)
         self.fraction.copy_(torch.tensor(pair))
+
+    def check(self, x: Tensor) -> None:
+        """Raise InputError if `x` cannot be ranked."""
+        check_rankable(x.detach(), self.layer, self.is_weight)
 
     def recompute(self, x: Tensor) -> None:
         """Set the state from `x` now, whatever the iteration."""

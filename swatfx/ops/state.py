@@ -72,6 +72,25 @@ def draw_seed(seed: int, layer: str, iteration: int, is_weight: bool) -> int:
     return zlib.crc32(text.encode()) << 20 ^ zlib.crc32(text[::-1].encode())
 
 
+def check_rankable(x: Tensor, layer: str, is_weight: bool) -> None:
+    """Raise InputError, naming the layer, if `x` is complex or holds NaN."""
+    what = "weight" if is_weight else "input activation"
+    if x.is_complex():
+        raise InputError(
+            f"Top-K cannot rank the complex {what}",
+            layer=layer,
+            value=str(x.dtype),
+            remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
+        )
+    if torch.isnan(x).any():
+        raise InputError(
+            f"Top-K met NaN in the {what} when thresholds were recomputed",
+            layer=layer,
+            value=f"{int(torch.isnan(x).sum())} NaN of {x.numel()}",
+            remedy="lower the learning rate, clip gradients, or resume from an earlier checkpoint",
+        )
+
+
 def compute_state(
     x: Tensor,
     density: Density,
@@ -89,21 +108,7 @@ def compute_state(
     Raises:
         InputError: naming the layer.
     """
-    what = "weight" if is_weight else "input activation"
-    if x.is_complex():
-        raise InputError(
-            f"Top-K cannot rank the complex {what}",
-            layer=layer,
-            value=str(x.dtype),
-            remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
-        )
-    if torch.isnan(x).any():
-        raise InputError(
-            f"Top-K met NaN in the {what} when thresholds were recomputed",
-            layer=layer,
-            value=f"{int(torch.isnan(x).sum())} NaN of {x.numel()}",
-            remedy="lower the learning rate, clip gradients, or resume from an earlier checkpoint",
-        )
+    check_rankable(x, layer, is_weight)
     chosen = selectors.get(selector)
     axes = Axes.of(x.dim(), spatial, is_weight)
     draw = draw_seed(seed, layer, iteration, is_weight)

@@ -1,0 +1,284 @@
+"""Run a copy of the graph on example inputs and write down what each node saw.
+
+Reads the graph; changes nothing: the copy shares parameters but owns its buffers, and random state
+is put back. Meta inputs run on fake tensors, so that nothing is computed or allocated, and packed
+activations have their planned size; real inputs run for real, and give realised densities.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from passes.verify import OPS
+from swatfx import bits, meta
+from swatfx.errors import InputError, SwatError
+from swatfx.graph_module import SwatModule, all_parts
+from swatfx.state import Pack
+
+Key = tuple[str, str]  # (part path, node name)
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass
+class Seen:
+    """What one node saw.
+
+    Attributes:
+        input_shape: of its first tensor argument; of the activation before padding for a layer.
+        output_shape: of its result.
+        input_requires_grad: whether an input gradient is wanted.
+        saved: storage -> bytes that autograd kept for it.
+        keep: for a layer, mask of the stored activation, when run for real.
+    """
+
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    input_requires_grad: bool = True
+    saved: dict[int, int] = field(default_factory=dict)
+    keep: Tensor | None = None
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of the distinct storages this node keeps."""
+        return sum(self.saved.values())
+
+
+@dataclass
+class Run:
+    """One observed run."""
+
+    nodes: dict[Key, list[Seen]]
+    saved: dict[int, int]
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of all distinct storages kept for backward, parameters and buffers excluded."""
+        return sum(self.saved.values())
+
+
+def observe_run(gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool) -> Run:
+    """Run a training forward on a copy of `gm`.
+
+    Args:
+        gm: the compiled model.
+        example_inputs: positional inputs; on the meta device: nothing is computed.
+        as_dense: run every layer as the dense layer it was.
+
+    Raises:
+        InputError: the inputs do not fit, or the model cannot run on meta tensors.
+    """
+    memo: dict[int, Any] = {id(p): p for p in gm.parameters()}
+    twin = copy.deepcopy(gm, memo)
+    twin.train()
+    twin.swat.clock.optimizer_wanted_by = None
+    tensors = [x for x in pytree.tree_leaves(example_inputs) if isinstance(x, Tensor)]
+    fake = any(x.is_meta for x in tensors) or any(p.is_meta for p in gm.parameters())
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    if mode is not None:
+        _make_fake(twin, mode)
+        example_inputs = pytree.tree_map_only(
+            Tensor, lambda x: _fake_like(mode, x), tuple(example_inputs)
+        )
+    run = Run({}, {})
+    observer = _Run(twin, run, as_dense, fake)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), observer.hooked():
+            if mode is None:
+                output = observer.root(*example_inputs)
+            else:
+                with mode:
+                    output = observer.root(*example_inputs)
+    except SwatError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model does not run on the example inputs: {_first_line(error)}",
+            value=_shapes(example_inputs),
+            remedy=observer.remedy,
+        ) from error
+    del output  # until here it kept the saved storages, and so their identities, alive
+    return run
+
+
+def _fake_like(mode: FakeTensorMode, x: Tensor) -> Tensor:
+    device = "cpu" if x.is_meta else x.device
+    with mode:
+        result = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return result.requires_grad_(x.requires_grad)
+
+
+def _make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:
+    fakes: dict[int, Tensor] = {}
+    for module in twin.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake = _fake_like(mode, tensor.detach())
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                table[name] = fakes[id(tensor)]  # type: ignore[assignment]
+
+
+class _Run:
+    """Interprets root and parts of one copy into one record."""
+
+    def __init__(self, gm: SwatModule, run: Run, as_dense: bool, fake: bool) -> None:
+        self.run = run
+        self.as_dense = as_dense
+        self.fake = fake
+        self.remedy = "check the shapes and dtypes of the example inputs"
+        if fake:
+            self.remedy += "; a model whose shapes depend on data wants real inputs, not meta"
+        self.current: list[Seen] = []
+        self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
+        self.root: Callable[..., Any] = _Interpreter(gm, "", self).call
+        for prefix, part in gm.parts.items():
+            part.__dict__["forward"] = _Interpreter(part, prefix, self).call
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch what autograd saves."""
+
+        def saved(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.skip and not isinstance(tensor, nn.Parameter):
+                self.run.saved[storage._cdata] = storage.nbytes()
+                if self.current:
+                    self.current[-1].saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+            yield
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs one graph node by node, recording."""
+
+    def __init__(self, gm: fx.GraphModule, prefix: str, owner: _Run) -> None:
+        super().__init__(gm)
+        self.prefix = prefix
+        self.owner = owner
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the graph's own signature."""
+        rest, named = list(args), dict(kwargs)
+        env: dict[fx.Node, Any] = {}
+        for node in self.module.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            name = str(node.target)
+            if name.startswith("**"):
+                env[node], named = named, {}
+            elif name.startswith("*"):
+                env[node], rest = tuple(rest), []
+            elif rest:
+                env[node] = rest.pop(0)
+            elif name in named or node.args:
+                env[node] = named.pop(name, node.args[0] if node.args else None)
+            else:
+                raise TypeError(f"forward misses its argument {name!r}")
+        if rest or named:
+            raise TypeError(f"forward takes {len(env)} arguments, not {len(args) + len(kwargs)}")
+        return self.run(initial_env=env, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "get_attr", "output"):
+            return super().run_node(n)
+        seen = Seen()
+        self.owner.current.append(seen)
+        try:
+            result = self._execute(n)
+        except SwatError:
+            raise
+        except Exception as error:
+            plan = meta.read(n).plan
+            raise InputError(
+                f"the example inputs do not fit: {_first_line(error)}",
+                layer=plan.name if plan else f"node {n.name}",
+                value=_shapes(self.fetch_args_kwargs_from_env(n)),
+                remedy=self.owner.remedy,
+            ) from error
+        finally:
+            self.owner.current.pop()
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        first = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
+        if first is not None:
+            seen.input_shape = tuple(first.shape)
+            seen.input_requires_grad = first.requires_grad
+        if isinstance(result, Tensor):
+            seen.output_shape = tuple(result.shape)
+        if n.op == "call_function" and n.target in OPS:
+            self._record_layer(n, seen, args)
+        self.owner.run.nodes.setdefault((self.prefix, n.name), []).append(seen)
+        return result
+
+    def _execute(self, n: fx.Node) -> Any:
+        target = str(n.target)
+        if n.op == "call_module" and target.startswith("swat.") and target != "swat.eager_root":
+            return self._run_state(n)
+        if self.owner.as_dense and n.op == "call_function" and n.target in OPS:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            if n.target is OPS[1]:
+                return F.linear(*args[:3])
+            return _CONV[args[1].dim() - 2](*args[:3], *args[5:9])
+        return super().run_node(n)
+
+    def _run_state(self, n: fx.Node) -> Any:
+        module = self.module.get_submodule(str(n.target))
+        if self.owner.as_dense:
+            return None
+        if not self.owner.fake:
+            return super().run_node(n)
+        if not isinstance(module, Pack):
+            # Of a threshold, only its shape matters here.
+            return getattr(module, "threshold", None)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, _, *weights = args
+        if not any(w.requires_grad for w in weights):
+            return None
+        plans = [meta.read(user).plan for user in n.users]
+        density = next(p.activation_density for p in plans if p is not None)
+        size = bits.header_bytes(x.numel()) + density.count(x.numel()) * x.element_size()
+        return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+    def _record_layer(self, n: fx.Node, seen: Seen, args: Any) -> None:
+        call = meta.read(n).call
+        pad = call.pad if call is not None else ()
+        shape = list(seen.input_shape)
+        for i in range(len(pad) // 2):
+            shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
+        seen.input_shape = tuple(shape)
+        kept = args[4]
+        if kept is not None and not isinstance(kept, FakeTensor):
+            elements = math.prod(shape)
+            mask = bits.bits_to_mask(kept[: (elements + 7) // 8], elements)
+            seen.keep = bits.from_flat(mask, shape, bits.is_channels_last(args[0]) and not pad)
+
+
+def is_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a batch norm, module or function."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
+    return node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _shapes(values: Any) -> list[tuple[int, ...]]:
+    return [tuple(x.shape) for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]

@@ -1,0 +1,93 @@
+"""The sparse layers of a compiled model, with their weights and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from swatfx import meta
+from swatfx.density import Density
+from swatfx.graph_module import SwatModule, all_parts, evaluate
+from swatfx.meta import LayerPlan
+from swatfx.ops.state import read_density
+from swatfx.ops.where import weight_keep
+from swatfx.state import ActivationThreshold, LayerState, WeightThreshold
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One layer that takes part.
+
+    Attributes:
+        plan: what the policy decided.
+        weight: the weight as it is now (computed afresh if it is parametrized).
+        state: the layer's thresholds.
+        node: its first op node.
+    """
+
+    plan: LayerPlan
+    weight: Tensor
+    state: LayerState
+    node: fx.Node
+
+    @property
+    def weight_threshold(self) -> WeightThreshold:
+        """The weight's threshold."""
+        module = self.state.get_submodule("weight_threshold")
+        assert isinstance(module, WeightThreshold)
+        return module
+
+    @property
+    def activation_thresholds(self) -> list[ActivationThreshold]:
+        """The thresholds of its inputs; empty where it shares another layer's."""
+        return [m for m in self.state.children() if isinstance(m, ActivationThreshold)]
+
+    @property
+    def weight_density(self) -> Density:
+        """The target as it is now; it may have moved since the plan."""
+        threshold = self.weight_threshold
+        return read_density(threshold.density, threshold.fraction)
+
+    def keep(self) -> Tensor:
+        """Mask of the weights that are active now, of the weight's shape."""
+        weight = self.weight.detach()
+        threshold = self.weight_threshold
+        mask = weight_keep(weight, threshold.threshold, threshold.selector)
+        return mask.expand_as(weight)
+
+    def set_density(self, density: Density) -> None:
+        """Move weight and activation density; both take effect at the next refresh."""
+        self.weight_threshold.set_density(density)
+        for threshold in self.activation_thresholds:
+            threshold.set_density(density)
+
+
+def sparse_layers(gm: SwatModule) -> Iterator[SparseLayer]:
+    """The layers that take part, each once, in graph order."""
+    seen: set[str] = set()
+    for _, part in all_parts(gm):
+        for node in part.graph.nodes:
+            record = meta.read(node)
+            if record.role != "op" or record.plan is None or record.plan.name in seen:
+                continue
+            seen.add(record.plan.name)
+            source = node.args[1]
+            assert isinstance(source, fx.Node)
+            weight = evaluate(part, source)
+            assert weight is not None  # find_layers skips weights that inputs decide
+            state = gm.swat.get_submodule(record.plan.state)
+            assert isinstance(state, LayerState)
+            yield SparseLayer(record.plan, weight, state, node)
+
+
+def all_plans(gm: SwatModule) -> dict[str, LayerPlan]:
+    """Every layer's plan, sparse or not, by name, in graph order."""
+    plans: dict[str, LayerPlan] = {}
+    for _, part in all_parts(gm):
+        for node in part.graph.nodes:
+            plan = meta.read(node).plan
+            if plan is not None:
+                plans.setdefault(plan.name, plan)
+    return plans

@@ -1,0 +1,357 @@
+"""Per-layer cost reports: what SWAT saves, in MACs and in bytes kept for backward."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from swatfx import bits, macs
+from swatfx.errors import InputError, SwatError
+from swatfx.graph_module import SwatModule, unwrap
+from swatfx.layers import sparse_layers
+from swatfx.ops.where import weight_keep
+from swatfx.pipeline import Measured, measure
+from swatfx.policy import Policy
+from swatfx.state import Pack, WeightThreshold
+
+PAPER_STEP_MS = 147.0  # appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
+PAPER_TOPK_MS = 470.0
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer's row; MACs and bytes are summed over its calls. `skipped` says why it is dense."""
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    weight_density: float
+    activation_density: float
+    realised_weight_density: float | None
+    realised_activation_density: float | None
+    weight_selector: str
+    activation_selector: str
+    parameters: int
+    dense_forward_macs: int
+    sparse_forward_macs: int
+    dense_input_gradient_macs: int
+    sparse_input_gradient_macs: int
+    dense_weight_gradient_macs: int
+    sparse_weight_gradient_macs: int
+    dense_saved_bytes: int
+    sparse_saved_bytes: int
+    skipped: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layers, totals, and what was left to eager Python.
+
+    Attributes:
+        layers: one record a layer, in graph order.
+        totals: fractions of 1, MACs, bytes, and the Top-K overhead line.
+        eager: path -> why symbolic tracing left the module there to Python.
+        policy: the policy's name.
+        accounting: "paper" or "exact".
+    """
+
+    layers: tuple[LayerRecord, ...]
+    totals: Mapping[str, Any]
+    eager: Mapping[str, str] = field(default_factory=dict)
+    policy: str = ""
+    accounting: str = "paper"
+
+    def to_json(self) -> str:
+        """A JSON object with `policy`, `accounting`, `layers`, `totals`, `eager`."""
+        return json.dumps(asdict(self), indent=1)
+
+    def to_csv(self) -> str:
+        """One line a layer, all fields, shapes as 64x3x7x7."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names = [f.name for f in fields(LayerRecord)]
+        writer.writerow(names)
+        for layer in self.layers:
+            writer.writerow([_cell(getattr(layer, name)) for name in names])
+        return out.getvalue()
+
+    def to_markdown(self) -> str:
+        """The table and totals as Markdown."""
+        return self._render("github")
+
+    def to_text(self) -> str:
+        """The table and totals for a terminal."""
+        return self._render("simple")
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def _render(self, style: str) -> str:
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                _cell(layer.weight_shape),
+                _cell(layer.input_shape),
+                _percent(layer.weight_density),
+                _percent(layer.activation_density),
+                _percent(layer.realised_activation_density),
+                _engineering(_dense(layer)),
+                _reduction(_sparse(layer), _dense(layer)),
+                _engineering(layer.dense_saved_bytes),
+                _engineering(layer.sparse_saved_bytes),
+                layer.skipped or "",
+            )
+            for layer in self.layers
+        ]
+        heads = (
+            "layer",
+            "kind",
+            "weight",
+            "input",
+            "weight %",
+            "act %",
+            "act % seen",
+            "dense MACs",
+            "saved %",
+            "dense bytes",
+            "bytes",
+            "dense because",
+        )
+        table = tabulate(rows, headers=heads, tablefmt=style, disable_numparse=True)
+        lines = [table, "", *_summary(self)]
+        for path, reason in self.eager.items():
+            lines.append(f"eager: {path or 'the root module'}: {reason}")
+        return "\n".join(lines)
+
+
+def report(
+    gm: nn.Module,
+    example_inputs: Sequence[Any] | Tensor | None = None,
+    *,
+    accounting: str = "paper",
+    activation_floor: float = 0.0,
+    step_ms: float = PAPER_STEP_MS,
+    topk_ms: float = PAPER_TOPK_MS,
+) -> Report:
+    """Count what a training step of `gm` costs, layer by layer.
+
+    Args:
+        gm: a compiled model; it is not changed, and neither are its buffers.
+        example_inputs: positional inputs. On the meta device nothing is computed and saved bytes
+            are planned; real inputs are run through a copy and give realised densities.
+        accounting: "paper" (appendix A.3, the tables' conventions) or "exact" (products that a
+            kernel skipping every zero would form).
+        activation_floor: natural activation sparsity, in [0, 1), that a layer has at least.
+        step_ms: a dense training step, for the Top-K overhead line; the paper's by default.
+        topk_ms: one Top-K refresh of all layers; the paper's by default.
+
+    Raises:
+        InputError: no inputs, or inputs that do not fit; names the layer.
+    """
+    root = unwrap(gm)
+    if accounting not in ("paper", "exact"):
+        raise InputError("accounting is 'paper' or 'exact'", value=accounting)
+    if not 0 <= activation_floor < 1:
+        raise InputError("activation_floor is a fraction in [0, 1)", value=activation_floor)
+    if example_inputs is None:
+        raise InputError(
+            "a report wants example inputs: MACs depend on shapes",
+            remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
+        )
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    measured = measure(root, inputs, accounting)
+    layers = tuple(_record(root, measured))
+    totals = _totals(root, layers, measured, activation_floor, step_ms, topk_ms)
+    policy = Policy.from_json(root.meta["policy"])
+    return Report(layers, totals, dict(root.eager), policy.name, accounting)
+
+
+def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
+    sparse = {layer.plan.name: layer for layer in sparse_layers(gm)}
+    for name, plan in measured.plans.items():
+        layer = sparse.get(name)
+        cost = measured.costs[name]
+        realised = None
+        if layer is not None and not layer.weight.is_meta:
+            realised = float(layer.keep().double().mean().item())
+        yield LayerRecord(
+            name=name,
+            kind=plan.kind,
+            weight_shape=plan.weight_shape,
+            weight_density=layer.weight_density.value if layer else 1.0,
+            activation_density=measured.activation_densities.get(name, 1.0),
+            realised_weight_density=realised,
+            realised_activation_density=measured.realised.get(name),
+            weight_selector=plan.weight_selector,
+            activation_selector=plan.activation_selector,
+            parameters=plan.parameters,
+            skipped=plan.skipped,
+            **asdict(cost),
+        )
+
+
+def _totals(
+    gm: SwatModule,
+    layers: Sequence[LayerRecord],
+    measured: Measured,
+    floor: float,
+    step_ms: float,
+    topk_ms: float,
+) -> dict[str, Any]:
+    totals: dict[str, Any] = {
+        key: sum(getattr(layer, key) for layer in layers)
+        for key in (f.name for f in fields(LayerRecord))
+        if key.endswith("_macs") or key == "parameters"
+    }
+    dense = sum(v for k, v in totals.items() if k.startswith("dense_"))
+    sparse = sum(v for k, v in totals.items() if k.startswith("sparse_"))
+    totals["training_mac_reduction"] = _fraction(sparse, dense)
+    totals["inference_mac_reduction"] = _fraction(
+        totals["sparse_forward_macs"], totals["dense_forward_macs"]
+    )
+    dropped, read = 0.0, 0
+    for layer in layers:
+        if layer.kind == "linear" or layer.kind.startswith("conv_transpose"):
+            continue
+        elements = measured.input_elements[layer.name]
+        density = measured.counted_densities.get(layer.name, 1.0)
+        dropped += elements * max(1 - density, floor)
+        read += elements
+    totals["activation_reduction"] = dropped / max(read + measured.norm_elements, 1)
+    totals["activation_sparsity"] = dropped / max(read, 1)
+    weights = sum(layer.parameters for layer in layers)
+    active = sum(layer.parameters * layer.weight_density for layer in layers)
+    totals["weight_sparsity"] = 1 - active / max(weights, 1)
+    totals["dense_saved_bytes"] = measured.dense_saved_bytes
+    totals["saved_bytes"] = measured.saved_bytes
+    period = max((plan.period for plan in measured.plans.values() if plan.takes_part), default=1)
+    reduction = totals["training_mac_reduction"]
+    totals["topk_speedup"] = macs.topk_speedup(reduction, period, step_ms, topk_ms)
+    source = (step_ms, topk_ms) == (PAPER_STEP_MS, PAPER_TOPK_MS)
+    totals["topk_overhead"] = (
+        f"Top-K every {period} iterations, dense step {step_ms:g} ms, one refresh {topk_ms:g} ms"
+        f"{' (the paper, table 4)' if source else ''}:"
+        f" modelled speedup {totals['topk_speedup']:.2f}x"
+    )
+    return totals
+
+
+def _summary(result: Report) -> list[str]:
+    t = result.totals
+    saved, dense_saved = t["saved_bytes"], t["dense_saved_bytes"]
+    change = f"{1 - saved / dense_saved:+.1%} saved" if dense_saved else "nothing saved"
+    return [
+        f"policy {result.policy}, {result.accounting} accounting",
+        f"training MACs    -{t['training_mac_reduction']:.1%}",
+        f"inference MACs   -{t['inference_mac_reduction']:.1%}",
+        f"activations      -{t['activation_reduction']:.1%} (conv and BN inputs)",
+        f"weight sparsity   {t['weight_sparsity']:.1%}",
+        f"activation sparsity {t['activation_sparsity']:.1%}",
+        f"kept for backward by the whole graph: {_engineering(saved)}B of {_engineering(dense_saved)}B"
+        f" dense ({change}; ReLU, BN and pooling keep what they kept)",
+        str(t["topk_overhead"]),
+    ]
+
+
+def _dense(layer: LayerRecord) -> int:
+    return (
+        layer.dense_forward_macs
+        + layer.dense_input_gradient_macs
+        + layer.dense_weight_gradient_macs
+    )
+
+
+def _sparse(layer: LayerRecord) -> int:
+    return (
+        layer.sparse_forward_macs
+        + layer.sparse_input_gradient_macs
+        + layer.sparse_weight_gradient_macs
+    )
+
+
+def _fraction(sparse: int, dense: int) -> float:
+    return 1 - sparse / dense if dense else 0.0
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _reduction(sparse: int, dense: int) -> str:
+    return f"{100 * _fraction(sparse, dense):.1f}"
+
+
+def _engineering(value: float) -> str:
+    if value < 1000:
+        return f"{value:.0f}"
+    power = min(int(math.log10(value)) // 3, 5)
+    return f"{value / 1000**power:.3g}{' kMGTP'[power]}"
+
+
+@dataclass
+class Observation:
+    """Densities of the last training forward, by layer name."""
+
+    weight_density: dict[str, float] = field(default_factory=dict)
+    activation_density: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def observe(gm: nn.Module) -> Iterator[Observation]:
+    """Watch the densities that training forwards really keep, inside a `with` block.
+
+    Weight density is the fraction of weights that are active; activation density the fraction of
+    input elements that were stored: kept and not zero.
+    """
+    root = unwrap(gm)
+    seen = Observation()
+    handles = []
+
+    def on_weight(module: nn.Module, args: Any, output: Any) -> None:
+        assert isinstance(module, WeightThreshold)
+        weight = args[0].detach()
+        mask = weight_keep(weight, output, module.selector).expand_as(weight)
+        seen.weight_density[module.layer] = float(mask.double().mean().item())
+
+    def on_pack(module: nn.Module, args: Any, output: Any) -> None:
+        if output is None:
+            return
+        elements = args[0].numel()
+        stored = bits.bits_to_mask(output[: (elements + 7) // 8], elements)
+        share = float(stored.double().mean().item()) if elements else 0.0
+        assert isinstance(module, Pack)
+        seen.activation_density[module.layer] = share
+
+    try:
+        with torch.no_grad():
+            for module in root.swat.modules():
+                if isinstance(module, WeightThreshold):
+                    handles.append(module.register_forward_hook(on_weight))
+                elif isinstance(module, Pack):
+                    handles.append(module.register_forward_hook(on_pack))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+__all__ = ["LayerRecord", "Observation", "Report", "SwatError", "observe", "report"]
