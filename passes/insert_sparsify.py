@@ -116,7 +116,8 @@ class _Rewriter:
             for path, reason in self.gm.eager.items()
         }
         versions = Versions(self.part, eager)
-        seen_at = {node: versions for node in todo}
+        # Before the first rewrite: a layer's input may be another layer's node, which is replaced.
+        seen_at = {node: self._version(versions, node) for node in todo}
         self._insert_clock()
         for node in todo:
             self._rewrite(node, seen_at[node])
@@ -128,6 +129,11 @@ class _Rewriter:
         self.part.recompile()
         return len(todo)
 
+    def _version(self, versions: Versions, node: fx.Node) -> int:
+        site = find_site(self.part, node)
+        assert site is not None  # find_layers has seen one
+        return versions.of(site.input, node)
+
     def _insert_clock(self) -> None:
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         target = "swat.part_clock" if self.prefix else "swat.clock"
@@ -135,7 +141,7 @@ class _Rewriter:
             args = tuple(placeholders)
             self.step = self.graph.create_node("call_module", target, args, name="step")
 
-    def _rewrite(self, node: fx.Node, versions: Versions) -> None:
+    def _rewrite(self, node: fx.Node, version: int) -> None:
         record = meta.read(node)
         plan, call = record.plan, record.call
         site = find_site(self.part, node)
@@ -143,7 +149,7 @@ class _Rewriter:
         with self.graph.inserting_before(node):
             weight, state = self._weight(plan, site)
             bias = self._attribute(site.bias) if isinstance(site.bias, str) else site.bias
-            shared = self._activation(plan, call, site, weight, versions.of(site.input, node))
+            shared = self._activation(plan, call, site, weight, version)
             source = site.input
             if call.pad:
                 source = self.graph.call_function(

@@ -1,5 +1,7 @@
 """swatfx: sparse weight activation training (SWAT) as a torch.fx compiler pass."""
 
+from swatfx.checkpoint import load, save
+from swatfx.exporting import export, load_sparse
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import Policy, dense, meprop, per_layer, saw, swat_er, swat_erk, swat_m, swat_u
 from swatfx.reporting import Report, observe, report
@@ -13,11 +15,15 @@ __all__ = [
     "compile",
     "dense",
     "dense_state_dict",
+    "export",
+    "load",
+    "load_sparse",
     "meprop",
     "observe",
     "per_layer",
     "refresh",
     "report",
+    "save",
     "saw",
     "swat_er",
     "swat_erk",

@@ -218,7 +218,7 @@ def load(name: str, root: str | pathlib.Path | None = None, *, limit: int | None
         data = _fake(name)
     elif name == "imagenet":
         raise InputError(
-            "imagenet does not fit in memory", remedy="Open it with swatfx.datasets.open_data"
+            "imagenet does not fit in memory", remedy="open it with swatfx.datasets.open_data"
         )
     else:
         raise UnknownNameError("data set", name, NAMES)
@@ -241,7 +241,7 @@ def _digits() -> Dataset:
     except ImportError as error:
         raise SwatError(
             f"the data set digits needs scikit-learn, which cannot be imported: {error}",
-            remedy="Run pip install scikit-learn, or install swatfx[digits]",
+            remedy="run pip install scikit-learn, or install swatfx[digits]",
         ) from error
     raw = load_digits()
     images = torch.from_numpy(raw.images).float().div(16).unsqueeze(1)
@@ -263,7 +263,7 @@ def _cifar(name: str, root: str | pathlib.Path | None) -> Dataset:
     if root is None:
         raise InputError(
             f"the data set {name} is read from files and no folder was given",
-            remedy=f"Pass root (--data-root) DIR; {download} fills it",
+            remedy=f"pass root (--data-root) DIR; {download} fills it",
         )
     root = pathlib.Path(root)
     archive = root if root.suffix == ".npz" else root / f"{name}.npz"
@@ -279,7 +279,7 @@ def _cifar(name: str, root: str | pathlib.Path | None) -> Dataset:
             raise InputError(
                 f"no complete {name} found",
                 value=str(root),
-                remedy=f"Call {download} once, with DIR this folder",
+                remedy=f"call {download} once, with DIR this folder",
             ) from error
         parts.append(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous())
         parts.append(torch.tensor(split.targets, dtype=torch.int64))
@@ -289,7 +289,7 @@ def _cifar(name: str, root: str | pathlib.Path | None) -> Dataset:
 
 def _npz(path: pathlib.Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read (train images, train labels, test images, test labels) of CIFAR-10 from an .npz."""
-    remedy = "The file needs x_train, x_test (uint8 [N, 3, 32, 32]) and y_train, y_test (0..9)"
+    remedy = "the file needs x_train, x_test (uint8 [N, 3, 32, 32]) and y_train, y_test (0..9)"
     parts: list[Tensor] = []
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as stored:
@@ -322,7 +322,7 @@ def _fake(name: str) -> Dataset:
             raise InputError(
                 "a fake data set is named fake/CxHxW/classes",
                 value=name,
-                remedy="Write for example fake/3x32x32/10",
+                remedy="write for example fake/3x32x32/10",
             ) from error
         if min(*shape, classes) < 1:
             raise InputError("a fake data set needs positive sizes", value=name)
@@ -422,10 +422,10 @@ def open_data(
         raise InputError(
             "imagenet needs a folder that holds train/ and val/, each with one folder a class",
             value=None if root is None else str(root),
-            remedy="Pass root (--data-root)",
+            remedy="pass root (--data-root)",
         )
     if limit is not None:
-        raise InputError("imagenet takes no limit", value=limit, remedy="Pass fewer folders")
+        raise InputError("imagenet takes no limit", value=limit, remedy="pass fewer folders")
     from torchvision import datasets, transforms
 
     finish = [transforms.ToTensor(), transforms.Normalize(*_STATISTICS["imagenet"])]

@@ -202,3 +202,10 @@ def update(node: fx.Node, **changes: Any) -> NodeRecord:
     record = replace(read(node), **changes)
     write(node, record)
     return record
+
+
+def erase(node: fx.Node) -> None:
+    """Remove our record from `node`, if there is one."""
+    custom = node.meta.get("custom")
+    if custom and _KEY in custom:
+        node.meta["custom"] = {k: v for k, v in custom.items() if k != _KEY}

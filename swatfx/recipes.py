@@ -49,7 +49,7 @@ class Recipe:
             raise InputError(
                 f"the learning rates of recipe {self.name} do not cover its epochs",
                 value=self.learning_rates,
-                remedy=f"Give rising last epochs, the last of them {self.epochs}",
+                remedy=f"give rising last epochs, the last of them {self.epochs}",
             )
 
     def with_base_rate(self, rate: float) -> Recipe:

@@ -99,7 +99,7 @@ class RunConfig:
                 raise InputError(f"{name} must be at least 1", value=value)
         for name in ("resume", "tensorboard"):
             if getattr(self, name) and self.output_dir is None:
-                raise InputError(f"{name} needs an output folder", remedy="Give --output-dir DIR")
+                raise InputError(f"{name} needs an output folder", remedy="give --output-dir DIR")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def load_model(spec: str, num_classes: int) -> nn.Module:
         raise InputError(
             f"cannot import the model: {error}",
             value=spec,
-            remedy="Write package.module:callable, importable from the current folder",
+            remedy="write package.module:callable, importable from the current folder",
         ) from error
     model = builder(num_classes=num_classes)
     if not isinstance(model, nn.Module):
@@ -189,9 +189,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
-        raise InputError("unknown device", value=name, remedy="Use cpu or cuda") from error
+        raise InputError("unknown device", value=name, remedy="use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("PyTorch sees no GPU", value=name, remedy="Use --device cpu")
+        raise InputError("PyTorch sees no GPU", value=name, remedy="use --device cpu")
     return device
 
 
@@ -226,7 +226,7 @@ class _Folder:
                 raise InputError(
                     "the output folder is not empty",
                     value=str(self.path),
-                    remedy="Continue the run in it with --resume, or give another --output-dir",
+                    remedy="continue the run in it with --resume, or give another --output-dir",
                 )
             return
         try:
@@ -235,13 +235,13 @@ class _Folder:
             raise InputError(
                 f"no run to resume: {error}",
                 value=str(self.path),
-                remedy="Check --output-dir, or leave --resume out to begin a run",
+                remedy="check --output-dir, or leave --resume out to begin a run",
             ) from error
         differing = list(_differences(before, identity))
         if differing:
             raise InputError(
                 f"the run to resume is another one: {'; '.join(differing)}",
-                remedy="Give the options it was begun with, or another --output-dir",
+                remedy="give the options it was begun with, or another --output-dir",
             )
 
     def begin(self, config: Mapping[str, Any], epochs: int) -> None:
@@ -312,7 +312,11 @@ class _Run:
             self.gm = compile_model(model, policy)
         self.board: Any = self._open_board() if config.tensorboard else None
         self.gm.train()
-        self.step_module: Callable[..., Any] = torch.compile(self.gm) if config.compile else self.gm
+        self.step_module: Callable[..., Any] = self.gm
+        if config.compile:
+            # Packed activations have a size that depends on data, at which torch.compile breaks the
+            # graph unless it must not; around eager parts it has to break it.
+            self.step_module = torch.compile(self.gm, fullgraph=not self.gm.eager)
         if self.folder is not None:
             self.folder.begin(identity | self._circumstances(), self.progress.epoch)
 
@@ -385,13 +389,15 @@ class _Run:
             if last or len(pending) >= in_flight:
                 self._count(pending)
             self.optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             self.optimizer.step()
             bar.update()
             if last:
                 break
         whole = progress.batch == self.batches
         accuracy = self._test_accuracy()
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
         record = {
             "epoch": progress.epoch + 1,
             "complete": whole,
@@ -401,9 +407,8 @@ class _Run:
             "test_accuracy": accuracy,
             "weight_density": _densities(seen.weight_density if seen else {}),
             "activation_density": _densities(seen.activation_density if seen else {}),
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
         }
-        progress.seconds += record["seconds"]
         if whole:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             progress.loss_sum, progress.images = 0.0, 0
@@ -418,7 +423,7 @@ class _Run:
             if not math.isfinite(value):
                 raise SwatError(
                     f"the loss is {value} at step {step}, in epoch {self.progress.epoch + 1}",
-                    remedy="Lower the learning rate (--lr); the checkpoint, if one was written, "
+                    remedy="lower the learning rate (--lr); the checkpoint, if one was written, "
                     "is that of the last epoch before",
                 )
             self.progress.loss_sum += value * images
@@ -496,7 +501,7 @@ class _Run:
         except ImportError as error:
             raise SwatError(
                 f"TensorBoard cannot be imported: {error}",
-                remedy="Run pip install tensorboard, or leave --tensorboard out",
+                remedy="run pip install tensorboard, or leave --tensorboard out",
             ) from error
         folder = pathlib.Path(self.config.output_dir or ".", "tensorboard")
         return SummaryWriter(str(folder), purge_step=self.progress.epoch + 1)
@@ -507,7 +512,7 @@ def _logits(output: Any) -> Tensor:
         raise InputError(
             "the model returns no logits in training",
             value=type(output).__name__,
-            remedy="Train one that returns a tensor (N, classes)",
+            remedy="train one that returns a tensor (N, classes)",
         )
     return output
 

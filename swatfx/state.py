@@ -111,7 +111,8 @@ class Threshold(nn.Module):
         self.is_weight = is_weight
         self.seed = seed
         self.all_ranks = all_ranks
-        device = state.device
+        # A model on the meta device has no data, but its plan has.
+        device = torch.device("cpu") if state.is_meta else state.device
         self.register_buffer("threshold", state)
         self.register_buffer("density", torch.zeros((), dtype=torch.float64, device=device))
         self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device=device))

@@ -184,7 +184,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     _assert_same(_weights(tmp_path / "run"), _weights(whole[0]))
 
 
-@pytest.mark.parametrize("policy", ["swat-u:0.8", "swat-m:0.8,period=3"])
+@pytest.mark.parametrize("policy", ["swat-u:0.8,period=3", "swat-m:0.8,period=3"])
 def test_dropout_and_moving_densities_resume_bit_for_bit(
     tmp_path: pathlib.Path, my_models: str, policy: str
 ) -> None:
@@ -404,6 +404,7 @@ def test_digits_reach_97_percent_at_90_percent_sparsity() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_train() -> None:
-    result = train_run(replace(BASE, compile=True, threads=2))
-    assert result.finished and result.test_accuracy > 0.5
+def test_compiled_steps_learn_what_eager_ones_do(whole: tuple[pathlib.Path, RunResult]) -> None:
+    result = train_run(replace(BASE, compile=True))
+    assert result.finished
+    assert result.train_loss == pytest.approx(whole[1].train_loss, rel=0.02)

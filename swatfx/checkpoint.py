@@ -1,0 +1,189 @@
+"""Checkpoints: weights, state, plan and optimizer in one file, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from swatfx.errors import CheckpointError
+from swatfx.graph_module import SwatModule, unwrap
+from swatfx.layers import all_plans
+from swatfx.pipeline import compile
+from swatfx.policy import Policy
+
+_FORMAT = "swatfx-checkpoint"
+_VERSION = 1
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there.
+
+    Raises:
+        CheckpointError: the disk is full or the folder is not there; what `path` held is untouched.
+    """
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(target.suffix, f".{target.stem}.", target.parent or ".")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a failed write as RuntimeError.
+        raise CheckpointError(
+            f"cannot write the file: {(str(error).splitlines() or [''])[0]}",
+            value=str(target),
+            remedy="free some space or choose another folder; the old file, if any, is untouched",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def save(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint from which `load` resumes bit for bit, in the middle of a period too.
+
+    Args:
+        gm: a compiled model, possibly wrapped by DistributedDataParallel or torch.compile.
+        path: file to write; it is replaced in one move.
+        optimizer: its state is stored as well.
+        extra: tensors, numbers, strings and containers of them; `read_extra` gives them back.
+
+    Raises:
+        CheckpointError: the file cannot be written; what was there is untouched.
+    """
+    root = unwrap(gm)
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "plan": json.dumps(_plan(root)),
+        "state_dict": dict(root.state_dict()),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "extra": dict(extra or {}),
+    }
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> SwatModule:
+    """Compile `model` as the checkpoint was, and put weights, state and optimizer back.
+
+    Args:
+        path: what `save` wrote.
+        model: the network that was compiled then; its parameters are overwritten.
+        optimizer: over the model's parameters; its state is restored.
+
+    Raises:
+        CheckpointError: the file is cut short or no checkpoint, or was made for another model;
+            names the first layer or tensor that differs. Neither model nor optimizer has changed.
+    """
+    content = _read(path)
+    plan = json.loads(content["plan"])
+    gm = compile(model, Policy.from_json(plan["policy"]))
+    _check_plan(plan, _plan(gm))
+    _check_state(content["state_dict"], gm)
+    if optimizer is not None:
+        _check_optimizer(content["optimizer"], optimizer)
+    gm.load_state_dict(content["state_dict"])
+    if optimizer is not None:
+        optimizer.load_state_dict(content["optimizer"])
+    return gm
+
+
+def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The `extra` that `save` was given."""
+    return dict(_read(path)["extra"])
+
+
+def _plan(gm: SwatModule) -> dict[str, Any]:
+    layers = {name: plan.to_json() for name, plan in all_plans(gm).items()}
+    return {"policy": gm.meta["policy"], "layers": layers}
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise CheckpointError("no such checkpoint", value=str(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever unzipping and unpickling raise
+        raise CheckpointError(
+            f"the file is cut short, or no checkpoint ({type(error).__name__})",
+            value=str(path),
+            remedy="use the checkpoint before it",
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(
+            "not a swatfx checkpoint",
+            value=str(path),
+            remedy="a state dict of the dense model loads with gm.load_state_dict",
+        )
+    if content["version"] > _VERSION:
+        raise CheckpointError(
+            "the checkpoint was written by a newer swatfx",
+            value=content["version"],
+            remedy="upgrade swatfx",
+        )
+    return content
+
+
+def _check_plan(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = saved["layers"], json.loads(json.dumps(now["layers"]))
+    for name in [*before, *after]:
+        if name not in after or name not in before:
+            where = "the checkpoint" if name in before else "the model"
+            raise CheckpointError(
+                f"made for another model: only {where} has this layer", layer=name
+            )
+        if before[name] != after[name]:
+            field = next(k for k in after[name] if before[name].get(k) != after[name][k])
+            raise CheckpointError(
+                f"made for another model: {field} differs",
+                layer=name,
+                value=f"{before[name].get(field)} saved, {after[name][field]} now",
+            )
+
+
+def _check_state(state: Mapping[str, Any], gm: SwatModule) -> None:
+    own = gm.state_dict()
+    for name in [*state, *own]:
+        if name not in own or name not in state:
+            where = "the checkpoint" if name in state else "the model"
+            raise CheckpointError(f"made for another model: only {where} has {name!r}")
+        if state[name].shape != own[name].shape:
+            raise CheckpointError(
+                f"made for another model: shape of {name!r} differs",
+                value=f"{tuple(state[name].shape)} saved, {tuple(own[name].shape)} now",
+            )
+
+
+def _check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer) -> None:
+    if saved is None:
+        raise CheckpointError(
+            "the checkpoint holds no optimizer", remedy="load it without optimizer="
+        )
+    sizes = [len(group["params"]) for group in saved["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != own:
+        raise CheckpointError(
+            "the optimizer's parameter groups differ", value=f"{sizes} saved, {own} now"
+        )

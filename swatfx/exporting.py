@@ -1,0 +1,300 @@
+"""Export: a compiled model as plain PyTorch, ONNX or sparse weights, or as its training graph."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from swatfx import bits, meta
+from swatfx.checkpoint import write_atomically
+from swatfx.errors import ExportError, SwatError, UnknownNameError
+from swatfx.graph_module import SwatModule, all_parts, evaluate, unwrap
+from swatfx.layers import sparse_layers
+from swatfx.ops.where import active_weight
+from swatfx.state import WeightThreshold
+from swatfx.training import refresh
+
+_CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_OPS = ("swatfx.conv.default", "swatfx.linear.default")
+
+
+def export(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Sequence[Any] | Tensor | None = None,
+    *,
+    training: bool = False,
+) -> None:
+    """Write `gm` for use elsewhere; the suffix of `path` says how.
+
+    `.pt2`: torch.export with exact Top-K weights and plain aten ops; loads without swatfx.
+    `.onnx`: likewise for ONNX runtimes (extra `onnx`). `.safetensors`: every weight, sparse ones
+    packed (extra `safetensors`); read it with `load_sparse`. Dimension 0 of every input is dynamic.
+    What is written computes what `gm.eval()` computes after `swatfx.refresh(gm)`; `gm` itself is
+    not changed.
+
+    Args:
+        gm: a compiled model.
+        path: file to write; replaced in one move.
+        example_inputs: positional inputs; needed but for `.safetensors`.
+        training: write the rewritten training graph itself (`.pt2` only): our ops with their
+            metadata; it loads after `import swatfx`.
+
+    Raises:
+        ExportError: unknown suffix, missing package, or a model that torch.export cannot follow.
+    """
+    root = unwrap(gm)
+    suffix = Path(path).suffix
+    writers: dict[str, Callable[..., None]] = {
+        ".pt2": _write_training if training else _write_pt2,
+        ".onnx": _write_onnx,
+        ".safetensors": _write_safetensors,
+    }
+    if suffix not in writers:
+        raise UnknownNameError("export format", suffix or str(path), writers)
+    if training and suffix != ".pt2":
+        raise ExportError("a training graph is written as .pt2", value=str(path))
+    inputs: tuple[Any, ...] = ()
+    if suffix != ".safetensors":
+        if example_inputs is None:
+            raise ExportError(
+                f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))"
+            )
+        one = isinstance(example_inputs, Tensor)
+        inputs = (example_inputs,) if one else tuple(example_inputs)  # type: ignore[assignment, arg-type]
+    writers[suffix](root, Path(path), inputs)
+
+
+def inference_module(gm: SwatModule) -> SwatModule:
+    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
+    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    refresh(twin)
+    for _, part in all_parts(twin):
+        for node in list(part.graph.nodes):
+            if meta.read(node).role == "op":
+                _make_plain(twin, part, node)
+        for node in reversed(part.graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith("swat.") and not node.users:
+                if node.target != "swat.eager_root":
+                    part.graph.erase_node(node)
+        part.recompile()
+    for name in list(twin.swat._modules):
+        if name != "eager_root":
+            delattr(twin.swat, name)
+    twin.eval()
+    return twin
+
+
+def _make_plain(gm: SwatModule, part: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a sparse op by the plain one on its masked weight."""
+    record = meta.read(node)
+    plan, call = record.plan, record.call
+    assert plan is not None and call is not None
+    source, weight_node, bias = node.args[:3]
+    assert isinstance(weight_node, fx.Node)
+    weight = evaluate(part, weight_node)
+    assert weight is not None
+    masked = weight.detach()
+    if plan.forward_weight:
+        threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
+        assert isinstance(threshold, WeightThreshold)
+        masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
+    with part.graph.inserting_before(node):
+        attribute = f"{plan.state}_sparse_weight"
+        if attribute not in part._buffers:
+            part.register_buffer(attribute, masked)
+        sparse = part.graph.get_attr(attribute)
+        args: tuple[Any, ...] = (source, sparse, bias)
+        function: Callable[..., Any] = F.linear
+        if plan.kind != "linear":
+            function = _CONV[plan.kind]
+            args = (*args, call.stride, call.padding, call.dilation, call.groups)
+        plain = part.graph.call_function(function, args)
+    node.replace_all_uses_with(plain)
+    part.graph.erase_node(node)
+    for user in list(weight_node.users):
+        # Thresholds and packs that asked whether the weight trains.
+        user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")
+    if not weight_node.users:
+        part.graph.erase_node(weight_node)
+
+
+def _dynamic(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(inputs with a batch that torch.export will not take for a constant, dynamic shapes)."""
+
+    def widen(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] > 1:
+            return x
+        # A batch of 0 or 1 would be specialised.
+        return torch.cat([x, x]) if x.shape[0] else x.new_zeros((2, *x.shape[1:]))
+
+    def shape(x: Any) -> Any:
+        return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() else None
+
+    tree = torch.utils._pytree.tree_map
+    return tree(widen, inputs), tree(shape, inputs)
+
+
+def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    wide, shapes = _dynamic(inputs)
+    try:
+        return torch.export.export(module, wide, dynamic_shapes=shapes, strict=False)
+    except SwatError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"torch.export cannot follow the model: {type(error).__name__}: {first}",
+            value=[tuple(x.shape) for x in inputs if isinstance(x, Tensor)],
+            remedy="export the parts that it can follow, or write .safetensors",
+        ) from error
+
+
+def _write_pt2(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+    program = _exported(inference_module(gm), inputs)
+    write_atomically(path, lambda temporary: torch.export.save(program, temporary))
+
+
+def _write_training(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    twin.swat.clock.optimizer_wanted_by = None
+    twin.train()
+    with torch.enable_grad():
+        program = _exported(twin, inputs)
+    annotate_exported(program, gm)
+    write_atomically(path, lambda temporary: torch.export.save(program, temporary))
+
+
+def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> None:
+    """Put each layer's record on the exported op nodes, and on no other node.
+
+    Raises:
+        ExportError: the exported ops are not the plan's.
+    """
+    ours = [
+        node
+        for _, part in all_parts(gm)
+        for node in part.graph.nodes
+        if meta.read(node).role == "op"
+    ]
+    exported = [n for n in program.graph.nodes if str(n.target) in _OPS]
+    if len(ours) != len(exported):
+        raise ExportError(
+            "the exported graph does not hold the plan's layers",
+            value=f"{len(exported)} ops for {len(ours)} planned calls",
+            remedy="a module that is called several times, or not at all, by eager code cannot be"
+            " exported for training",
+        )
+    for node in program.graph.nodes:
+        meta.erase(node)
+    for node, source in zip(exported, ours, strict=True):
+        meta.write(node, meta.read(source))
+
+
+def _write_onnx(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+    _need("onnxscript", "onnx")
+    wide, shapes = _dynamic(inputs)
+    try:
+        program = torch.onnx.export(
+            inference_module(gm), wide, dynamo=True, dynamic_shapes=shapes, verbose=False
+        )
+    except SwatError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"torch.onnx cannot export the model: {type(error).__name__}: {first}"
+        ) from error
+    assert program is not None  # with dynamo=True it returns what it would write
+    write_atomically(path, lambda temporary: program.save(str(temporary)))
+
+
+def _need(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(
+            f"the package {package!r} is not installed", remedy=f"pip install swatfx[{extra}]"
+        ) from error
+
+
+def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+    _need("safetensors", "safetensors")
+    from safetensors.torch import save_file
+
+    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    refresh(twin)
+    tensors: dict[str, Tensor] = {
+        name: value.detach().contiguous()
+        for name, value in gm.state_dict().items()
+        if not name.startswith("swat.")
+    }
+    tensors = {name: value.clone() for name, value in tensors.items()}  # no two may share memory
+    sparse: dict[str, dict[str, Any]] = {}
+    for layer in sparse_layers(twin):
+        if not layer.plan.forward_weight:
+            continue
+        names = [n for n, v in gm.state_dict().items() if _same(v, layer.weight)]
+        if not names:
+            raise ExportError(
+                "a computed (parametrized) weight has no name to be stored under",
+                layer=layer.plan.name,
+                remedy="export to .pt2, or remove the parametrization first",
+            )
+        weight = layer.weight.detach().contiguous().reshape(-1)
+        keep = layer.keep().reshape(-1) & (weight != 0)
+        for name in names:
+            del tensors[name]
+            tensors[f"{name}.bitmask"] = bits.mask_to_bits(keep)
+            tensors[f"{name}.values"] = weight[keep].clone()
+            sparse[name] = {"shape": list(layer.weight.shape)}
+    metadata = {"format": "swatfx-sparse", "sparse": json.dumps(sparse)}
+    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what `export` wrote as `.safetensors`: a dense state dict with zeros where Top-K was.
+
+    It loads into the original model with strict=True.
+
+    Raises:
+        ExportError: the file is damaged or not ours.
+    """
+    _need("safetensors", "safetensors")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own, undocumented
+        raise ExportError(
+            f"cannot read the file ({type(error).__name__})", value=str(path)
+        ) from error
+    if metadata.get("format") != "swatfx-sparse":
+        raise ExportError("not a file that swatfx.export wrote", value=str(path))
+    for name, about in json.loads(metadata["sparse"]).items():
+        shape = tuple(about["shape"])
+        keep = bits.bits_to_mask(tensors.pop(f"{name}.bitmask"), torch.Size(shape).numel())
+        values = tensors.pop(f"{name}.values")
+        dense = values.new_zeros(keep.numel())
+        dense[keep] = values
+        tensors[name] = dense.view(shape)
+    return tensors
