@@ -122,9 +122,7 @@ def _merge_masks(
     return merged
 
 
-def attention_leave(
-    flat: Tensor, query: Tensor, batch_first: bool, unbatched: bool
-) -> Tensor:
+def attention_leave(flat: Tensor, query: Tensor, batch_first: bool, unbatched: bool) -> Tensor:
     """(L * N, E) -> the layout that the caller's query had."""
     out = flat.view(query.shape[0], query.shape[1], flat.shape[1])
     if unbatched:
@@ -278,9 +276,7 @@ def _region_mask(height: int, width: int, window: list[int], shift: list[int], x
     return x.new_zeros(apart.shape).masked_fill(apart, -100.0)
 
 
-def window_merge(
-    windows: Tensor, x: Tensor, window: list[int], shift: list[int]
-) -> Tensor:
+def window_merge(windows: Tensor, x: Tensor, window: list[int], shift: list[int]) -> Tensor:
     """Inverse of `window_partition` for an input like `x`: -> (N, H, W, C)."""
     batch, height, width, _ = x.shape
     padded_h, padded_w = height + -height % window[0], width + -width % window[1]

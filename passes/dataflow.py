@@ -7,7 +7,7 @@ order in which the model registered its modules, since Python decides at run tim
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from torch import fx
@@ -17,10 +17,15 @@ from swatfx.graph_module import SwatModule, all_parts
 
 Key = tuple[str, str]  # (part path, node name)
 
+if TYPE_CHECKING:
+    Graph = nx.DiGraph[Key]
+else:
+    Graph = nx.DiGraph  # not subscriptable when it runs
 
-def to_networkx(gm: SwatModule) -> nx.DiGraph:
+
+def to_networkx(gm: SwatModule) -> Graph:
     """Nodes (part, name) with `op`, `target`, `layer` and `part`; edges from producer to reader."""
-    graph = nx.DiGraph()
+    graph: Graph = nx.DiGraph()
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
             record = meta.read(node)
@@ -37,7 +42,7 @@ def to_networkx(gm: SwatModule) -> nx.DiGraph:
     return graph
 
 
-def _join_parts(gm: SwatModule, graph: nx.DiGraph) -> None:
+def _join_parts(gm: SwatModule, graph: Graph) -> None:
     """Put each part between the eager call above it and that call's readers, one after another."""
     calls: dict[str, list[tuple[Key, fx.Node]]] = {}
     for prefix, part in all_parts(gm):
@@ -66,7 +71,7 @@ def _join_parts(gm: SwatModule, graph: nx.DiGraph) -> None:
             graph.add_edges_from((s, r) for s in sources for r in readers)
 
 
-def first_and_last(graph: nx.DiGraph) -> tuple[set[Key], set[Key]]:
+def first_and_last(graph: Graph) -> tuple[set[Key], set[Key]]:
     """Layer nodes with no layer between them and a graph input, and a graph output."""
     order = list(nx.topological_sort(graph)) if nx.is_directed_acyclic_graph(graph) else list(graph)
     return (
@@ -75,7 +80,7 @@ def first_and_last(graph: nx.DiGraph) -> tuple[set[Key], set[Key]]:
     )
 
 
-def _frontier(graph: nx.DiGraph, order: list[Key], start: str, before: Any) -> set[Key]:
+def _frontier(graph: Graph, order: list[Key], start: str, before: Any) -> set[Key]:
     reached: set[Key] = set()
     behind_layer: set[Key] = set()
     frontier: set[Key] = set()

@@ -87,9 +87,7 @@ class _Shared:
 class _Rewriter:
     """Rewrites one graph."""
 
-    def __init__(
-        self, gm: SwatModule, part: fx.GraphModule, prefix: str, states: _States
-    ) -> None:
+    def __init__(self, gm: SwatModule, part: fx.GraphModule, prefix: str, states: _States) -> None:
         self.gm = gm
         self.part = part
         self.prefix = prefix
@@ -98,7 +96,7 @@ class _Rewriter:
         self.step: fx.Node | None = None
         self.thresholds: dict[str, tuple[fx.Node, fx.Node]] = {}
         self.shared: dict[tuple[Any, ...], _Shared] = {}
-        self.attributes = {
+        self.attributes: dict[str, fx.Node] = {
             str(n.target): n for n in reversed(self.graph.nodes) if n.op == "get_attr"
         }
 
@@ -257,9 +255,7 @@ class _Rewriter:
             plan.name,
             plan.activation_selector,
             plan.activation_density,
-            state=initial_state(
-                None, site.value, plan.activation_selector, site.spatial, False
-            ),
+            state=initial_state(None, site.value, plan.activation_selector, site.spatial, False),
             period=plan.period,
             spatial=site.spatial,
             is_weight=False,
@@ -282,7 +278,7 @@ class _Rewriter:
         tensors: tuple[Any, ...],
         shared: _Shared | None,
     ) -> fx.Node:
-        """The sparse op; arguments at their defaults are left out, so that the graph stays short."""
+        """The sparse op; arguments at their defaults are left out, to keep the graph short."""
         where = Where(
             plan.forward_weight,
             plan.forward_activation,

@@ -74,18 +74,21 @@ def find_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
 
 def _module_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
     module = gm.get_submodule(str(node.target))
-    for kind_of, (kind, spatial) in _MODULES.items():
-        if isinstance(module, kind_of):
-            break
-    else:
+    found = next(
+        (about for kind_of, about in _MODULES.items() if isinstance(module, kind_of)), None
+    )
+    if found is None:
         return None
+    kind, spatial = found
     given = [*node.args, *node.kwargs.values()]
     if not given or not isinstance(given[0], fx.Node):
         return None
     path = str(node.target)
     bias = f"{path}.bias" if getattr(module, "bias", None) is not None else None
     if opaque_reason(module):
-        value = module._parameters.get("weight")  # a hook may set it: do not run anything
+        value: Tensor | None = module._parameters.get(
+            "weight"
+        )  # a hook may set it: do not run anything
     else:
         value = _weight_of(module)
     options: tuple[Any, Any, Any, Any, str] = (1, 0, 1, 1, "zeros")
@@ -197,4 +200,3 @@ def normal_call(name: str, site: Site, kernel: tuple[int, ...]) -> LayerCall | N
         pad,
         "constant" if mode == "zeros" else mode,
     )
-

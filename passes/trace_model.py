@@ -106,9 +106,7 @@ class _Tracer(fx.Tracer):
 
         return call, [self.root, *positional]
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             last = self.graph._root._prev
@@ -217,10 +215,12 @@ def trace_model(twin: nn.Module, example_inputs: Sequence[Any] | None) -> SwatMo
     names = [
         p for p in inspect.signature(twin.forward).parameters.values() if p.kind <= p.KEYWORD_ONLY
     ]
-    if count is not None and not any(p.kind == p.VAR_POSITIONAL for p in names) and count > len(names):
-        raise InputError(
-            f"forward takes {len(names)} arguments", value=f"{count} example inputs"
-        )
+    if (
+        count is not None
+        and not any(p.kind == p.VAR_POSITIONAL for p in names)
+        and count > len(names)
+    ):
+        raise InputError(f"forward takes {len(names)} arguments", value=f"{count} example inputs")
     try:
         gm, tracer = _trace(twin, "", count)
         eager = tracer.eager

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from passes.verify import OPS
 from swatfx import bits, meta
 from swatfx.errors import InputError, SwatError
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule
 from swatfx.state import Pack
 
 Key = tuple[str, str]  # (part path, node name)
@@ -170,6 +170,7 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, prefix: str, owner: _Run) -> None:
         super().__init__(gm)
+        self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.prefix = prefix
         self.owner = owner
 
@@ -177,9 +178,7 @@ class _Interpreter(fx.Interpreter):
         """Run with the graph's own signature."""
         rest, named = list(args), dict(kwargs)
         env: dict[fx.Node, Any] = {}
-        for node in self.module.graph.nodes:
-            if node.op != "placeholder":
-                continue
+        for node in self.placeholders:
             name = str(node.target)
             if name.startswith("**"):
                 env[node], named = named, {}

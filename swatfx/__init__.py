@@ -1,6 +1,7 @@
 """swatfx: sparse weight activation training (SWAT) as a torch.fx compiler pass."""
 
 from swatfx.checkpoint import load, save
+from swatfx.density import Density
 from swatfx.exporting import export, load_sparse
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import Policy, dense, meprop, per_layer, saw, swat_er, swat_erk, swat_m, swat_u
@@ -8,6 +9,7 @@ from swatfx.reporting import Report, observe, report
 from swatfx.training import Handle, attach, dense_state_dict, refresh
 
 __all__ = [
+    "Density",
     "Handle",
     "Policy",
     "Report",

@@ -35,10 +35,13 @@ class Density:
         return Density(float(exact), exact if exact.denominator < _INT64 else None)
 
     def count(self, elements: int) -> int:
-        """How many of `elements` are kept: n - floor(s n), or ceil(d n - 1e-6) if computed."""
+        """How many of `elements` are kept: n - floor(s n), or ceil(d n - 1e-6) if computed.
+
+        At least one, if there are any: no density is 0.
+        """
         if self.exact is not None:
             return elements - math.floor((1 - self.exact) * elements)
-        return min(elements, max(0, math.ceil(self.value * elements - _SLACK)))
+        return min(elements, max(1, math.ceil(self.value * elements - _SLACK)))
 
     @property
     def is_dense(self) -> bool:

@@ -37,7 +37,7 @@ class SwatError(Exception):
 
 
 class PolicyError(SwatError, ValueError):
-    """A policy asks for something impossible: a sparsity outside [0, 1), a pattern without match."""
+    """A policy asks for something impossible, such as a sparsity outside [0, 1)."""
 
 
 class InputError(SwatError, ValueError):

@@ -39,7 +39,7 @@ def mirror(model: nn.Module) -> nn.Module:
     pairs: list[tuple[nn.Module, nn.Module]] = []
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 raise InputError(
                     "the layer is lazy and has no shape yet",
                     layer=name,
@@ -103,7 +103,7 @@ class SwatModule(fx.GraphModule):
             part.__dict__["swat"] = self.swat
         if "pending_graph" in self.__dict__:
             self.swat.add_module("eager_root", self.__dict__.pop("pending_eager_root"))
-            self.swat.eager_root.train(self.training)
+            self.swat.train(self.training)
             self.graph = self.__dict__.pop("pending_graph")
 
     def share_hooks(self, root: nn.Module) -> None:

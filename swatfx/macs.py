@@ -1,7 +1,7 @@
 """MACs of a layer call in the three passes, dense and sparse (appendix A.3).
 
-Two accountings. "paper" is what the paper's tables are reproduced by: every kernel position at every
-output (forward, weight gradient) or input (input gradient) position, scaled by the target density.
+Two accountings. "paper" reproduces the paper's tables: every kernel position at every output
+(forward, weight gradient) or input (input gradient) position, scaled by the target density.
 "exact" counts the products that a kernel skipping all zeros would form: none with padding, none
 with an inactive weight or a dropped activation, no input gradient where nothing wants one.
 """

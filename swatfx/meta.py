@@ -167,7 +167,8 @@ def _encode(value: Any) -> Any:
 def _decode(kind: type[_Record], data: dict[str, Any] | None) -> _Record | None:
     if data is None:
         return None
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return kind(**values)
 
 
 def read(node: fx.Node) -> NodeRecord:

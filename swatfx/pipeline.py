@@ -28,7 +28,15 @@ from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
 from swatfx.training import after_load
 
-__all__ = ["Measured", "PassRecord", "compile", "default_passes", "measure", "run_passes", "to_networkx"]
+__all__ = [
+    "Measured",
+    "PassRecord",
+    "compile",
+    "default_passes",
+    "measure",
+    "run_passes",
+    "to_networkx",
+]
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def _add_state(gm: SwatModule, policy: Policy) -> None:
     gm.add_module("swat", swat)
     gm.meta["policy"] = policy.to_json()
     gm.adopt_parts()
-    gm.register_load_state_dict_post_hook(after_load)
+    gm.register_load_state_dict_post_hook(after_load)  # type: ignore[no-untyped-call]
 
 
 def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModule:
@@ -211,4 +219,3 @@ def as_fx_pass(function: Pass, policy: Policy | str) -> Any:
 
     run.__name__ = getattr(function, "__name__", "swatfx_pass")
     return run
-

@@ -99,38 +99,21 @@ class Report:
         return self.to_text()
 
     def _render(self, style: str) -> str:
-        rows = [
-            (
-                layer.name,
-                layer.kind,
-                _cell(layer.weight_shape),
-                _cell(layer.input_shape),
-                _percent(layer.weight_density),
-                _percent(layer.activation_density),
-                _percent(layer.realised_activation_density),
-                _engineering(_dense(layer)),
-                _reduction(_sparse(layer), _dense(layer)),
-                _engineering(layer.dense_saved_bytes),
-                _engineering(layer.sparse_saved_bytes),
-                layer.skipped or "",
-            )
-            for layer in self.layers
-        ]
-        heads = (
-            "layer",
-            "kind",
-            "weight",
-            "input",
-            "weight %",
-            "act %",
-            "act % seen",
-            "dense MACs",
-            "saved %",
-            "dense bytes",
-            "bytes",
-            "dense because",
-        )
-        table = tabulate(rows, headers=heads, tablefmt=style, disable_numparse=True)
+        columns: dict[str, list[str]] = {
+            "layer": [layer.name for layer in self.layers],
+            "weight": [_cell(layer.weight_shape) for layer in self.layers],
+            "input": [_cell(layer.input_shape) for layer in self.layers],
+            "weight %": [_percent(layer.weight_density) for layer in self.layers],
+            "act %": [_percent(layer.activation_density) for layer in self.layers],
+            "act % seen": [_percent(layer.realised_activation_density) for layer in self.layers],
+            "MACs": [_engineering(_dense(layer)) for layer in self.layers],
+            "MACs -%": [_reduction(_sparse(layer), _dense(layer)) for layer in self.layers],
+            "bytes kept": [_engineering(layer.dense_saved_bytes) for layer in self.layers],
+            "sparse": [_engineering(layer.sparse_saved_bytes) for layer in self.layers],
+            "dense because": [layer.skipped or "" for layer in self.layers],
+        }
+        shown = {name: cells for name, cells in columns.items() if any(cells)}
+        table = tabulate(shown, headers="keys", tablefmt=style, disable_numparse=True)
         lines = [table, "", *_summary(self)]
         for path, reason in self.eager.items():
             lines.append(f"eager: {path or 'the root module'}: {reason}")
@@ -252,7 +235,7 @@ def _totals(
 def _summary(result: Report) -> list[str]:
     t = result.totals
     saved, dense_saved = t["saved_bytes"], t["dense_saved_bytes"]
-    change = f"{1 - saved / dense_saved:+.1%} saved" if dense_saved else "nothing saved"
+    change = f"{saved / dense_saved - 1:+.1%}" if dense_saved else "nothing is trained"
     return [
         f"policy {result.policy}, {result.accounting} accounting",
         f"training MACs    -{t['training_mac_reduction']:.1%}",
@@ -260,8 +243,8 @@ def _summary(result: Report) -> list[str]:
         f"activations      -{t['activation_reduction']:.1%} (conv and BN inputs)",
         f"weight sparsity   {t['weight_sparsity']:.1%}",
         f"activation sparsity {t['activation_sparsity']:.1%}",
-        f"kept for backward by the whole graph: {_engineering(saved)}B of {_engineering(dense_saved)}B"
-        f" dense ({change}; ReLU, BN and pooling keep what they kept)",
+        f"kept for backward by the whole graph: {_engineering(saved)}B,"
+        f" dense {_engineering(dense_saved)}B ({change}; ReLU, BN and pooling keep what they kept)",
         str(t["topk_overhead"]),
     ]
 

@@ -9,21 +9,18 @@ stopped bit for bit, seconds apart. (On a GPU that holds as far as its kernels a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import json
 import math
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -31,15 +28,16 @@ from swatfx import models
 from swatfx.checkpoint import load, read_extra, save
 from swatfx.datasets import Dataset, open_data
 from swatfx.errors import InputError, SwatError
+from swatfx.layers import all_plans
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
 from swatfx.recipes import Recipe, learning_rate, make_optimizer, recipe_for, recipe_named
 from swatfx.reporting import observe
+from swatfx.run_folder import RunFolder
 from swatfx.training import attach
 
-__all__ = ["RunConfig", "RunResult", "add_arguments", "load_model", "main", "train_run"]
+__all__ = ["RunConfig", "RunResult", "train_run"]
 
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.ckpt"
 _TEST_BATCH = 500  # images; nothing depends on it but speed and memory
 _LOSSES_IN_FLIGHT = 32  # steps on a GPU between two looks at the losses, each of which waits for it
 
@@ -113,9 +111,10 @@ class RunResult:
         train_loss: mean training loss over the images of the last epoch.
         test_accuracy: fraction of test images classified rightly after the last epoch.
         best_test_accuracy: the best such fraction after any epoch.
-        mean_weight_density: mean over layers of the weight density in the last training batch,
-            None where nothing is sparse.
-        mean_activation_density: likewise of the activations kept for backward.
+        mean_weight_density: fraction of the weights of all layers that take part that were active
+            in the last training batch; None where no layer does.
+        mean_activation_density: plain mean over these layers of the fraction of the input
+            activation that was kept for backward.
         seconds: training and testing, those before a resume included.
         output_dir: where metrics and checkpoint are.
     """
@@ -143,34 +142,6 @@ class _Progress:
     images: int = 0
     best_test_accuracy: float = 0.0
     seconds: float = 0.0
-
-
-def load_model(spec: str, num_classes: int) -> nn.Module:
-    """Build the network ``spec``: a name of `swatfx.models.create`, or ``package.module:callable``.
-
-    The callable is called with ``num_classes=...`` and returns a module; it is also looked for in
-    the current folder. Raises `SwatError` where there is no such thing.
-    """
-    if ":" not in spec:
-        return models.create(spec, num_classes=num_classes)
-    module_name, _, attribute = spec.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:  # as `python -m` has it and a console script has not
-        sys.path.insert(0, here)
-    try:
-        builder: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            builder = getattr(builder, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"cannot import the model: {error}",
-            value=spec,
-            remedy="write package.module:callable, importable from the current folder",
-        ) from error
-    model = builder(num_classes=num_classes)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{spec} returned no torch.nn.Module", value=type(model).__name__)
-    return model
 
 
 def train_run(config: RunConfig) -> RunResult:
@@ -210,70 +181,6 @@ def _private_state(config: RunConfig, device: torch.device) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-class _Folder:
-    """The output folder of a run: its configuration, its metrics, its checkpoint."""
-
-    def __init__(self, path: str) -> None:
-        self.path = pathlib.Path(path)
-        self.checkpoint = self.path / CHECKPOINT
-
-    def check(self, identity: Mapping[str, Any], *, resume: bool) -> None:
-        """Raise `InputError` unless the folder is free, or with ``resume`` holds this very run."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError("the output folder is a file", value=str(self.path))
-        if not resume:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise InputError(
-                    "the output folder is not empty",
-                    value=str(self.path),
-                    remedy="continue the run in it with --resume, or give another --output-dir",
-                )
-            return
-        try:
-            before = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"no run to resume: {error}",
-                value=str(self.path),
-                remedy="check --output-dir, or leave --resume out to begin a run",
-            ) from error
-        differing = list(_differences(before, identity))
-        if differing:
-            raise InputError(
-                f"the run to resume is another one: {'; '.join(differing)}",
-                remedy="give the options it was begun with, or another --output-dir",
-            )
-
-    def begin(self, config: Mapping[str, Any], epochs: int) -> None:
-        """Write ``config``, and drop metrics of epochs that the checkpoint has not completed."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write(CONFIG, json.dumps(config, indent=2) + "\n")
-        metrics = self.path / METRICS
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        self._write(METRICS, "".join(line + "\n" for line in lines[:epochs]))
-
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add a line to the metrics."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        """Replace a file in one step."""
-        partial = self.path / (name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.path / name)
-
-
-def _differences(before: Any, now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Name each field of `now` that `before` holds otherwise, nested ones with dots."""
-    for key, value in now.items():
-        old = before.get(key) if isinstance(before, dict) else None
-        if isinstance(value, dict) and isinstance(old, dict):
-            yield from _differences(old, value, f"{prefix}{key}.")
-        elif old != value:
-            yield f"{prefix}{key} was {old!r} and is {value!r}"
-
-
 class _Run:
     """One run: its parts, made in the order that the random state is used in."""
 
@@ -288,7 +195,7 @@ class _Run:
         self.recipe = preset if config.lr is None else preset.with_base_rate(config.lr)
         self.epochs = config.epochs or preset.epochs
         self.batch_size = config.batch_size or preset.batch_size
-        self.folder = None if config.output_dir is None else _Folder(config.output_dir)
+        self.folder = None if config.output_dir is None else RunFolder(config.output_dir)
         identity = self._identity(policy, preset)
         if self.folder is not None:
             self.folder.check(identity, resume=config.resume)
@@ -299,7 +206,7 @@ class _Run:
         if isinstance(self.data, Dataset):
             self.data = self.data.to(device)
         self.batches = self.data.train_batch_count(self.batch_size)
-        model = load_model(config.model, self.data.num_classes).to(device)
+        model = models.resolve(config.model, self.data.num_classes).to(device)
         self.progress = _Progress()
         self.record: dict[str, Any] = {}  # the last line of the metrics
         # Over the model, whose parameters the graph shares: the order of an optimizer's parameters
@@ -310,6 +217,7 @@ class _Run:
             self._restore(read_extra(self.folder.checkpoint))
         else:
             self.gm = compile_model(model, policy)
+        self.sizes = {name: plan.parameters for name, plan in all_plans(self.gm).items()}
         self.board: Any = self._open_board() if config.tensorboard else None
         self.gm.train()
         self.step_module: Callable[..., Any] = self.gm
@@ -405,8 +313,8 @@ class _Run:
             "lr": rate,
             "train_loss": progress.loss_sum / progress.images,
             "test_accuracy": accuracy,
-            "weight_density": _densities(seen.weight_density if seen else {}),
-            "activation_density": _densities(seen.activation_density if seen else {}),
+            "weight_density": _densities(seen.weight_density if seen else {}, self.sizes),
+            "activation_density": _densities(seen.activation_density if seen else {}, {}),
             "seconds": seconds,
         }
         if whole:
@@ -517,10 +425,11 @@ def _logits(output: Any) -> Tensor:
     return output
 
 
-def _densities(by_layer: Mapping[str, float]) -> dict[str, Any]:
-    """Layers' densities with their plain mean, None where no layer takes part."""
+def _densities(by_layer: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Layers' densities with their mean, weighted by `sizes`; None where no layer takes part."""
     layers = {name: float(density) for name, density in by_layer.items()}
-    mean = sum(layers.values()) / len(layers) if layers else None
+    kept = sum(sizes.get(name, 1) * density for name, density in layers.items())
+    mean = kept / sum(sizes.get(name, 1) for name in layers) if layers else None
     return {"mean": mean, "layers": layers}
 
 
@@ -532,64 +441,3 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield f"{name}/mean", record[name]["mean"]
         for layer, density in record[name]["layers"].items():
             yield f"{name}/{layer}", density
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `swatfx train` to ``parser``; `main` takes what it then parses."""
-    add = parser.add_argument
-    add("--model", required=True, help="e.g. cifar/resnet18, or package.module:callable")
-    add("--data", required=True, help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
-    add("--data-root", metavar="DIR", help="where the data set's files are")
-    add("--policy", required=True, help='e.g. swat-u:0.9, "swat-erk:0.9,period=100", dense')
-    add("--recipe", metavar="NAME", help="recipe of the paper (default: by model and data)")
-    add("--epochs", type=int, help="the recipe's schedule is scaled to them (default: its own)")
-    add("--batch-size", type=int, help="images a step; the learning rate is not adapted to it")
-    add("--lr", type=float, help="first learning rate; later ones keep their ratio to it")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--output-dir", metavar="DIR", help="for config, metrics and checkpoint")
-    add("--resume", action="store_true", help="continue the run in --output-dir")
-    add("--limit", type=int, metavar="N", help="train on the first N images only")
-    add("--max-steps", type=int, metavar="N", help="stop after N steps, with a checkpoint")
-    add("--threads", type=int, metavar="N", help="CPU threads")
-    add("--workers", type=int, default=0, metavar="N", help="reader processes (imagenet)")
-    add("--compile", action="store_true", help="torch.compile the training step")
-    add("--tensorboard", action="store_true", help="write TensorBoard events, too")
-    add("--json", action="store_true", help="print the result as JSON")
-    add("--quiet", action="store_true", help="no progress bar and, without --json, no result")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run `swatfx train`; return 0, 2 after an error (told on stderr), or 130 if interrupted."""
-    options = {field.name: getattr(args, field.name) for field in fields(RunConfig)}
-    try:
-        result = train_run(RunConfig(**options))
-    except SwatError as error:
-        print(f"swatfx train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        hint = "; --resume continues from its last checkpoint" if args.output_dir else ""
-        print(f"swatfx train: interrupted{hint}", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(asdict(result)))
-    elif not args.quiet:
-        print(_summary(result))
-    return 0
-
-
-def _summary(result: RunResult) -> str:
-    def density(value: float | None) -> str:
-        return "all dense" if value is None else f"{value:.4f}"
-
-    rows = {
-        "epochs": f"{result.epochs}" + ("" if result.finished else " (stopped early)"),
-        "steps": f"{result.steps}",
-        "train loss": f"{result.train_loss:.4f}",
-        "test accuracy": f"{result.test_accuracy:.2%}, best {result.best_test_accuracy:.2%}",
-        "weight density": density(result.mean_weight_density),
-        "activation density": density(result.mean_activation_density),
-        "seconds": f"{result.seconds:.1f}",
-        "written to": result.output_dir or "nowhere (--output-dir DIR would)",
-    }
-    return "\n".join(f"{name:20}{value}" for name, value in rows.items())

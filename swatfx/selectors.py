@@ -51,7 +51,12 @@ def _l1_over(*, filters: bool, channels: bool) -> Callable[[Tensor, Axes], Tenso
         dims = [d for d in range(x.dim()) if d not in (axes.sample, axes.channel)]
         dims += [0] if filters else []
         dims += [axes.channel] if channels else []
-        return x.abs().sum(dim=dims, keepdim=True) if dims else x.abs()
+        if not dims:
+            return x.abs()
+        # Thresholds are compared with sums that are formed anew at each use, perhaps in another
+        # memory format, dtype or device. The detour makes the order of summation not matter.
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        return x.abs().sum(dim=dims, keepdim=True, dtype=wide).float().to(x.dtype)
 
     return score
 

@@ -49,7 +49,7 @@ class Clock(nn.Module):
                 " attached",
                 remedy="call swatfx.attach(gm, optimizer) before training",
             )
-        step = ops.step(self.iteration, self.token, _tensors(inputs), True)
+        step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True)
         self.iteration.copy_(step[2])
         return step
 
@@ -70,7 +70,8 @@ class PartClock(nn.Module):
         clock: Clock = self.__dict__["clock"]
         if not self.training:
             return clock.iteration
-        return ops.step(clock.iteration, clock.token, _tensors(inputs), False)
+        step: Tensor = ops.step(clock.iteration, clock.token, _tensors(inputs), False)
+        return step
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
@@ -80,8 +81,10 @@ def _tensors(inputs: Any) -> list[Tensor]:
 class Threshold(nn.Module):
     """One tensor's selection state, refreshed every `period` training iterations.
 
-    Buffers: `threshold` (the selector's state), `density` and `fraction` (persistent);
-    `previous` and `stamp` (what a recomputation in backward may need; not persistent).
+    Buffers: `threshold` (the selector's state), `stamp` (iteration of its last refresh), `density`
+    and `fraction`; `previous` (what a recomputation in backward may need) is not persistent.
+    Stamp, density and fraction stay on the host in their own dtype, wherever the model is moved to:
+    the host reads them at every step, and 0.1 in half precision would be another density.
     """
 
     threshold: Tensor
@@ -111,15 +114,17 @@ class Threshold(nn.Module):
         self.is_weight = is_weight
         self.seed = seed
         self.all_ranks = all_ranks
-        # A model on the meta device has no data, but its plan has.
-        device = torch.device("cpu") if state.is_meta else state.device
         self.register_buffer("threshold", state)
-        self.register_buffer("density", torch.zeros((), dtype=torch.float64, device=device))
-        self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device=device))
+        self.register_buffer("density", torch.zeros((), dtype=torch.float64, device="cpu"))
+        self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device="cpu"))
         self.register_buffer("previous", state.clone(), persistent=False)
-        stamp = torch.full((), -1, dtype=torch.int64, device=device)
-        self.register_buffer("stamp", stamp, persistent=False)
+        self.register_buffer("stamp", torch.full((), -1, dtype=torch.int64, device="cpu"))
         self.set_density(density)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Threshold:
+        for name in ("threshold", "previous"):
+            self._buffers[name] = fn(getattr(self, name))
+        return self
 
     def set_density(self, density: Density) -> None:
         """Change the target; it takes effect at the next refresh."""
@@ -149,7 +154,7 @@ class Threshold(nn.Module):
         self.previous.copy_(state)
 
     def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
-        use, threshold, previous, stamp = ops.refresh(
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.refresh(
             x.detach(),
             self.threshold,
             self.previous,
@@ -165,6 +170,7 @@ class Threshold(nn.Module):
             self.seed,
             self.all_ranks,
         )
+        use, threshold, previous, stamp = result
         self.threshold.copy_(threshold)
         self.previous.copy_(previous)
         self.stamp.copy_(stamp)
@@ -213,7 +219,10 @@ class Pack(nn.Module):
         if not any(w.requires_grad for w in weights):
             return None
         dtype = autocast_dtype(x)
-        return ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, self.row_major)
+        kept: Tensor = ops.pack(
+            x.detach(), threshold, self.spatial, self.selector, dtype, self.row_major
+        )
+        return kept
 
 
 class LayerState(nn.Module):

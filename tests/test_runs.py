@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from swatfx import models, runs
+from swatfx import cli_train, models, runs
 from swatfx.checkpoint import load
 from swatfx.errors import InputError, SwatError, UnknownNameError
+from swatfx.run_folder import CHECKPOINT, CONFIG, METRICS
 from swatfx.runs import RunConfig, RunResult, train_run
 
 # 320 images make five steps of 64 an epoch.
@@ -59,7 +60,7 @@ class Killed(BaseException):
 
 
 def _metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / runs.METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def _timeless(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -67,7 +68,7 @@ def _timeless(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _weights(folder: pathlib.Path, spec: str = BASE.model) -> dict[str, Tensor]:
-    gm = load(folder / runs.CHECKPOINT, runs.load_model(spec, 10))
+    gm = load(folder / CHECKPOINT, models.resolve(spec, 10))
     return {name: tensor.clone() for name, tensor in gm.state_dict().items()}
 
 
@@ -116,9 +117,9 @@ def test_a_run_writes_its_configuration_and_a_line_an_epoch(
 ) -> None:
     folder, result = whole
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [runs.CONFIG, runs.METRICS, runs.CHECKPOINT]
+        [CONFIG, METRICS, CHECKPOINT]
     )
-    config = json.loads((folder / runs.CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text())
     assert (config["model"], config["policy"]["sparsity"], config["epochs"]) == (
         "digits/cnn",
         0.9,
@@ -138,7 +139,7 @@ def test_a_run_writes_its_configuration_and_a_line_an_epoch(
             assert density == pytest.approx(0.1, abs=0.01)
         for density in activations["layers"].values():
             assert 0 < density < 0.11
-        assert weights["mean"] == pytest.approx(sum(weights["layers"].values()) / 4)
+        assert activations["mean"] == pytest.approx(sum(activations["layers"].values()) / 4)
     assert result.finished and (result.epochs, result.steps) == (3, 3 * STEPS)
     assert result.test_accuracy == lines[-1]["test_accuracy"]
     assert result.best_test_accuracy == max(line["test_accuracy"] for line in lines)
@@ -176,7 +177,7 @@ def test_a_killed_run_resumes_bit_for_bit(
         with pytest.raises(Killed):
             train_run(config)
     assert len(_metrics(tmp_path / "run")) == lines_left
-    with (tmp_path / "run" / runs.METRICS).open("a") as file:
+    with (tmp_path / "run" / METRICS).open("a") as file:
         file.write('{"epoch": 2, "st')  # a line cut short by the kill
     result = train_run(replace(config, resume=True))
     assert result.steps == 3 * STEPS
@@ -216,9 +217,9 @@ def test_max_steps_stops_within_an_epoch_and_resumes(
 def test_resuming_a_finished_run_changes_nothing(tmp_path: pathlib.Path) -> None:
     config = replace(BASE, epochs=1, limit=64, output_dir=str(tmp_path / "run"))
     first = train_run(config)
-    stamp = (tmp_path / "run" / runs.CHECKPOINT).stat().st_mtime_ns
+    stamp = (tmp_path / "run" / CHECKPOINT).stat().st_mtime_ns
     assert train_run(replace(config, resume=True)) == first
-    assert (tmp_path / "run" / runs.CHECKPOINT).stat().st_mtime_ns == stamp
+    assert (tmp_path / "run" / CHECKPOINT).stat().st_mtime_ns == stamp
 
 
 @pytest.mark.parametrize(
@@ -276,10 +277,15 @@ def test_the_period_comes_from_the_recipe_unless_the_policy_says(
         config = replace(BASE, policy=policy, recipe="imagenet", batch_size=32, max_steps=2)
         result = train_run(replace(config, output_dir=str(folder)))
         assert result.steps == 2
-        written = json.loads((folder / runs.CONFIG).read_text())
+        written = json.loads((folder / CONFIG).read_text())
         assert written["policy"]["period"] == period
         # Half a step into the 5/90 of 3 epochs of ten steps that the warm-up takes.
         assert _metrics(folder)[0]["lr"] == pytest.approx(0.1 * 1.5 / 10 * 30 / 5)
+
+
+def test_the_mean_weight_density_counts_weights_and_not_layers() -> None:
+    result = train_run(replace(BASE, policy="swat-erk:0.9", max_steps=1))
+    assert result.mean_weight_density == pytest.approx(0.1, abs=0.001)
 
 
 def test_a_dense_run_reports_no_densities() -> None:
@@ -331,15 +337,15 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_models_by_name_and_by_import(my_models: str) -> None:
-    assert isinstance(runs.load_model("digits/cnn", 7), type(models.create("digits/cnn")))
-    assert runs.load_model(f"{my_models}:with_dropout", 7)[-1].out_features == 7
+    assert isinstance(models.resolve("digits/cnn", 7), type(models.create("digits/cnn")))
+    assert models.resolve(f"{my_models}:with_dropout", 7)[-1].out_features == 7
     with pytest.raises(UnknownNameError, match="digits/cnn"):
-        runs.load_model("digit/cnn", 10)
+        models.resolve("digit/cnn", 10)
     for wrong in (f"{my_models}:absent", "no_such_module_here:net", ":", "a:"):
         with pytest.raises(InputError, match="cannot import the model"):
-            runs.load_model(wrong, 10)
+            models.resolve(wrong, 10)
     with pytest.raises(InputError, match="no torch.nn.Module"):
-        runs.load_model(f"{my_models}:no_module", 10)
+        models.resolve(f"{my_models}:no_module", 10)
 
 
 def test_a_model_that_returns_no_logits_is_refused(my_models: str) -> None:
@@ -349,10 +355,10 @@ def test_a_model_that_returns_no_logits_is_refused(my_models: str) -> None:
 
 def _main(*options: str) -> int:
     parser = argparse.ArgumentParser()
-    runs.add_arguments(parser)
+    cli_train.add_arguments(parser)
     always = ["--model", "digits/cnn", "--data", "digits", "--policy", "swat-u:0.9"]
     always += ["--device", "cpu", "--threads", "1", "--limit", "64", "--epochs", "1"]
-    return runs.main(parser.parse_args([*always, *options]))
+    return cli_train.main(parser.parse_args([*always, *options]))
 
 
 def test_the_command_prints_its_result_and_no_progress_bar(

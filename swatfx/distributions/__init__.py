@@ -31,4 +31,13 @@ def get(name: str) -> Distribution:
     return DISTRIBUTIONS[name]
 
 
-__all__ = ["DISTRIBUTIONS", "Distribution", "Shape", "er", "erk", "get", "momentum_budgets", "uniform"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "Distribution",
+    "Shape",
+    "er",
+    "erk",
+    "get",
+    "momentum_budgets",
+    "uniform",
+]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 _NEARLY_DENSE = 0.99
 
 
-def momentum_budgets(
-    momenta: Sequence[float], sizes: Sequence[int], density: float
-) -> list[int]:
+def momentum_budgets(momenta: Sequence[float], sizes: Sequence[int], density: float) -> list[int]:
     """Number of active weights a layer.
 
     Args:

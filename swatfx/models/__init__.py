@@ -24,10 +24,11 @@ from swatfx.errors import UnknownNameError
 from swatfx.models.densenet import DenseNet
 from swatfx.models.digits import DigitsCNN
 from swatfx.models.resnet import ResNet
+from swatfx.models.resolve import build
 from swatfx.models.vgg import VGG
 from swatfx.models.wide_resnet import WideResNet
 
-__all__ = ["create", "default_input_shape", "names"]
+__all__ = ["create", "default_input_shape", "names", "resolve"]
 
 
 class _Entry(NamedTuple):
@@ -159,3 +160,13 @@ def create(name: str, *, num_classes: int | None = None, **kwargs: Any) -> nn.Mo
         config["init_weights"] = True
     model: nn.Module = models.get_model(name, **(config | kwargs))
     return model
+
+
+def resolve(spec: str, num_classes: int | None = None) -> nn.Module:
+    """Build the network `spec`: a name that `create` knows, or ``package.module:callable``.
+
+    Raises UnknownNameError or InputError where there is no such thing.
+    """
+    if ":" in spec:
+        return build(spec, num_classes)
+    return create(spec, num_classes=num_classes)

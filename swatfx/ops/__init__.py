@@ -5,8 +5,11 @@ is the definition. Importing this package registers them all.
 """
 
 from swatfx.ops.conv import conv, conv_backward
+from swatfx.ops.flops import register_flops
 from swatfx.ops.linear import linear, linear_backward
 from swatfx.ops.pack import pack
 from swatfx.ops.state import refresh, step
+
+register_flops()
 
 __all__ = ["conv", "conv_backward", "linear", "linear_backward", "pack", "refresh", "step"]

@@ -17,7 +17,15 @@ from swatfx import bits, selectors
 from swatfx.errors import SwatError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.pack import unpack
-from swatfx.ops.where import SWAT, Where, active_weight, sparse_gradient, weight_keep
+from swatfx.ops.where import (
+    SWAT,
+    Where,
+    active_weight,
+    as_seen,
+    kept_only,
+    sparse_gradient,
+    weight_keep,
+)
 from swatfx.selectors import Axes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -71,13 +79,36 @@ def conv(
     where = Where.parse(sparse)
     spatial = weight.dim() - 2
     if where.forward_activation and activation_state is not None:
-        axes = Axes.of(input.dim(), spatial, False)
-        keep = selectors.get(activation_selector).keep(input, activation_state, axes)
-        input = input.masked_fill(keep.logical_not(), 0)
-    used = weight.to(input.dtype)
+        input = _active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
+    used = as_seen(weight, input.dtype)
     if where.forward_weight:
         used = active_weight(weight, weight_state, weight_selector, input.dtype)
     return _run(input, used, bias, stride, padding, dilation, groups)
+
+
+def _active_input(
+    input: Tensor,
+    state: Tensor,
+    selector: str,
+    spatial: int,
+    pad: Sequence[int] | None,
+    pad_mode: str,
+) -> Tensor:
+    """Top-K of a padded activation: that of the activation, padded again.
+
+    A random selector draws a mask of the activation's own shape, the one that `swatfx::pack` draws.
+    """
+    pad = pad or ()
+    core = input
+    for i in range(len(pad) // 2):
+        d = input.dim() - 1 - i
+        core = core.narrow(d, pad[2 * i], input.shape[d] - pad[2 * i] - pad[2 * i + 1])
+    keep = selectors.get(selector).keep(core, state, Axes.of(input.dim(), spatial, False))
+    core = kept_only(core, keep)
+    if not pad:
+        return core
+    layout = _layout(input.dim(), bits.is_channels_last(input))
+    return F.pad(core, list(pad), mode=pad_mode).contiguous(memory_format=layout)
 
 
 def _run(
@@ -107,7 +138,7 @@ def _(
     *rest: Any,
     **options: Any,
 ) -> Tensor:
-    return _run(input, weight.to(input.dtype), bias, stride, padding, dilation, groups)
+    return _run(input, as_seen(weight, input.dtype), bias, stride, padding, dilation, groups)
 
 
 @torch.library.custom_op("swatfx::conv_backward", mutates_args=())
@@ -147,7 +178,7 @@ def conv_backward(
             bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
         grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
     seen = _seen_input(grad, input, kept, input_shape, channels_last, pad, pad_mode)
-    used = weight.to(grad.dtype)
+    used = as_seen(weight, grad.dtype)
     if where.backward_weight and wants_input:
         used = active_weight(weight, weight_state, weight_selector, grad.dtype)
     if not batched:
@@ -172,8 +203,8 @@ def conv_backward(
     if wants_weight:
         weight_grad = weight_grad.to(weight.dtype)
         if where.active_only:
-            inactive = weight_keep(weight, weight_state, weight_selector).logical_not()
-            weight_grad = weight_grad.masked_fill(inactive, 0)
+            active = weight_keep(weight, weight_state, weight_selector)
+            weight_grad = kept_only(weight_grad, active)
     empty = grad.new_empty(0)
     return (
         input_grad if wants_input else empty,
@@ -240,7 +271,7 @@ def _(
     grads = torch.ops.aten.convolution_backward(
         grad if batched else grad.unsqueeze(0),
         seen if batched else seen.unsqueeze(0),
-        weight.to(grad.dtype),
+        as_seen(weight, grad.dtype),
         [weight.shape[0]],
         list(stride),
         list(padding),

@@ -13,7 +13,15 @@ from swatfx import selectors
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.pack import unpack
-from swatfx.ops.where import SWAT, Where, active_weight, sparse_gradient, weight_keep
+from swatfx.ops.where import (
+    SWAT,
+    Where,
+    active_weight,
+    as_seen,
+    kept_only,
+    sparse_gradient,
+    weight_keep,
+)
 from swatfx.selectors import Axes
 
 
@@ -54,8 +62,8 @@ def linear(
     if where.forward_activation and activation_state is not None:
         axes = Axes.of(input.dim(), 0, False)
         keep = selectors.get(activation_selector).keep(input, activation_state, axes)
-        input = input.masked_fill(keep.logical_not(), 0)
-    used = weight.to(input.dtype)
+        input = kept_only(input, keep)
+    used = as_seen(weight, input.dtype)
     if where.forward_weight:
         used = active_weight(weight, weight_state, weight_selector, input.dtype)
     return F.linear(input, used, bias)
@@ -63,7 +71,7 @@ def linear(
 
 @linear.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options: Any) -> Tensor:
-    return F.linear(input, weight.to(input.dtype), bias)
+    return F.linear(input, as_seen(weight, input.dtype), bias)
 
 
 @torch.library.custom_op("swatfx::linear_backward", mutates_args=())
@@ -90,7 +98,7 @@ def linear_backward(
     rows = grad.reshape(-1, features)
     input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
     if wants[0]:
-        used = weight.to(grad.dtype)
+        used = as_seen(weight, grad.dtype)
         if where.backward_weight:
             used = active_weight(weight, weight_state, weight_selector, grad.dtype)
         input_grad = (rows @ used).view(tuple(input_shape))
@@ -100,8 +108,8 @@ def linear_backward(
             input = unpack(kept, tuple(input_shape), grad.dtype, False)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
         if where.active_only:
-            inactive = weight_keep(weight, weight_state, weight_selector).logical_not()
-            weight_grad = weight_grad.masked_fill(inactive, 0)
+            active = weight_keep(weight, weight_state, weight_selector)
+            weight_grad = kept_only(weight_grad, active)
     return input_grad, weight_grad, bias_grad
 
 

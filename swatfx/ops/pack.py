@@ -29,9 +29,7 @@ def pack(
     axes = Axes.of(x.dim(), spatial, False)
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)
     channels_last = not row_major and bits.is_channels_last(x)
-    return bits.pack(
-        bits.flat_view(x, channels_last), bits.flat_view(keep, channels_last), dtype
-    )
+    return bits.pack(bits.flat_view(x, channels_last), bits.flat_view(keep, channels_last), dtype)
 
 
 @pack.register_fake
@@ -42,7 +40,9 @@ def _(
     return x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
+def unpack(
+    packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> Tensor:
     """The sparse activation as a dense tensor of `shape`, in the memory format it was packed from."""
     flat = bits.unpack(packed, torch.Size(shape).numel(), dtype)
     return bits.from_flat(flat, shape, channels_last)

@@ -50,15 +50,27 @@ class Where:
         return f"{forward}/{backward}{'g' * self.gradient}{'!' * self.active_only}"
 
 
+def kept_only(x: Tensor, keep: Tensor) -> Tensor:
+    """`x` where `keep`, else zero, in the memory format of `x` (`masked_fill` is row-major)."""
+    return x.clone().masked_fill_(keep.logical_not(), 0)
+
+
 def weight_keep(weight: Tensor, state: Tensor, selector: str) -> Tensor:
     """Mask of active weights, broadcastable to `weight`."""
     return selectors.get(selector).keep(weight, state, Axes(0, 1))
 
 
+def as_seen(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in the half precision that autocast gave the activation.
+
+    Any other difference between the two is the user's mistake: eager's own error tells it.
+    """
+    return weight.to(dtype) if dtype in (torch.float16, torch.bfloat16) else weight
+
+
 def active_weight(weight: Tensor, state: Tensor, selector: str, dtype: torch.dtype) -> Tensor:
-    """Top-K weight as a dense tensor in the weight's memory format, cast to `dtype`."""
-    inactive = weight_keep(weight, state, selector).logical_not_()
-    return weight.masked_fill(inactive, 0).to(dtype)
+    """Top-K weight as a dense tensor in the weight's memory format, as `dtype` sees it."""
+    return as_seen(kept_only(weight, weight_keep(weight, state, selector)), dtype)
 
 
 def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> Tensor:
@@ -68,9 +80,10 @@ def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> 
     axes = Axes.of(grad.dim(), spatial, False)
     chosen = selectors.get(selector)
     state = chosen.state(grad, value, axes, seed=0)
-    return grad.masked_fill(chosen.keep(grad, state, axes).logical_not(), 0)
+    return kept_only(grad, chosen.keep(grad, state, axes))
 
 
 def density_text(density: Density) -> str:
     """The inverse of what `sparse_gradient` reads."""
-    return repr(density.value) if density.exact is None else f"{density.exact.numerator}/{density.exact.denominator}"
+    exact = density.exact
+    return repr(density.value) if exact is None else f"{exact.numerator}/{exact.denominator}"

@@ -1,0 +1,357 @@
+"""What every runner shares: alternating timers, spread, the machine, dated result files.
+
+A runner hands `run` a `Benchmark`. Sides that are compared take turns within one process, and their
+ratio is taken round by round, so that a slow minute of the machine meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# glibc gives big buffers back at every free, and a fresh page costs more than the arithmetic that
+# fills it: under these settings it keeps them.
+TUNED = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_threshold=4294967296",
+        "glibc.malloc.trim_threshold=17179869184",
+    )
+)
+_PACKAGES = ("torch", "torchvision", "numpy", "networkx", "swatfx")
+
+Side = Callable[[], Mapping[str, float]]
+Rounds = dict[str, dict[str, list[float]]]  # side -> quantity -> one value a round
+Row = list[Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and spread of some values; `iqr` is the distance between the quartiles."""
+
+    median: float
+    minimum: float
+    maximum: float
+    iqr: float
+    count: int
+
+    def to_json(self) -> dict[str, float]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The spread of `values`, of which there must be one at least."""
+    if not values:
+        raise ValueError("spread of no values")
+    iqr = 0.0
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        iqr = high - low
+    return Spread(statistics.median(values), min(values), max(values), iqr, len(values))
+
+
+def ratio(rounds: Rounds, side: str, base: str, quantity: str = "seconds") -> dict[str, float]:
+    """Spread of `side` over `base`, round by round."""
+    pairs = zip(rounds[side][quantity], rounds[base][quantity], strict=True)
+    return spread([a / b for a, b in pairs]).to_json()
+
+
+def summary(rounds: Rounds) -> dict[str, dict[str, dict[str, float]]]:
+    """Spread of every quantity of every side."""
+    return {
+        side: {name: spread(values).to_json() for name, values in quantities.items()}
+        for side, quantities in rounds.items()
+    }
+
+
+def fastest(rounds: Rounds, sides: Sequence[str], quantity: str = "seconds") -> str:
+    """The side of `sides` with the smallest median."""
+    return min(sides, key=lambda side: statistics.median(rounds[side][quantity]))
+
+
+def timed(function: Callable[[], object]) -> Side:
+    """A side that measures the seconds of one call."""
+
+    def side() -> dict[str, float]:
+        start = time.perf_counter()
+        function()
+        return {"seconds": time.perf_counter() - start}
+
+    return side
+
+
+def alternate(
+    sides: Mapping[str, Side],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    tick: Callable[[], object] = lambda: None,
+) -> Rounds:
+    """Run the sides in turn, `repeats` rounds after `warmup` unrecorded ones.
+
+    Every other round runs backwards, so that no side always follows the same one.
+
+    Args:
+        sides: what to measure, by name; each call returns its quantities.
+        repeats: recorded rounds.
+        warmup: rounds before them.
+        tick: called after each call of a side.
+    """
+    rounds: Rounds = {name: {} for name in sides}
+    for index in range(-warmup, repeats):
+        order = list(sides) if index % 2 == 0 else list(sides)[::-1]
+        for name in order:
+            gc.collect()
+            result = sides[name]()
+            tick()
+            if index >= 0:
+                for quantity, value in result.items():
+                    rounds[name].setdefault(quantity, []).append(value)
+    return rounds
+
+
+def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Slope of log(value) over log(size): 1 is linear."""
+    xs, ys = [math.log(n) for n in sizes], [math.log(v) for v in values]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and what of it PyTorch uses; no names of hosts or folders."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "accelerator": accelerator,
+    }
+
+
+def _processor() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    match = re.search(r"model name\s*:\s*(.+)", text)
+    return match[1].strip() if match else platform.processor()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def command(name: str, argv: Sequence[str]) -> str:
+    """The command line of a run, without the folder of its output file."""
+    words = ["python", "-m", f"benchmarks.{name}"]
+    for index, word in enumerate(argv):
+        after_option = index > 0 and argv[index - 1] == "--output"
+        if after_option:
+            word = pathlib.PurePath(word).name
+        elif word.startswith("--output="):
+            word = "--output=" + pathlib.PurePath(word.removeprefix("--output=")).name
+        words.append(word)
+    return shlex.join(words)
+
+
+def today() -> str:
+    """The date as YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
+
+
+def write_result(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Write `result` as JSON; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One runner.
+
+    Attributes:
+        name: of its module and its result files.
+        description: one line, for --help and the result file.
+        add_arguments: adds the runner's own options.
+        measure: options -> JSON-able result, under one allocator.
+        table: a result of `measure` -> (headers, rows) to print.
+        notes: what a reader of the figures has to know.
+    """
+
+    name: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    table: Callable[[Mapping[str, Any]], tuple[list[str], list[Row]]]
+    notes: tuple[str, ...] = ()
+
+
+def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, print, and write the dated result file."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(benchmark).parse_args(given)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.worker:
+        print(json.dumps(benchmark.measure(args)))
+        return 0
+    allocator = args.allocator or ("current" if args.quick else "both")
+    measured = {}
+    for one in ("tuned", "default") if allocator == "both" else (allocator,):
+        measured[one] = (
+            benchmark.measure(args) if one == "current" else _in_worker(benchmark.name, given, one)
+        )
+    result = {
+        "benchmark": benchmark.name,
+        "description": benchmark.description,
+        "date": today(),
+        "command": command(benchmark.name, given),
+        "quick": args.quick,
+        "machine": machine(),
+        "versions": versions(),
+        "notes": list(benchmark.notes),
+        "tuned_allocator": f"GLIBC_TUNABLES={TUNED}",
+        "allocators": measured,
+    }
+    path = args.output
+    if path is None and not args.quick:
+        path = RESULTS / f"{result['date']}-{benchmark.name}.json"
+    if path is not None:
+        write_result(result, path)
+    print(json.dumps(result, indent=1) if args.json else render(benchmark, result))
+    return 0
+
+
+def render(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
+    """`result` as text."""
+    described = {**result["machine"], **result["versions"]}
+    lines = [
+        f"{benchmark.name}: {benchmark.description}",
+        f"{result['date']}  {result['command']}",
+        ", ".join(f"{key} {value}" for key, value in described.items() if value is not None),
+        *benchmark.notes,
+    ]
+    for allocator, measured in result["allocators"].items():
+        headers, rows = benchmark.table(measured)
+        cells = [[_cell(value) for value in row] for row in rows]
+        lines += ["", f"allocator: {allocator}", tabulate(cells, headers, disable_numparse=True)]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def with_spread(values: Mapping[str, float]) -> str:
+    """A spread as text: median, and minimum to maximum."""
+    return f"{values['median']:.3g} [{values['minimum']:.3g}, {values['maximum']:.3g}]"
+
+
+def progress(total: int, description: str) -> tqdm[Any]:
+    """A progress bar on standard error, where that is a terminal."""
+    return tqdm(total=total, desc=description, disable=None, leave=False)
+
+
+def worker_environment(allocator: str) -> dict[str, str]:
+    """The environment of a process that runs under `allocator`: "tuned" or "default"."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    if allocator == "tuned":
+        if platform.libc_ver()[0] != "glibc":
+            raise SystemExit("the tuned allocator is glibc's: use --allocator default")
+        environment["GLIBC_TUNABLES"] = TUNED
+    return environment
+
+
+def _in_worker(name: str, argv: Sequence[str], allocator: str) -> dict[str, Any]:
+    """`measure` in a process of its own: the allocator reads its settings when it starts."""
+    words = [sys.executable, "-m", f"benchmarks.{name}", *argv, "--worker"]
+    environment = worker_environment(allocator)
+    done = subprocess.run(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"the measurement under the {allocator} allocator failed, see above")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.description
+    )
+    benchmark.add_arguments(parser)
+    parser.add_argument("--repeats", type=positive, help="rounds that are recorded")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the runner out")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"result file (default: benchmarks/results/DATE-{benchmark.name}.json; no file with"
+        " --quick)",
+    )
+    parser.add_argument(
+        "--allocator",
+        choices=("both", "tuned", "default", "current"),
+        help="glibc's settings, each in a process of its own, or as they are in this process"
+        " (default: both, with --quick current)",
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An option's value that is a whole number, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

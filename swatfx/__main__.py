@@ -1,0 +1,8 @@
+"""`python -m swatfx` is the command `swatfx`."""
+
+import sys
+
+from swatfx.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The command line: `swatfx report | train | export | policies | models | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from swatfx import cli_train, demo, models, policy
+from swatfx.checkpoint import load, write_atomically
+from swatfx.errors import InputError, SwatError
+from swatfx.exporting import export
+from swatfx.pipeline import compile as compile_model
+from swatfx.policy import Policy
+from swatfx.reporting import Report, report
+
+_EPILOG = """examples:
+  swatfx report resnet50 --policy swat-u:0.8
+  swatfx report cifar/vgg16 --policy swat-erk --sparsity 0.95 --json
+  swatfx report mypackage.nets:build --input-shape 3,64,64 --policy swat-u:0.9,period=100
+  swatfx train --model cifar/resnet18 --data cifar10 --data-root DIR --policy swat-u:0.9 --epochs 30
+  swatfx export resnet50 --policy swat-u:0.8 --output resnet50.pt2
+
+A model is a torchvision name, a cifar/ name (swatfx models lists them), or package.module:callable.
+A policy is name:sparsity[,field=value...] (swatfx policies lists names and fields)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 2 after an error told on stderr."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except SwatError as error:
+        print(f"swatfx {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe left: nothing to say, and nobody to say it to
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swatfx",
+        description="Sparse weight activation training (SWAT) as a torch.fx compiler.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    command = add(
+        "report", _report, "count MACs and saved bytes of a training step, layer by layer"
+    )
+    _add_model(command)
+    command.add_argument("--accounting", choices=("paper", "exact"), default="paper")
+    command.add_argument(
+        "--activation-floor",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="natural activation sparsity",
+    )
+    command.add_argument(
+        "--step-ms", type=float, metavar="D", help="your dense step, for the Top-K overhead line"
+    )
+    command.add_argument("--topk-ms", type=float, metavar="K", help="your Top-K refresh")
+    command.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
+    command.add_argument("--json", action="store_true", help="the same as --format json")
+    command.add_argument("--output", metavar="FILE", help="write there instead of printing")
+
+    command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
+    cli_train.add_arguments(command)
+
+    command = add("export", _export, "write a model as .pt2, .onnx or .safetensors")
+    _add_model(command)
+    command.add_argument("--checkpoint", metavar="FILE", help="weights that swatfx train wrote")
+    command.add_argument("--training", action="store_true", help="the training graph (.pt2)")
+    command.add_argument("--output", required=True, metavar="FILE", help="its suffix is the format")
+    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+    command = add("policies", _policies, "list policies and the fields of one")
+    command.add_argument("--json", action="store_true")
+    command = add("models", _models, "list model names")
+    command.add_argument("--json", action="store_true")
+
+    command = add(
+        "demo", _demo, "the paper's ResNet-50 figures, an export, and a small training run"
+    )
+    command.add_argument("--output-dir", default="demo", metavar="DIR", help="default: demo")
+    command.add_argument("--epochs", type=int, default=15, help="of each digits run")
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="e.g. resnet50, cifar/vgg16, package.module:callable")
+    command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
+    command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
+    command.add_argument("--batch-size", type=int, default=32, metavar="N")
+    command.add_argument(
+        "--input-shape", metavar="C,H,W", help="of one sample; needed for your own models"
+    )
+
+
+def read_policy(text: str, sparsity: float | None) -> Policy:
+    """`--policy` and `--sparsity` together: "swat-u" with 0.9 is "swat-u:0.9"."""
+    if sparsity is None:
+        return policy.parse(text)
+    head, comma, tail = text.partition(",")
+    return policy.parse(f"{head.partition(':')[0]}:{sparsity}{comma}{tail}")
+
+
+def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
+    """The input shape with its batch.
+
+    Raises:
+        InputError: not a list of positive numbers, or missing for a model of the user's own.
+    """
+    if args.batch_size < 1:
+        raise InputError("--batch-size is at least 1", value=args.batch_size)
+    if args.input_shape is None:
+        if ":" in args.model:
+            raise InputError(
+                "your own model wants an input shape", remedy="add --input-shape 3,224,224"
+            )
+        return (args.batch_size, *models.default_input_shape(args.model))
+    try:
+        shape = tuple(int(v) for v in args.input_shape.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise InputError(
+            "--input-shape is a list of positive numbers",
+            value=args.input_shape,
+            remedy="write it as 3,224,224",
+        )
+    return (args.batch_size, *shape)
+
+
+def _build(args: argparse.Namespace, device: str) -> nn.Module:
+    try:
+        with torch.device(device):
+            return models.resolve(args.model)
+    except (NotImplementedError, RuntimeError):
+        # Some builders read the values of their weights, which the meta device does not have.
+        return models.resolve(args.model)
+
+
+def _report(args: argparse.Namespace) -> int:
+    chosen = read_policy(args.policy, args.sparsity)
+    shape = read_shape(args)
+    gm = compile_model(_build(args, "meta"), chosen)
+    options = {"step_ms": args.step_ms, "topk_ms": args.topk_ms}
+    result = report(
+        gm,
+        (torch.empty(shape, device="meta"),),
+        accounting=args.accounting,
+        activation_floor=args.activation_floor,
+        **{k: v for k, v in options.items() if v is not None},
+    )
+    _emit(_formatted(result, "json" if args.json else args.format), args.output)
+    return 0
+
+
+def _formatted(result: Report, form: str) -> str:
+    return {
+        "table": result.to_text,
+        "markdown": result.to_markdown,
+        "csv": result.to_csv,
+        "json": result.to_json,
+    }[form]()
+
+
+def _emit(text: str, output: str | None) -> None:
+    if output is None:
+        print(text.rstrip("\n"))
+        return
+    write_atomically(output, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+
+
+def _export(args: argparse.Namespace) -> int:
+    model = models.resolve(args.model)
+    shape = read_shape(args)
+    if args.checkpoint:
+        gm = load(args.checkpoint, model)
+    else:
+        gm = compile_model(model, read_policy(args.policy, args.sparsity))
+    export(gm, args.output, (torch.zeros(shape),), training=args.training)
+    size = Path(args.output).stat().st_size
+    if args.json:
+        print(json.dumps({"path": args.output, "bytes": size}))
+    else:
+        print(f"{args.output}: {size:,} bytes")
+    return 0
+
+
+def _policies(args: argparse.Namespace) -> int:
+    known = {f.name: f.default for f in fields(Policy) if f.name not in ("name", "rules")}
+    rows = [
+        (name, (build.__doc__ or "").strip().splitlines()[0])
+        for name, build in policy.CONSTRUCTORS.items()
+    ]
+    if args.json:
+        print(json.dumps({"policies": dict(rows), "fields": known}))
+        return 0
+    print(tabulate(rows, headers=("policy", "what it is")))
+    print()
+    print(tabulate(list(known.items()), headers=("field", "default")))
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    names = models.names()
+    print(json.dumps(names) if args.json else "\n".join(names))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    demo.run(Path(args.output_dir), args.epochs)
+    return 0
+
+
+__all__ = ["main", "read_policy", "read_shape"]

@@ -1,0 +1,72 @@
+"""`swatfx train`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+
+from swatfx.errors import SwatError
+from swatfx.runs import RunConfig, RunResult, train_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `swatfx train` to ``parser``; `main` takes what it then parses."""
+    add = parser.add_argument
+    add("--model", required=True, help="e.g. cifar/resnet18, or package.module:callable")
+    add("--data", required=True, help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
+    add("--data-root", metavar="DIR", help="where the data set's files are")
+    add("--policy", required=True, help='e.g. swat-u:0.9, "swat-erk:0.9,period=100", dense')
+    add("--recipe", metavar="NAME", help="recipe of the paper (default: by model and data)")
+    add("--epochs", type=int, help="the recipe's schedule is scaled to them (default: its own)")
+    add("--batch-size", type=int, help="images a step; the learning rate is not adapted to it")
+    add("--lr", type=float, help="first learning rate; later ones keep their ratio to it")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--output-dir", metavar="DIR", help="for config, metrics and checkpoint")
+    add("--resume", action="store_true", help="continue the run in --output-dir")
+    add("--limit", type=int, metavar="N", help="train on the first N images only")
+    add("--max-steps", type=int, metavar="N", help="stop after N steps, with a checkpoint")
+    add("--threads", type=int, metavar="N", help="CPU threads")
+    add("--workers", type=int, default=0, metavar="N", help="reader processes (imagenet)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--tensorboard", action="store_true", help="write TensorBoard events, too")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--quiet", action="store_true", help="no progress bar and, without --json, no result")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `swatfx train`; return 0, 2 after an error (told on stderr), or 130 if interrupted."""
+    options = {field.name: getattr(args, field.name) for field in fields(RunConfig)}
+    try:
+        result = train_run(RunConfig(**options))
+    except SwatError as error:
+        print(f"swatfx train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; --resume continues from its last checkpoint" if args.output_dir else ""
+        print(f"swatfx train: interrupted{hint}", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(asdict(result)))
+    elif not args.quiet:
+        print(_summary(result))
+    return 0
+
+
+def _summary(result: RunResult) -> str:
+    def density(value: float | None) -> str:
+        return "1 (all dense)" if value is None else f"{value:.4f}"
+
+    rows = {
+        "epochs": f"{result.epochs}" + ("" if result.finished else " (stopped early)"),
+        "steps": f"{result.steps}",
+        "train loss": f"{result.train_loss:.4f}",
+        "test accuracy": f"{result.test_accuracy:.2%}, best {result.best_test_accuracy:.2%}",
+        "weight density": density(result.mean_weight_density),
+        "activation density": density(result.mean_activation_density) + " (mean of the layers)",
+        "seconds": f"{result.seconds:.1f}",
+        "written to": result.output_dir or "nowhere (--output-dir DIR would)",
+    }
+    return "\n".join(f"{name:20}{value}" for name, value in rows.items())

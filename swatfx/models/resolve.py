@@ -1,0 +1,61 @@
+"""A network from what a user types: one of our names, or ``package.module:callable``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from torch import nn
+
+from swatfx.errors import InputError
+
+
+def import_callable(spec: str) -> Any:
+    """Import ``package.module:callable``; the current folder is looked in as well.
+
+    Raises:
+        InputError: there is no such thing.
+    """
+    module_name, _, attribute = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # as `python -m` has it and a console script has not
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"cannot import the model: {error}",
+            value=spec,
+            remedy="write package.module:callable, importable from the current folder",
+        ) from error
+    return found
+
+
+def build(spec: str, num_classes: int | None) -> nn.Module:
+    """Call ``package.module:callable``, with ``num_classes=`` if it is given and taken.
+
+    Raises:
+        InputError: it cannot be imported, cannot be called so, or returns no module.
+    """
+    builder = import_callable(spec)
+    if not callable(builder):
+        raise InputError("not a callable that builds a model", value=spec)
+    options = {}
+    if num_classes is not None and "num_classes" in inspect.signature(builder).parameters:
+        options["num_classes"] = num_classes
+    try:
+        model = builder(**options)
+    except TypeError as error:
+        raise InputError(
+            f"the model cannot be built: {error}",
+            value=spec,
+            remedy="name a callable without required arguments",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned no torch.nn.Module", value=type(model).__name__)
+    return model
