@@ -20,7 +20,7 @@ from benchmarks import common
 from swatfx import topk
 from swatfx.density import Density
 
-_SIZES = (10**4, 10**5, 10**6, 10**7, 25 * 10**6)
+_SIZES = (10**4, 10**5, 10**6, 4 * 10**6, 10**7, 25 * 10**6)
 _QUICK_SIZES = (10**4, 10**5, 3 * 10**5)
 _LEAST_ELEMENTS = 3 * 10**5  # per timed call, so that the clock's grain does not matter
 _ASYMPTOTIC = 10**6  # sizes from here on give the growth exponent: below, fixed costs show
@@ -98,25 +98,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _growth(results: list[dict[str, Any]], side: str) -> dict[str, float | None]:
     """Exponents over all sizes, and over those where fixed costs no longer show."""
-    points = [(r["n"], r["sides"][side]["seconds"]["median"]) for r in results]
-    large = [(n, t) for n, t in points if n >= _ASYMPTOTIC]
-    exponents = {}
-    for name, chosen in (("all_sizes", points), ("from_1e6", large)):
-        exponents[name] = common.growth_exponent(*zip(*chosen)) if len(chosen) > 1 else None
+    exponents: dict[str, float | None] = {}
+    for value in ("median", "minimum"):
+        points = [(r["n"], r["sides"][side]["seconds"][value]) for r in results]
+        large = [(n, t) for n, t in points if n >= _ASYMPTOTIC]
+        for name, chosen in (("all_sizes", points), ("from_1e6", large)):
+            sizes, seconds = [n for n, _ in chosen], [t for _, t in chosen]
+            exponent = common.growth_exponent(sizes, seconds) if len(chosen) > 1 else None
+            exponents[f"{name}_{value}"] = exponent
     return exponents
 
 
 def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     """One row a size, and the growth exponents."""
-    headers = ["n", *(f"{name}, ms" for name in SEARCHES), "over topk", "over kthvalue"]
+    headers = ["n", *(f"{name}, ms" for name in SEARCHES), "ns/element", "over topk"]
+    headers.append("over kthvalue")
     rows: list[common.Row] = []
     for result in measured["sizes"]:
         times = [result["sides"][name]["seconds"]["median"] * 1e3 for name in SEARCHES]
         ratios = [common.with_spread(r) for r in result["ratios"].values()]
-        rows.append([result["n"], *times, *ratios])
-    for key in ("all_sizes", "from_1e6"):
+        rows.append([result["n"], *times, times[0] * 1e6 / result["n"], *ratios])
+    for key in measured["growth_exponents"]["kth_magnitude"]:
         exponents = [measured["growth_exponents"][name][key] for name in SEARCHES]
-        rows.append([f"growth exponent, {key}", *exponents, None, None])
+        rows.append([f"growth exponent, {key}", *exponents, None, None, None])
     return headers, rows
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from passes.trace_model import LAYERS
+from passes.module_kinds import LAYERS
 
 # Modules and functions whose result never shares memory with their inputs. All others may.
 _FRESH_MODULES = (

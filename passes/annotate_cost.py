@@ -140,11 +140,11 @@ def _exact(
     gradient = plan.gradient_density.value
     forward = weight if plan.forward_weight else full
     if plan.forward_activation:
-        forward = math.ceil(forward * activation_density(plan, layer))
+        forward = math.ceil(forward * activation_density(plan, layer) - 1e-6)
     backward = weight if plan.backward_weight else full
     kept = scaled.weight_gradient
     if seen.keep is not None:
         filters = plan.weight_shape[0] // (call.groups if kernel else 1)
         kept = macs.exact_activation_macs(seen.keep.cpu(), uses, filters)
-        kept = math.ceil(kept * gradient)
-    return dense, Macs(forward, math.ceil(backward * gradient) * wanted, kept)
+        kept = math.ceil(kept * gradient - 1e-6)
+    return dense, Macs(forward, math.ceil(backward * gradient - 1e-6) * wanted, kept)

@@ -36,12 +36,12 @@ def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
             if plan is not None:
                 nodes.setdefault(plan.name, []).append(node)
                 plans.setdefault(plan.name, plan)
-    rules = _rule_of(ctx.policy, list(plans))
-    for policy in dict.fromkeys(rules.values()):
-        group = [plan for name, plan in plans.items() if rules[name] == policy]
-        for plan in _assign(group, policy):
+    rules = _rule_of(ctx.policy, [*plans, *gm.unreached])
+    for rule in dict.fromkeys(rules.values()):
+        group = [plan for name, plan in plans.items() if rules[name] == rule]
+        for plan in _assign(group, rule[1]):
             plans[plan.name] = plan
-    _check_something_left(ctx.policy, plans)
+    _check_something_left(ctx.policy, plans | gm.unreached)
     for name, plan in plans.items():
         for node in nodes[name]:
             meta.update(node, plan=plan)
@@ -49,7 +49,7 @@ def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
     return PassResult(gm, bool(plans), (f"{count} of {len(plans)} layers sparse",))
 
 
-def _rule_of(policy: Policy, names: list[str]) -> dict[str, Policy]:
+def _rule_of(policy: Policy, names: list[str]) -> dict[str, tuple[int, Policy]]:
     for pattern, _ in policy.rules:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise PolicyError(
@@ -125,6 +125,13 @@ def _skip_reason(plan: LayerPlan, policy: Policy) -> str | None:
 
 def _check_selectors(policy: Policy, density: Density, layer: str) -> None:
     selectors.get(policy.weight_selector).check(density, layer)
+    if policy.distribution == "momentum" and selectors.get(policy.weight_selector).fixed_density:
+        raise PolicyError(
+            "densities move with the momentum, and this selector's cannot",
+            layer=layer,
+            value=policy.weight_selector,
+            remedy="use another selector with swat_m, or another policy with this one",
+        )
     for field in ("activation_selector", "gradient_selector"):
         name = getattr(policy, field)
         if selectors.get(name).weights_only:

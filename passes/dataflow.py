@@ -53,6 +53,8 @@ def _join_parts(gm: SwatModule, graph: Graph) -> None:
     order = {name: i for i, (name, _) in enumerate(gm.named_modules())}
     below: dict[str, list[str]] = {}
     for path in sorted(gm.parts, key=lambda p: order.get(p, 0)):
+        if any(path.startswith(f"{other}.") for other in gm.parts):
+            continue  # another way into a part that is in the chain
         caller = path
         while caller and caller not in calls:
             caller = caller.rpartition(".")[0]

@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import fx, nn
 
 from passes.dataflow import Key, first_and_last, to_networkx
-from passes.layer_calls import Site, find_site, normal_call, roots
-from passes.trace_model import LAYERS, opaque_reason
+from passes.layer_calls import Site, expression, find_site, normal_call, roots
+from passes.module_kinds import LAYERS, opaque_reason
 from swatfx import meta
 from swatfx.graph_module import SwatModule, all_parts, join
 from swatfx.meta import LayerPlan, NodeRecord
@@ -27,7 +27,7 @@ def find_layers(gm: SwatModule, ctx: Context) -> PassResult:
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
             site = find_site(part, node)
-            if site is None:
+            if site is None or meta.read(node).plan is not None:
                 continue
             plan = _plan(part, node, prefix, site, names)
             kernel = plan.weight_shape[2:]
@@ -63,11 +63,17 @@ def _plan(
     part: fx.GraphModule, node: fx.Node, prefix: str, site: Site, names: dict[object, str]
 ) -> LayerPlan:
     weight = site.weight if isinstance(site.weight, str) else ""
-    path = weight or next(iter(sorted(roots(site.weight))), node.name)  # type: ignore[arg-type]
-    name = join(prefix, path.removesuffix(".weight"))
+    path = weight or node.name
+    if isinstance(site.weight, fx.Node) and site.value is not None:
+        path = min(roots(site.weight), default=path)
+    name = join(prefix, path).removesuffix(".weight")
     if node.op == "call_module":
         name = join(prefix, str(node.target))
-    identity: object = id(site.value) if weight and site.value is not None else (prefix, node.name)
+    identity: object = (prefix, node.name)
+    if isinstance(site.weight, fx.Node):
+        identity = expression(part, site.weight)
+    elif site.value is not None:
+        identity = id(site.value)
     parametrized = node.op == "call_module" and nn.utils.parametrize.is_parametrized(
         part.get_submodule(str(node.target)), "weight"
     )

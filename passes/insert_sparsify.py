@@ -8,6 +8,7 @@ Parameters keep their names. A second run finds no layer node left and changes n
 
 from __future__ import annotations
 
+import keyword
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,9 +37,11 @@ from swatfx.state import (
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
     """Insert thresholds, packs and sparse ops, in the root graph and in every part."""
     states = _States(gm)
-    count = 0
-    for prefix, part in all_parts(gm):
-        count += _Rewriter(gm, part, prefix, states).run()
+    rewriters = [_Rewriter(gm, part, prefix, states) for prefix, part in all_parts(gm)]
+    count = sum(rewriter.run() for rewriter in rewriters)
+    if count and not any(node.target == "swat.clock" for node in gm.graph.nodes):
+        rewriters[0].insert_clock()  # all layers are below eager code: the root still counts
+        gm.recompile()
     return PassResult(gm, count > 0, (f"{count} sparse calls",))
 
 
@@ -52,11 +55,11 @@ class _States:
     def layer(self, name: str) -> tuple[str, LayerState]:
         """(name below swat, container) of a layer."""
         if name not in self._names:
-            base = "layer_" + name if not name[:1].isalpha() else name
-            base = candidate = base.replace(".", "_")
-            taken = set(self.swat._modules)
+            base = candidate = name.replace(".", "_")
+            if not name[:1].isalpha() or keyword.iskeyword(base):
+                base = candidate = "layer_" + base
             count = 1
-            while candidate in taken:
+            while hasattr(self.swat, candidate):
                 candidate, count = f"{base}_{count}", count + 1
             self._names[name] = candidate
             self.swat.add_module(candidate, LayerState())
@@ -64,15 +67,32 @@ class _States:
         assert isinstance(child, LayerState)
         return self._names[name], child
 
-    def add(self, layer: str, role: str, module: nn.Module) -> str:
-        """Register `module` for `layer` as `role` (numbered if taken); return its target."""
+    def add(self, layer: str, role: str, module: nn.Module, taken: set[str]) -> str:
+        """Register `module` for `layer` as `role`, numbered where that is `taken`; its target.
+
+        What another graph has registered for the same call is used again: a part and a part within
+        it are two ways into one layer, of which a call takes one.
+        """
         name, state = self.layer(layer)
         chosen, count = role, 1
-        while chosen in state._modules:
+        while f"swat.{name}.{chosen}" in taken or not _alike(state._modules.get(chosen), module):
             chosen, count = f"{role}_{count}", count + 1
-        module.train(self.swat.training)
-        state.add_module(chosen, module)
-        return f"swat.{name}.{chosen}"
+        target = f"swat.{name}.{chosen}"
+        taken.add(target)
+        if chosen not in state._modules:
+            module.train(self.swat.training)
+            state.add_module(chosen, module)
+        return target
+
+
+def _alike(one: nn.Module | None, other: nn.Module) -> bool:
+    """Whether `one` is there and is another thing than `other` (False), or not."""
+
+    def options(m: nn.Module) -> list[Any]:
+        names = ("layer", "selector", "spatial", "row_major", "period", "in_forward", "all_ranks")
+        return [type(m), *(getattr(m, name, None) for name in names)]
+
+    return one is None or options(one) == options(other)
 
 
 @dataclass
@@ -94,8 +114,9 @@ class _Rewriter:
         self.graph = part.graph
         self.states = states
         self.step: fx.Node | None = None
-        self.thresholds: dict[str, tuple[fx.Node, fx.Node]] = {}
+        self.thresholds: dict[str | fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.shared: dict[tuple[Any, ...], _Shared] = {}
+        self.taken: set[str] = set()
         self.attributes: dict[str, fx.Node] = {
             str(n.target): n for n in reversed(self.graph.nodes) if n.op == "get_attr"
         }
@@ -116,7 +137,7 @@ class _Rewriter:
         versions = Versions(self.part, eager)
         # Before the first rewrite: a layer's input may be another layer's node, which is replaced.
         seen_at = {node: self._version(versions, node) for node in todo}
-        self._insert_clock()
+        self.insert_clock()
         for node in todo:
             self._rewrite(node, seen_at[node])
         for shared in self.shared.values():
@@ -132,7 +153,7 @@ class _Rewriter:
         assert site is not None  # find_layers has seen one
         return versions.of(site.input, node)
 
-    def _insert_clock(self) -> None:
+    def insert_clock(self) -> None:
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         target = "swat.part_clock" if self.prefix else "swat.clock"
         with self.graph.inserting_after(placeholders[-1]):
@@ -172,9 +193,10 @@ class _Rewriter:
         return self.graph.create_node("call_module", target, args, name=f"{layer}_{short}")
 
     def _weight(self, plan: LayerPlan, site: Site) -> tuple[fx.Node, fx.Node]:
-        """(weight node, node of its threshold); once a layer and graph."""
-        if plan.name in self.thresholds:
-            return self.thresholds[plan.name]
+        """(weight node, node of its threshold); once a weight and graph."""
+        key = plan.name if isinstance(site.weight, str) else site.weight
+        if key in self.thresholds:
+            return self.thresholds[key]
         weight: fx.Node
         if isinstance(site.weight, fx.Node):
             weight = site.weight
@@ -185,7 +207,7 @@ class _Rewriter:
             weight = self._attribute(site.weight)
         target = self._weight_state(plan, site)
         threshold = self._call(target, (weight, self.step), "w_t")
-        self.thresholds[plan.name] = weight, threshold
+        self.thresholds[key] = weight, threshold
         return weight, threshold
 
     def _is_parametrized(self, path: str) -> bool:
@@ -217,7 +239,7 @@ class _Rewriter:
                 remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
             )
         module.recompute(value)
-        return self.states.add(plan.name, "weight_threshold", module)
+        return self.states.add(plan.name, "weight_threshold", module, self.taken)
 
     def _activation(
         self, plan: LayerPlan, call: LayerCall, site: Site, weight: fx.Node, version: int
@@ -263,12 +285,13 @@ class _Rewriter:
             all_ranks=plan.global_threshold,
             in_forward=plan.forward_activation,
         )
-        target = self.states.add(plan.name, "activation_threshold", threshold)
+        target = self.states.add(plan.name, "activation_threshold", threshold, self.taken)
         a_t = self._call(target, (site.input, self.step), "a_t")
         if not plan.backward_activation:
             return _Shared(a_t, None, {})
         pack = Pack(plan.name, plan.activation_selector, site.spatial, bool(call.pad))
-        kept = self._call(self.states.add(plan.name, "pack", pack), (site.input, a_t), "kept")
+        target = self.states.add(plan.name, "pack", pack, self.taken)
+        kept = self._call(target, (site.input, a_t), "kept")
         return _Shared(a_t, kept, {})
 
     def _op(

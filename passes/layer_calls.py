@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.trace_model import opaque_reason
-from swatfx.graph_module import evaluate
+from passes.module_kinds import opaque_reason
+from swatfx.graph_module import evaluate, evaluation_mode
 from swatfx.meta import LayerCall
 
 # torch.conv2d and F.conv2d are one object; torch._C._nn.linear is F.linear.
@@ -99,7 +100,7 @@ def _module_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
 
 
 def _weight_of(module: nn.Module) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(module):
         weight: Tensor = module.weight  # type: ignore[assignment]
     return weight
 
@@ -150,6 +151,25 @@ def roots(node: fx.Node) -> list[str]:
             seen[n] = None
             todo.extend(n.all_input_nodes)
     return [str(n.target) for n in seen if n.op in ("get_attr", "call_module")]
+
+
+def expression(gm: fx.GraphModule, node: fx.Node) -> str:
+    """A digest of what `node` computes: equal for equal computations on the same parameters."""
+    known: dict[fx.Node, str] = {}
+
+    def digest(n: fx.Node) -> str:
+        if n not in known:
+            target: object = (id(gm), n.name) if n.op == "placeholder" else n.target
+            if n.op in ("get_attr", "call_module"):
+                found: Any = gm
+                for atom in str(n.target).split("."):
+                    found = getattr(found, atom)
+                target = id(found)
+            text = repr((n.op, str(target), fx.map_arg((n.args, n.kwargs), digest)))
+            known[n] = hashlib.sha256(text.encode()).hexdigest()
+        return known[n]
+
+    return digest(node)
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:

@@ -8,41 +8,40 @@ itself into a *part*. Nothing else of the model changes.
 from __future__ import annotations
 
 import inspect
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from passes import composites
+from passes.layer_calls import find_site
+from passes.module_kinds import (
+    LAYERS,
+    has_defaults,
+    has_layers,
+    is_patched,
+    may_call_layers,
+    opaque_reason,
+    owns_layer,
+)
+from passes.trace_guards import (
+    Attributes,
+    TrainingFlag,
+    WatchedProxy,
+    ambient,
+    guarded,
+    random_state,
+    restore_random_state,
+)
 from swatfx.errors import InputError
 from swatfx.graph_module import EagerRoot, SwatModule, join
 
-LAYERS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.Linear,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-ON_TRAINING = "control flow on self.training"
 ON_TENSOR = "untraceable: control flow on a tensor"
-
-
-class TrainingFlag:
-    """Stands for `self.training` while a module is traced, so that the graph reads it when it runs."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __bool__(self) -> bool:
-        raise fx.proxy.TraceError(ON_TRAINING)
+_OPTIONAL_BELOW = "untraceable: optional arguments below eager code"
 
 
 class _Tracer(fx.Tracer):
@@ -54,6 +53,8 @@ class _Tracer(fx.Tracer):
         self.eager: dict[str, str] = {}
         self._tensors: dict[int, str] = {}
         self._cache: dict[str, fx.Proxy] = {}
+        self._inputs: int | None = None
+        self._ambient: tuple[Any, ...] = ()
 
     def trace_root(self, root: nn.Module, inputs: int | None) -> fx.Graph:
         """Trace `root`, whose first `inputs` arguments (None: those without default) are inputs."""
@@ -62,12 +63,22 @@ class _Tracer(fx.Tracer):
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     self._tensors.setdefault(id(tensor), join(name, key))
-        with _training_flags(root, self.prefix):
-            return self.trace(root)
+        modules = [(n, m) for n, m in root.named_modules() if not _is_script(m)]
+        with _training_flags(modules, self.prefix), _without_parts(modules), guarded():
+            before = [(name, Attributes(module)) for name, module in modules]
+            self._ambient = ambient()
+            try:
+                graph = self.trace(root)
+            finally:
+                changed = {name: attributes.restore() for name, attributes in before}
+            for name, attribute in changed.items():
+                if attribute is not None:
+                    raise fx.proxy.TraceError(f"forward sets {join(name, attribute)}")
+        return graph
 
     def is_leaf_module(self, m: nn.Module, path: str) -> bool:
         if reason := opaque_reason(m):
-            if has_layers(m):
+            if _is_script(m) or has_layers(m):
                 self.eager[path] = reason
             return True
         if isinstance(m, LAYERS):
@@ -76,21 +87,33 @@ class _Tracer(fx.Tracer):
             return not has_layers(m)
         return False
 
+    def is_caller_eager(self, m: nn.Module) -> bool:
+        """Whether `m` is the root: what its arguments are is not known before it runs."""
+        return m is self.root
+
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if any(p.kind in variadic for p in parameters):
-            result: tuple[Any, list[Any]] = super().create_args_for_root(root_fn, is_module)
-            return result
+        expand = composites.find(self.root)
+        any_value = composites.takes_any(self.root)
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
-        checks = []
-        for index, p in enumerate(parameters):
+        checks: list[tuple[Any, ...]] = []
+        rest: tuple[Any, str, int] | None = None
+        for index, p in enumerate(list(inspect.signature(root_fn).parameters.values())[1:]):
+            if p.kind is p.VAR_POSITIONAL:
+                if self._inputs is None:
+                    raise fx.proxy.TraceError("variadic arguments, and no example_inputs")
+                proxy = self.create_proxy("placeholder", f"*{p.name}", (), {})
+                rest = proxy, p.name, max(self._inputs - index, 0)
+                continue
+            if p.kind is p.VAR_KEYWORD:
+                checks.append((self.create_proxy("placeholder", f"**{p.name}", (), {}), p.name, {}))
+                continue
             default = () if p.default is p.empty else (p.default,)
             proxy = self.create_proxy("placeholder", p.name, default, {})
-            free = not default or (self._inputs is not None and index < self._inputs)
+            reached = self._inputs is not None and index < self._inputs
+            free = not default or any_value or (reached and p.kind is not p.KEYWORD_ONLY)
             if not free:
                 checks.append((proxy, p.name, p.default))
             value = proxy if free else p.default
@@ -100,8 +123,13 @@ class _Tracer(fx.Tracer):
                 positional.append(value)
         for check in checks:
             self.create_proxy("call_function", composites.check_default, check, {})
+        if rest is not None:
+            self.create_proxy("call_function", composites.check_count, rest, {})
+            positional += [rest[0][i] for i in range(rest[2])]
 
         def call(*args: Any) -> Any:
+            if expand is not None:
+                return expand(self, *args, **keywords)
             return self._watched(lambda: root_fn(*args, **keywords))
 
         return call, [self.root, *positional]
@@ -110,21 +138,32 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             last = self.graph._root._prev
-            run = composites.MODULES.get(type(m))
+            expand = composites.find(m)
+            attributes = Attributes(m)
+            noted = dict(self.eager)
             try:
-                if run is not None:
-                    return run(self, m, *args, **kwargs)
-                return self._watched(lambda: forward(*args, **kwargs))
+                if expand is not None:
+                    return expand(self, m, *args, **kwargs)
+                result = self._watched(lambda: forward(*args, **kwargs))
+                if changed := attributes.restore():
+                    raise fx.proxy.TraceError(f"forward sets {changed}")
+                return result
             except Exception as error:  # a user's forward may fail on a proxy in any way
+                attributes.restore()
                 self._roll_back(last)
-                self.eager[path] = reason_of(error)
+                self.eager = noted | {path: reason_of(error)}
         return self.create_proxy("call_module", path, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         expand = composites.FUNCTIONS.get(getattr(target, "__qualname__", ""))
         if kind == "call_function" and expand is not None:
             return expand(self, *args[0], **args[1])
+        if kind.startswith("call") and ambient() != self._ambient:
+            raise fx.proxy.TraceError("no_grad, autocast or saved-tensor hooks in forward")
         return super().create_proxy(kind, target, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return WatchedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, TrainingFlag):
@@ -145,11 +184,12 @@ class _Tracer(fx.Tracer):
 
     def _watched(self, run: Callable[[], Any]) -> Any:
         """Run a forward; random numbers drawn while tracing would be frozen into the graph."""
-        before = (torch.get_rng_state(), random.getstate())
-        result = run()
-        if random.getstate() != before[1] or not torch.equal(torch.get_rng_state(), before[0]):
-            torch.set_rng_state(before[0])
-            random.setstate(before[1])
+        before = random_state()
+        try:
+            result = run()
+        finally:
+            drawn = restore_random_state(before)
+        if drawn:
             raise fx.proxy.TraceError("random numbers drawn in forward")
         return result
 
@@ -163,42 +203,53 @@ class _Tracer(fx.Tracer):
         self._cache = {k: p for k, p in self._cache.items() if p.node in alive}
 
 
+def _is_script(m: nn.Module) -> bool:
+    return isinstance(m, torch.jit.ScriptModule)
+
+
 def reason_of(error: BaseException) -> str:
     """One line that says why a forward could not be traced."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "control flow" in text and ON_TRAINING not in text:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].split(". ")[0]
+    if "inputs to control flow" in text:
         return ON_TENSOR
+    if "Proxy object cannot be iterated" in text:
+        return "untraceable: loop over a tensor or argument list"
+    if isinstance(error, SyntaxError):  # fx writes `self.class(x)` for a child called "class"
+        return "untraceable: a module below is named after a Python keyword"
     if isinstance(error, fx.proxy.TraceError):
         return f"untraceable: {text}"[:160]
     return f"untraceable: {type(error).__name__}: {text}"[:160]
 
 
-def opaque_reason(m: nn.Module) -> str | None:
-    """Why `m` has to be called as a module, or None."""
-    if any(getattr(m, table, None) for table in _HOOK_TABLES):
-        return "hook on the module"
-    if isinstance(m, torch.jit.ScriptModule):
-        return "untraceable: TorchScript module"
-    return None
-
-
-def has_layers(m: nn.Module) -> bool:
-    """Whether `m` is or holds a conv or linear layer."""
-    return any(isinstance(child, (*LAYERS, nn.MultiheadAttention)) for child in m.modules())
-
-
 @contextmanager
-def _training_flags(root: nn.Module, prefix: str) -> Iterator[None]:
-    modules = [(n, m) for n, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+def _training_flags(modules: Sequence[tuple[str, nn.Module]], prefix: str) -> Iterator[None]:
     before = [m.__dict__.get("training", True) for _, m in modules]
     try:
         for name, module in modules:
-            # A part has no flag of its own in the tree: reading one there is control flow.
-            module.__dict__["training"] = TrainingFlag(name or ("" if prefix else "swat"))
+            # The root's own flag is that of its child `swat`; a part's, of the module it stands in.
+            module.__dict__["training"] = TrainingFlag(name or ("swat_owner" if prefix else "swat"))
         yield
     finally:
         for (_, module), flag in zip(modules, before, strict=True):
             module.__dict__["training"] = flag
+
+
+@contextmanager
+def _without_parts(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Show every module's own forward: one that two eager modules share may have a part already."""
+    parts = [(m, m.__dict__["forward"]) for _, m in modules if _has_part(m)]
+    for module, _ in parts:
+        del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        for module, part in parts:
+            module.__dict__["forward"] = part
+
+
+def _has_part(m: nn.Module) -> bool:
+    return isinstance(m.__dict__.get("forward"), SwatModule)
 
 
 def trace_model(twin: nn.Module, example_inputs: Sequence[Any] | None) -> SwatModule:
@@ -221,6 +272,12 @@ def trace_model(twin: nn.Module, example_inputs: Sequence[Any] | None) -> SwatMo
         and count > len(names)
     ):
         raise InputError(f"forward takes {len(names)} arguments", value=f"{count} example inputs")
+    if _is_script(twin):
+        raise InputError(
+            "a TorchScript module cannot be traced",
+            value=type(twin).__name__,
+            remedy="compile the Python module that it was made from",
+        )
     try:
         gm, tracer = _trace(twin, "", count)
         eager = tracer.eager
@@ -234,12 +291,11 @@ def trace_model(twin: nn.Module, example_inputs: Sequence[Any] | None) -> SwatMo
 
 
 def _trace(root: nn.Module, prefix: str, inputs: int | None) -> tuple[SwatModule, _Tracer]:
+    if is_patched(root):
+        raise fx.proxy.TraceError("forward replaced on the instance")
     tracer = _Tracer(prefix)
     kept = set(root.__dict__)
     graph = tracer.trace_root(root, inputs)
-    run = composites.MODULES.get(type(root))
-    if run is not None:
-        raise fx.proxy.TraceError("a composite is traced from its caller")
     gm = SwatModule(root, graph)
     for name in set(root.__dict__) - kept:  # tensors that forward made: constants of the graph
         value = root.__dict__.pop(name)
@@ -263,43 +319,63 @@ def _eager_root(twin: nn.Module) -> SwatModule:
 
 def _trace_below(gm: SwatModule, module: nn.Module, path: str) -> None:
     """Give the layers below the eager `module` parts of their own."""
-    reason = gm.eager.get(path, "")
-    if isinstance(module, LAYERS) or isinstance(module, torch.jit.ScriptModule):
-        return
-    if reason == "hook on the module" and path and _trace_part(gm, module, path):
+    if isinstance(module, (*LAYERS, nn.MultiheadAttention)) or _is_script(module):
+        return  # attention reads its children's weights and does not call them
+    composites.avoid_fused_path(module)
+    if gm.eager.get(path) == "hook on the module" and path and _trace_part(gm, module, path):
+        _trace_owners(gm, module, path)
         return
     for name, child in module.named_children():
         below = join(path, name)
-        if below in gm.parts or below in gm.eager or not has_layers(child):
+        if below in gm.parts or below in gm.eager:
             continue
-        if reason_below := opaque_reason(child):
-            gm.eager[below] = reason_below
-        elif type(child).forward is nn.Module.forward or not _trace_part(gm, child, below):
-            pass
-        else:
+        if reason := opaque_reason(child):
+            if _is_script(child) or may_call_layers(child):
+                gm.eager[below] = reason
+        elif not may_call_layers(child):
+            continue
+        elif type(child).forward is not nn.Module.forward and _trace_part(gm, child, below):
+            _trace_owners(gm, child, below)
             continue
         _trace_below(gm, child, below)
 
 
+def _trace_owners(gm: SwatModule, module: nn.Module, path: str) -> None:
+    """Give every module below a part that owns a weight a part of its own.
+
+    Eager code need not call what it holds: it may walk through a Sequential, or use a whole network
+    as a bag of stages.
+    """
+    for name, below in module.named_modules(prefix=path):
+        if name == path or name in gm.parts or name in gm.eager or not owns_layer(below):
+            continue
+        if not _is_split(gm.parts[path], name.removeprefix(f"{path}.")):
+            _trace_part(gm, below, name)
+
+
+def _is_split(part: SwatModule, attention: str) -> bool:
+    """Whether `part` projects with slices of this attention's weight: layers other than its own."""
+    weight = f"{attention}.in_proj_weight"
+    readers = [node.users for node in part.graph.nodes if node.target == weight]
+    return any(user.target is not F.linear for users in readers for user in users)
+
+
 def _trace_part(gm: SwatModule, module: nn.Module, path: str) -> bool:
     """Trace `module` as a part; False (with a reason noted) if it has to stay eager."""
-    if has_defaults(module) and not isinstance(module, LAYERS):
-        gm.eager.setdefault(path, "untraceable: optional arguments below eager code")
+    if has_defaults(module) and not isinstance(module, LAYERS) and not composites.takes_any(module):
+        gm.eager.setdefault(path, _OPTIONAL_BELOW)
         return False
     try:
         part, tracer = _trace(module, path, None)
     except Exception as error:  # as above
         gm.eager.setdefault(path, reason_of(error))
         return False
+    if not tracer.eager and not any(find_site(part, node) for node in part.graph.nodes):
+        return True  # no layer in it: it may stay what it was
     module.__dict__["forward"] = part
+    part.__dict__["swat_owner"] = module
     gm.parts[path] = part
     for below, reason in tracer.eager.items():
         gm.eager[join(path, below)] = reason
         _trace_below(gm, module.get_submodule(below), join(path, below))
     return True
-
-
-def has_defaults(module: nn.Module) -> bool:
-    """Whether forward has arguments that a caller may leave out."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return any(p.default is not p.empty or p.kind == p.VAR_KEYWORD for p in parameters)

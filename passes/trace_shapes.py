@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,10 +91,14 @@ def observe_run(gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool
         example_inputs = pytree.tree_map_only(
             Tensor, lambda x: _fake_like(mode, x), tuple(example_inputs)
         )
+    else:  # the model may work in place on its inputs
+        example_inputs = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), example_inputs
+        )
     run = Run({}, {})
     observer = _Run(twin, run, as_dense, fake)
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), observer.hooked():
+        with torch.enable_grad(), _random_state_kept(tensors), observer.hooked():
             if mode is None:
                 output = observer.root(*example_inputs)
             else:
@@ -109,6 +114,17 @@ def observe_run(gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool
         ) from error
     del output  # until here it kept the saved storages, and so their identities, alive
     return run
+
+
+@contextmanager
+def _random_state_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    state = random.getstate()
+    devices = {x.device.index for x in tensors if x.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _fake_like(mode: FakeTensorMode, x: Tensor) -> Tensor:
@@ -144,6 +160,7 @@ class _Run:
         if fake:
             self.remedy += "; a model whose shapes depend on data wants real inputs, not meta"
         self.current: list[Seen] = []
+        self.in_layer = False
         self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
         self.root: Callable[..., Any] = _Interpreter(gm, "", self).call
         for prefix, part in gm.parts.items():
@@ -170,6 +187,7 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, prefix: str, owner: _Run) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # it would add lines to our errors
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.prefix = prefix
         self.owner = owner
@@ -195,7 +213,7 @@ class _Interpreter(fx.Interpreter):
         return self.run(initial_env=env, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op in ("placeholder", "get_attr", "output"):
+        if n.op in ("placeholder", "get_attr", "output") or self.owner.in_layer:
             return super().run_node(n)
         seen = Seen()
         self.owner.current.append(seen)
@@ -234,7 +252,12 @@ class _Interpreter(fx.Interpreter):
             if n.target is OPS[1]:
                 return F.linear(*args[:3])
             return _CONV[args[1].dim() - 2](*args[:3], *args[5:9])
-        return super().run_node(n)
+        # A layer that stays a module may have a part of its own: one call is counted once.
+        self.owner.in_layer = n.op == "call_module" and meta.read(n).plan is not None
+        try:
+            return super().run_node(n)
+        finally:
+            self.owner.in_layer = False
 
     def _run_state(self, n: fx.Node) -> Any:
         module = self.module.get_submodule(str(n.target))
@@ -243,8 +266,9 @@ class _Interpreter(fx.Interpreter):
         if not self.owner.fake:
             return super().run_node(n)
         if not isinstance(module, Pack):
-            # Of a threshold, only its shape matters here.
-            return getattr(module, "threshold", None)
+            # Of a threshold, only its shape matters here; training hands out a copy.
+            threshold = getattr(module, "threshold", None)
+            return None if threshold is None else torch.empty_like(threshold)
         args, _ = self.fetch_args_kwargs_from_env(n)
         x, _, *weights = args
         if not any(w.requires_grad for w in weights):

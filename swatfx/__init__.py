@@ -1,7 +1,9 @@
 """swatfx: sparse weight activation training (SWAT) as a torch.fx compiler pass."""
 
+from swatfx import models
 from swatfx.checkpoint import load, save
 from swatfx.density import Density
+from swatfx.errors import SwatError
 from swatfx.exporting import export, load_sparse
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import Policy, dense, meprop, per_layer, saw, swat_er, swat_erk, swat_m, swat_u
@@ -13,6 +15,7 @@ __all__ = [
     "Handle",
     "Policy",
     "Report",
+    "SwatError",
     "attach",
     "compile",
     "dense",
@@ -21,6 +24,7 @@ __all__ = [
     "load",
     "load_sparse",
     "meprop",
+    "models",
     "observe",
     "per_layer",
     "refresh",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swatfx.errors import CheckpointError
 from swatfx.graph_module import SwatModule, unwrap
@@ -20,21 +20,30 @@ from swatfx.policy import Policy
 
 _FORMAT = "swatfx-checkpoint"
 _VERSION = 1
+_REMEDY = "load it into a model built as the one that was saved"
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there.
 
+    What is there and no file (/dev/stdout, a named pipe) is written to, not replaced.
+
     Raises:
         CheckpointError: the disk is full or the folder is not there; what `path` held is untouched.
     """
-    target = Path(path)
+    given = Path(path)
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(target.suffix, f".{target.stem}.", target.parent or ".")
-        os.close(handle)
-        temporary = Path(name)
+        if given.exists() and not given.is_file():
+            write(given)
+            return
+        target = given.resolve()  # a symbolic link goes on to point where it did
+        temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
+        # Not tempfile's: what that makes, nobody but the owner may read.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -42,7 +51,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         # torch.save reports a failed write as RuntimeError.
         raise CheckpointError(
             f"cannot write the file: {(str(error).splitlines() or [''])[0]}",
-            value=str(target),
+            value=str(path),
             remedy="free some space or choose another folder; the old file, if any, is untouched",
         ) from error
     finally:
@@ -66,7 +75,8 @@ def save(
         extra: tensors, numbers, strings and containers of them; `read_extra` gives them back.
 
     Raises:
-        CheckpointError: the file cannot be written; what was there is untouched.
+        CheckpointError: the file cannot be written, or `load` could not read it; what was there is
+            untouched.
     """
     root = unwrap(gm)
     content = {
@@ -77,6 +87,7 @@ def save(
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "extra": dict(extra or {}),
     }
+    _check_plain(content, "")
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
@@ -85,6 +96,7 @@ def load(
     model: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Sequence[Any] | None = None,
 ) -> SwatModule:
     """Compile `model` as the checkpoint was, and put weights, state and optimizer back.
 
@@ -92,6 +104,7 @@ def load(
         path: what `save` wrote.
         model: the network that was compiled then; its parameters are overwritten.
         optimizer: over the model's parameters; its state is restored.
+        example_inputs: what `compile` was given then, if anything.
 
     Raises:
         CheckpointError: the file is cut short or no checkpoint, or was made for another model;
@@ -99,7 +112,7 @@ def load(
     """
     content = _read(path)
     plan = json.loads(content["plan"])
-    gm = compile(model, Policy.from_json(plan["policy"]))
+    gm = compile(model, Policy.from_json(plan["policy"]), example_inputs=example_inputs)
     _check_plan(plan, _plan(gm))
     _check_state(content["state_dict"], gm)
     if optimizer is not None:
@@ -108,6 +121,29 @@ def load(
     if optimizer is not None:
         optimizer.load_state_dict(content["optimizer"])
     return gm
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse what torch.load would refuse to read back, while there still is something to save."""
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, where)
+            _check_plain(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, (list, tuple, set)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}.{index}")
+    else:
+        raise CheckpointError(
+            f"{where} cannot be stored: a checkpoint holds tensors, numbers, strings, and"
+            " containers of them",
+            value=f"{type(value).__module__}.{type(value).__qualname__}",
+            remedy="convert it first, e.g. with float(x)",
+        )
 
 
 def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -152,15 +188,18 @@ def _check_plan(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if name not in after or name not in before:
             where = "the checkpoint" if name in before else "the model"
             raise CheckpointError(
-                f"made for another model: only {where} has this layer", layer=name
+                f"made for another model: only {where} has this layer", layer=name, remedy=_REMEDY
             )
-        if before[name] != after[name]:
-            field = next(k for k in after[name] if before[name].get(k) != after[name][k])
-            raise CheckpointError(
-                f"made for another model: {field} differs",
-                layer=name,
-                value=f"{before[name].get(field)} saved, {after[name][field]} now",
-            )
+    for name in before:
+        for field, value in after[name].items():
+            # A field that is not there is one that a later version added.
+            if before[name].get(field, value) != value:
+                raise CheckpointError(
+                    f"made for another model: {field} differs",
+                    layer=name,
+                    value=f"{before[name][field]} saved, {value} now",
+                    remedy=_REMEDY,
+                )
 
 
 def _check_state(state: Mapping[str, Any], gm: SwatModule) -> None:
@@ -168,11 +207,16 @@ def _check_state(state: Mapping[str, Any], gm: SwatModule) -> None:
     for name in [*state, *own]:
         if name not in own or name not in state:
             where = "the checkpoint" if name in state else "the model"
-            raise CheckpointError(f"made for another model: only {where} has {name!r}")
+            raise CheckpointError(
+                f"made for another model: only {where} has {name!r}", remedy=_REMEDY
+            )
+        if not isinstance(state[name], Tensor) or not isinstance(own[name], Tensor):
+            continue  # what a module's get_extra_state gave
         if state[name].shape != own[name].shape:
             raise CheckpointError(
                 f"made for another model: shape of {name!r} differs",
                 value=f"{tuple(state[name].shape)} saved, {tuple(own[name].shape)} now",
+                remedy=_REMEDY,
             )
 
 
@@ -187,3 +231,12 @@ def _check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Opt
         raise CheckpointError(
             "the optimizer's parameter groups differ", value=f"{sizes} saved, {own} now"
         )
+    for before, after in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        gone, new = before.keys() - after.keys(), after.keys() - before.keys()
+        # Either alone may be another version of torch.
+        if gone and new:
+            raise CheckpointError(
+                "the checkpoint holds the state of another kind of optimizer",
+                value=type(optimizer).__name__,
+                remedy=f"saved was one with {', '.join(sorted(gone))}",
+            )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tabulate import tabulate
@@ -33,6 +35,29 @@ A model is a torchvision name, a cifar/ name (swatfx models lists them), or pack
 A policy is name:sparsity[,field=value...] (swatfx policies lists names and fields)."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as our own errors do, with the nearest names."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        near: list[str] = []
+        if choice:
+            near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif unknown:
+            near = difflib.get_close_matches(unknown[1].partition("=")[0], self._options())
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {self.prog} --help"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+    def _options(self) -> list[str]:
+        names = dict.fromkeys(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    names |= dict.fromkeys(command._option_string_actions)
+        return list(names)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, or 2 after an error told on stderr."""
     parser = _parser()
@@ -49,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="swatfx",
         description="Sparse weight activation training (SWAT) as a torch.fx compiler.",
         epilog=_EPILOG,
@@ -107,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="e.g. resnet50, cifar/vgg16, package.module:callable")
+    command.add_argument("--num-classes", type=int, metavar="N", help="instead of the model's own")
     command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
     command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
     command.add_argument("--batch-size", type=int, default=32, metavar="N")
@@ -153,10 +179,10 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
 def _build(args: argparse.Namespace, device: str) -> nn.Module:
     try:
         with torch.device(device):
-            return models.resolve(args.model)
+            return models.resolve(args.model, args.num_classes)
     except (NotImplementedError, RuntimeError):
         # Some builders read the values of their weights, which the meta device does not have.
-        return models.resolve(args.model)
+        return models.resolve(args.model, args.num_classes)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -196,7 +222,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    model = models.resolve(args.model)
+    model = models.resolve(args.model, args.num_classes)
     shape = read_shape(args)
     if args.checkpoint:
         gm = load(args.checkpoint, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from swatfx import bits, meta
 from swatfx.checkpoint import write_atomically
 from swatfx.errors import ExportError, SwatError, UnknownNameError
-from swatfx.graph_module import SwatModule, all_parts, evaluate, unwrap
+from swatfx.graph_module import SwatModule, all_parts, evaluate, join, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.where import active_weight
 from swatfx.state import WeightThreshold
@@ -90,8 +91,24 @@ def inference_module(gm: SwatModule) -> SwatModule:
     for name in list(twin.swat._modules):
         if name != "eager_root":
             delattr(twin.swat, name)
+    _drop_unread(twin)
     twin.eval()
     return twin
+
+
+def _drop_unread(gm: SwatModule) -> None:
+    """Remove the dense weights that no graph reads any more, where no eager code could either."""
+    read: set[str] = set()
+    for prefix, part in all_parts(gm):
+        for node in part.graph.nodes:
+            if node.op in ("get_attr", "call_module"):
+                read.add(join(prefix, str(node.target)))
+    for name, module in gm.named_modules():
+        above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
+        if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
+            for key in list(module._parameters):
+                if f"{name}.{key}" not in read:
+                    module._parameters[key] = None
 
 
 def _make_plain(gm: SwatModule, part: fx.GraphModule, node: fx.Node) -> None:
@@ -128,7 +145,9 @@ def _make_plain(gm: SwatModule, part: fx.GraphModule, node: fx.Node) -> None:
         part.graph.erase_node(weight_node)
 
 
-def _dynamic(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _dynamic(
+    module: nn.Module, inputs: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...] | dict[str, Any]]:
     """(inputs with a batch that torch.export will not take for a constant, dynamic shapes)."""
 
     def widen(x: Any) -> Any:
@@ -141,11 +160,15 @@ def _dynamic(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]
         return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() else None
 
     tree = torch.utils._pytree.tree_map
-    return tree(widen, inputs), tree(shape, inputs)
+    wide, shapes = tree(widen, inputs), tree(shape, inputs)
+    names = list(inspect.signature(module.forward).parameters.values())
+    if names and names[0].kind is inspect.Parameter.VAR_POSITIONAL:
+        return wide, {names[0].name: shapes}
+    return wide, shapes
 
 
 def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    wide, shapes = _dynamic(inputs)
+    wide, shapes = _dynamic(module, inputs)
     try:
         return torch.export.export(module, wide, dynamic_shapes=shapes, strict=False)
     except SwatError:
@@ -202,10 +225,11 @@ def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> 
 
 def _write_onnx(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
     _need("onnxscript", "onnx")
-    wide, shapes = _dynamic(inputs)
+    module = inference_module(gm)
+    wide, shapes = _dynamic(module, inputs)
     try:
         program = torch.onnx.export(
-            inference_module(gm), wide, dynamo=True, dynamic_shapes=shapes, verbose=False
+            module, wide, dynamo=True, dynamic_shapes=shapes, verbose=False
         )
     except SwatError:
         raise
@@ -229,6 +253,7 @@ def _need(package: str, extra: str) -> Any:
 
 def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
     _need("safetensors", "safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
@@ -250,6 +275,13 @@ def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> N
                 layer=layer.plan.name,
                 remedy="export to .pt2, or remove the parametrization first",
             )
+        for name in names:
+            if _read_dense(gm, name):
+                raise ExportError(
+                    f"other code reads {name!r} dense, and a state dict cannot hold both",
+                    layer=layer.plan.name,
+                    remedy="export to .pt2, or keep the layer dense with swatfx.per_layer",
+                )
         weight = layer.weight.detach().contiguous().reshape(-1)
         keep = layer.keep().reshape(-1) & (weight != 0)
         for name in names:
@@ -258,7 +290,30 @@ def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> N
             tensors[f"{name}.values"] = weight[keep].clone()
             sparse[name] = {"shape": list(layer.weight.shape)}
     metadata = {"format": "swatfx-sparse", "sparse": json.dumps(sparse)}
-    write_atomically(path, lambda temporary: save_file(tensors, str(temporary), metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, str(temporary), metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
+
+
+def _read_dense(gm: SwatModule, name: str) -> bool:
+    """Whether anything but sparse layers reads a weight: a tied embedding, say."""
+    owner = name.rpartition(".")[0]
+    plain = isinstance(gm.get_submodule(owner), (nn.modules.conv._ConvNd, nn.Linear))
+    for prefix, part in all_parts(gm):
+        for node in part.graph.nodes:
+            target = join(prefix, str(node.target))
+            if node.op == "call_module" and target == owner and not plain:
+                return True
+            if node.op == "get_attr" and target == name:
+                users = [u for u in node.users if meta.read(u).role != "op"]
+                if not all(str(u.target).startswith("swat.") for u in users):
+                    return True
+    return not plain and any(owner.startswith(path) for path in gm.eager)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from swatfx.errors import CheckpointError, InputError
+from swatfx.meta import LayerPlan
 from swatfx.state import SwatState
 
 _TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -82,11 +84,13 @@ class SwatModule(fx.GraphModule):
         swat: the clock and the thresholds (a child of the root; parts only refer to it).
         parts: path -> SwatModule that stands in for the forward of the module there.
         eager: path -> why symbolic tracing left the module there to Python.
+        unreached: name -> plan of a conv or linear layer that no graph calls, with its reason.
     """
 
     swat: SwatState
     parts: dict[str, SwatModule]
     eager: dict[str, str]
+    unreached: dict[str, LayerPlan]
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
@@ -95,6 +99,7 @@ class SwatModule(fx.GraphModule):
         self.training = root.training
         self.__dict__["parts"] = {}
         self.__dict__["eager"] = {}
+        self.__dict__["unreached"] = {}
         self.graph = graph
 
     def adopt_parts(self) -> None:
@@ -115,6 +120,10 @@ class SwatModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> SwatModule:
         twin = SwatModule.__new__(SwatModule)
         memo[id(self)] = twin
+        for module in self.modules():  # old-style norms leave a computed weight: it does not copy
+            for value in module.__dict__.values():
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    memo.setdefault(id(value), value.detach().clone())
         fx.GraphModule.__init__(twin, nn.Module(), fx.Graph(), self.__class__.__name__)
         for key, value in self.__dict__.items():
             if key not in _GRAPH_STATE:
@@ -160,8 +169,23 @@ def unwrap(module: nn.Module) -> SwatModule:
     return inner
 
 
+@contextmanager
+def evaluation_mode(*roots: nn.Module) -> Iterator[None]:
+    """All below `roots` in evaluation: in training, spectral norm moves on at each use."""
+    modules = [m for root in roots for m in root.modules()]
+    modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+    flags = [m.training for m in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """The value of a node that depends on parameters alone, or None."""
+    """The value, as in evaluation, of a node that depends on parameters alone, or None."""
     if node.op == "get_attr":
         value: Any = gm
         for atom in str(node.target).split("."):
@@ -184,7 +208,7 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
     if not visit(node):
         return None
     run = fx.Interpreter(gm, garbage_collect_values=False)
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(gm, getattr(gm, "swat_owner", gm)):
         for n in chain:
             run.env[n] = run.run_node(n)
     result = run.env[node]
@@ -202,4 +226,5 @@ class EagerRoot(nn.Module):
         """Run the original forward in this module's mode."""
         root: nn.Module = self.__dict__["root"]
         root.training = self.training
-        return root.forward(*args, **kwargs)
+        # fx.Interpreter, which torch.export runs a graph by, hands over [] where it has no kwargs.
+        return root.forward(*args, **dict(kwargs))

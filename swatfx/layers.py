@@ -83,11 +83,11 @@ def sparse_layers(gm: SwatModule) -> Iterator[SparseLayer]:
 
 
 def all_plans(gm: SwatModule) -> dict[str, LayerPlan]:
-    """Every layer's plan, sparse or not, by name, in graph order."""
+    """Every layer's plan, sparse or not, by name: in graph order, then those no graph calls."""
     plans: dict[str, LayerPlan] = {}
     for _, part in all_parts(gm):
         for node in part.graph.nodes:
             plan = meta.read(node).plan
             if plan is not None:
                 plans.setdefault(plan.name, plan)
-    return plans
+    return plans | gm.unreached

@@ -7,6 +7,7 @@ fx.Transformer, torch.export and its save and load. This file is the only one th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from torch import fx
@@ -95,9 +96,9 @@ class LayerPlan:
         """Inverse of `to_json`."""
         values = dict(data)
         values["weight_shape"] = tuple(values["weight_shape"])
-        for key, value in values.items():
-            if key.endswith("_density") and value is not None:
-                values[key] = Density.from_json(value)
+        for key, value in data.items():
+            if value is not None and key.endswith("_density"):
+                values[key] = _density(*value)
         return LayerPlan(**values)
 
 
@@ -155,7 +156,14 @@ class NodeRecord:
     notes: tuple[str, ...] = field(default=())
 
 
+_EMPTY = NodeRecord()
 _Record = TypeVar("_Record", LayerCall, LayerCost)
+
+
+@lru_cache(maxsize=4096)
+def _density(value: float, exact: str | None) -> Density:
+    """A decoded density; every pass reads every plan, and all layers share a few densities."""
+    return Density.from_json([value, exact])
 
 
 def _encode(value: Any) -> Any:
@@ -175,7 +183,7 @@ def read(node: fx.Node) -> NodeRecord:
     """The record of `node`; an empty one if it has none."""
     data = node.meta.get("custom", {}).get(_KEY)
     if data is None:
-        return NodeRecord()
+        return _EMPTY
     plan = data.get("plan")
     return NodeRecord(
         plan=None if plan is None else LayerPlan.from_json(plan),

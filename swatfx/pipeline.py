@@ -14,6 +14,7 @@ from passes.annotate_cost import activation_density, add_costs, annotate_cost
 from passes.assign_density import assign_density
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
+from passes.find_unreached import find_unreached
 from passes.insert_sparsify import insert_sparsify
 from passes.trace_model import trace_model
 from passes.trace_shapes import is_batch_norm, observe_run
@@ -52,7 +53,7 @@ class PassRecord:
 
 def default_passes() -> list[Pass]:
     """The passes that make a SWAT graph, in order."""
-    return [find_layers, assign_density, insert_sparsify]
+    return [find_layers, find_unreached, assign_density, insert_sparsify]
 
 
 def compile(
@@ -192,6 +193,10 @@ def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> M
             if masks:
                 stored = sum(int(mask.sum().item()) for mask in masks)
                 result.realised[name] = stored / max(sum(m.numel() for m in masks), 1)
+    for name, plan in gm.unreached.items():
+        result.plans.setdefault(name, plan)
+        result.costs.setdefault(name, LayerCost())
+        result.input_elements.setdefault(name, 0)
     return replace(result, norm_elements=norms)
 
 

@@ -83,6 +83,10 @@ class Policy:
                     value=value,
                     remedy=f"{field}=1 means every iteration",
                 )
+        for known in fields(self):
+            value = getattr(self, known.name)
+            if known.type == "bool" and not isinstance(value, bool):
+                raise PolicyError(f"{known.name} must be true or false", value=value)
         if self.update not in ("all", "active"):
             raise PolicyError("update must be 'all' or 'active'", value=self.update)
 
@@ -91,12 +95,15 @@ class Policy:
         """Whether training wants `swatfx.attach(gm, optimizer)`."""
         return self.distribution == "momentum" or any(p.needs_optimizer for _, p in self.rules)
 
-    def rule_for(self, layer: str) -> Policy:
-        """The policy that rules a layer: the first rule whose pattern matches, or this one."""
-        for pattern, rule in self.rules:
+    def rule_for(self, layer: str) -> tuple[int, Policy]:
+        """(position, policy) of the first rule whose pattern matches; (-1, this one) if none.
+
+        Layers share a budget if they have the position in common.
+        """
+        for position, (pattern, rule) in enumerate(self.rules):
             if fnmatchcase(layer, pattern):
-                return rule
-        return replace(self, rules=())
+                return position, rule
+        return -1, replace(self, rules=())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict; `from_json` reads it back."""
@@ -251,7 +258,15 @@ def parse(text: str) -> Policy:
         raise PolicyError(
             "a sparsity is a number in [0, 1)", value=amount, remedy=f'write "{name}:0.9"'
         ) from None
-    return build(sparsity, **options)
+    try:
+        return build(sparsity, **options)
+    except TypeError as error:
+        # The constructor sets one of the fields itself.
+        raise PolicyError(
+            f"policy {name!r} does not take this: {error}",
+            value=text,
+            remedy="leave the field out, or build a swatfx.Policy",
+        ) from error
 
 
 def _literal(text: str) -> Any:

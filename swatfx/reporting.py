@@ -181,7 +181,8 @@ def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
             weight_selector=plan.weight_selector,
             activation_selector=plan.activation_selector,
             parameters=plan.parameters,
-            skipped=plan.skipped,
+            # What eager code computes with a weight by itself, no graph can see.
+            skipped=plan.skipped or (None if cost.output_shape else "not called by these inputs"),
             **asdict(cost),
         )
 

@@ -70,12 +70,14 @@ class Selector:
         score: tensor -> scores, broadcastable to the tensor.
         groups: dimensions along which thresholds differ, of "sample" and "channel".
         weights_only: whether activations cannot be selected this way.
+        fixed_density: whether it knows one density only, so that none can be assigned to it later.
     """
 
     name: str
     score: Callable[[Tensor, Axes], Tensor] = _magnitude
     groups: tuple[str, ...] = ()
     weights_only: bool = False
+    fixed_density: bool = False
 
     def check(self, density: Density, layer: str) -> None:
         """Raise PolicyError if this selector cannot give `density`."""
@@ -97,7 +99,7 @@ class Selector:
     ) -> Tensor:
         """Recompute the state from `x`; `reduce` sums counts over ranks (ungrouped only)."""
         shape = self.state_shape(tuple(x.shape), axes)
-        if density.is_dense or x.numel() == 0:
+        if density.is_dense or (x.numel() == 0 and reduce is None):
             return x.new_zeros(shape)
         scores = self.score(x, axes)
         if not self.groups:
@@ -224,5 +226,5 @@ def get(name: str) -> Selector:
         return SELECTORS[name]
     match = re.fullmatch(r"(\d+):(\d+)", name)
     if match and 0 < int(match[1]) < int(match[2]):
-        return NofM(name, weights_only=True, n=int(match[1]), m=int(match[2]))
+        return NofM(name, weights_only=True, fixed_density=True, n=int(match[1]), m=int(match[2]))
     raise UnknownNameError("selector", name, [*SELECTORS, "2:4"])

@@ -53,6 +53,10 @@ class Clock(nn.Module):
         self.iteration.copy_(step[2])
         return step
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.token = next(_tokens)  # a deep copy keeps a time of its own
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clock:
         # The counter is read by the host at every step: on a GPU it would cost a synchronisation.
         return self
@@ -134,8 +138,9 @@ class Threshold(nn.Module):
         self.fraction.copy_(torch.tensor(pair))
 
     def check(self, x: Tensor) -> None:
-        """Raise InputError if `x` cannot be ranked."""
-        check_rankable(x.detach(), self.layer, self.is_weight)
+        """Raise InputError if `x` has to be ranked and cannot be."""
+        if not read_density(self.density, self.fraction).is_dense:
+            check_rankable(x.detach(), self.layer, self.is_weight)
 
     def recompute(self, x: Tensor) -> None:
         """Set the state from `x` now, whatever the iteration."""

@@ -74,7 +74,8 @@ def attach(gm: nn.Module, optimizer: torch.optim.Optimizer) -> Handle:
     take effect at the next threshold refresh. Policies that need nothing accept any optimizer.
 
     Raises:
-        AttachError: the optimizer keeps no momentum, or the model has an optimizer already.
+        AttachError: the optimizer keeps no momentum or is another model's, or the model has an
+            optimizer already.
     """
     root = unwrap(gm)
     policy = Policy.from_json(root.meta["policy"])
@@ -82,6 +83,7 @@ def attach(gm: nn.Module, optimizer: torch.optim.Optimizer) -> Handle:
         raise AttachError("an optimizer is attached already", remedy="call handle.detach() first")
     if policy.needs_optimizer:
         _check_momentum(optimizer)
+        _check_owner(root, optimizer)
     return Handle(root, optimizer, policy)
 
 
@@ -92,6 +94,16 @@ def _check_momentum(optimizer: torch.optim.Optimizer) -> None:
         raise AttachError(
             f"{type(optimizer).__name__} keeps no momentum, which SWAT-M shares its budget by",
             remedy="use SGD with momentum > 0, Adam or AdamW",
+        )
+
+
+def _check_owner(gm: SwatModule, optimizer: torch.optim.Optimizer) -> None:
+    own = {id(p) for p in gm.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise AttachError(
+            "the optimizer holds none of the model's parameters",
+            value=type(optimizer).__name__,
+            remedy="make it from gm.parameters()",
         )
 
 
@@ -119,10 +131,10 @@ def redistribute(gm: SwatModule, optimizer: torch.optim.Optimizer) -> None:
     Layers that the optimizer has not updated (frozen, say) keep the density they have.
     """
     policy = Policy.from_json(gm.meta["policy"])
-    groups: dict[Policy, list[SparseLayer]] = {}
+    groups: dict[tuple[int, Policy], list[SparseLayer]] = {}
     for layer in sparse_layers(gm):
         groups.setdefault(policy.rule_for(layer.plan.name), []).append(layer)
-    for rule, members in groups.items():
+    for (_, rule), members in groups.items():
         if rule.distribution == "momentum":
             _redistribute(rule, members, optimizer)
 

@@ -27,6 +27,7 @@ FLOORS = {
         "swatfx.models",
         "swatfx.recipes",
         "swatfx.datasets",
+        "swatfx.accelerators",
     ],
     2: ["passes"],
     3: [
@@ -108,8 +109,9 @@ def test_a_pass_imported_alone_works() -> None:
 def test_no_module_bears_a_facade_name() -> None:
     import swatfx
 
+    functions = {name for name in swatfx.__all__ if callable(getattr(swatfx, name))}
     names = {module_of(p).removeprefix("swatfx.") for p in sources()}
-    assert not names & set(swatfx.__all__)
+    assert functions and not names & functions
 
 
 def test_no_machine_paths() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import swatfx
 from swatfx import bits, selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import PolicyError, UnknownNameError
@@ -120,6 +121,14 @@ def test_sparsity_that_disagrees_with_n_of_m(name: str, sparsity: float) -> None
     with pytest.raises(PolicyError, match="use sparsity") as caught:
         selectors.get(name).check(Density.from_sparsity(sparsity), "features.3")
     assert "features.3" in str(caught.value) and f"{sparsity:g}" in str(caught.value)
+
+
+def test_compile_refuses_such_a_sparsity() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    with pytest.raises(PolicyError, match="layer '1'.*use sparsity 0.5"):
+        swatfx.compile(model, swatfx.swat_u(0.9, weight_selector="2:4"))
+    with pytest.raises(PolicyError, match="weights only"):
+        swatfx.compile(model, swatfx.swat_u(0.5, activation_selector="channel"))
 
 
 @pytest.mark.parametrize(("name", "sparsity"), [("2:4", 0.5), ("1:3", 2 / 3), ("2:4", 0.0)])

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("swatfx", "FRAGMENT")
-_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+_KEYS = {
+    "cpu": "AutocastCPU",
+    "cuda": "AutocastCUDA",
+    "mps": "AutocastMPS",
+    "xpu": "AutocastXPU",
+}
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

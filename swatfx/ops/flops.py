@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 Shape = Sequence[int]
 
@@ -22,12 +22,14 @@ def _batched(shape: Shape, weight: Shape) -> list[int]:
     return list(shape) if len(shape) == len(weight) else [1, *shape]
 
 
+def _transposed(shape: Shape) -> list[int]:
+    return [shape[1], shape[0], *shape[2:]]
+
+
 def conv_flops(input: Shape, weight: Shape, *args: Any, out_shape: Shape, **options: Any) -> int:
     """FLOPs of `swatfx::conv`: what torch counts for the dense convolution."""
-    out = torch.empty(_batched(out_shape, weight), device="meta")
-    return int(
-        conv_flop(_batched(input, weight), weight, None, None, None, None, False, out_val=out)
-    )
+    out = _batched(out_shape, weight)
+    return conv_flop_count(_batched(input, weight), list(weight), out)
 
 
 def conv_backward_flops(
@@ -38,16 +40,19 @@ def conv_backward_flops(
     weight_state: Shape,
     input_shape: Shape,
     *args: Any,
-    out_shape: Any,
     **options: Any,
 ) -> int:
-    """FLOPs of `swatfx::conv_backward`: those of the gradients that are wanted."""
+    """FLOPs of `swatfx::conv_backward`: what torch counts for the gradients that are wanted."""
     wants = options["wants"] if "wants" in options else args[-1]
-    seen = _batched(input_shape, weight)
-    grad = _batched(grad, weight)
-    outs = [torch.empty(seen, device="meta"), torch.empty(tuple(weight), device="meta"), None]
-    rest = (None, None, None, None, False, None, None, list(wants))
-    return int(conv_backward_flop(grad, seen, weight, *rest, out_val=outs))
+    seen, grad = _batched(input_shape, weight), _batched(grad, weight)
+    flops = 0
+    if wants[0]:
+        flops += conv_flop_count(grad, list(weight), seen, transposed=True)
+    if wants[1]:
+        # The convolution of the activation with the gradient, batch and channels swapped.
+        a, g, w = (_transposed(shape) for shape in (seen, grad, weight))
+        flops += conv_flop_count(a, g, w)
+    return flops
 
 
 def linear_flops(input: Shape, weight: Shape, *args: Any, **options: Any) -> int:

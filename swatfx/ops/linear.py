@@ -66,7 +66,19 @@ def linear(
     used = as_seen(weight, input.dtype)
     if where.forward_weight:
         used = active_weight(weight, weight_state, weight_selector, input.dtype)
-    return F.linear(input, used, bias)
+    return _run(input, used, bias)
+
+
+def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, which takes rows one batch at a time only where no weight gradient is wanted.
+
+    Below autograd it cannot know that one is, and its sums would round otherwise than the model's.
+    """
+    if input.dim() < 3 or input.is_contiguous():
+        return F.linear(input, weight, bias)
+    rows = F.linear(input.reshape(-1, input.shape[-1]), weight)
+    out = rows.view(*input.shape[:-1], weight.shape[0])
+    return out if bias is None else out.add_(bias)
 
 
 @linear.register_fake

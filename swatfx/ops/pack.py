@@ -43,6 +43,6 @@ def _(
 def unpack(
     packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    """The sparse activation as a dense tensor of `shape`, in the memory format it was packed from."""
+    """The sparse activation as a dense tensor of `shape`, in the memory format of the packed."""
     flat = bits.unpack(packed, torch.Size(shape).numel(), dtype)
     return bits.from_flat(flat, shape, channels_last)

@@ -21,11 +21,48 @@ from swatfx.density import Density
 from swatfx.errors import InputError
 from swatfx.selectors import Axes
 
-# Which training iteration a forward's input belonged to: a recomputation gets the very tensor that
-# the first pass got, and so finds the iteration whose thresholds it has to see. Keys are (clock,
-# data pointer, shape); a pointer that was freed and given out again is overwritten by its new owner.
-_SEEN: OrderedDict[tuple[int, int, tuple[int, ...]], int] = OrderedDict()
-_SEEN_LIMIT = 4096
+_Key = tuple[int, bool, int, tuple[int, ...]]  # (clock, of the root, data pointer, shape)
+
+
+class _Seen:
+    """Which training iterations a forward's input belonged to.
+
+    A recomputation gets the very tensor that the first pass got, and so finds the iteration whose
+    thresholds it has to see. Where several forwards got one tensor before a backward, autograd
+    recomputes the last of them first. A pointer that was freed and given out again belongs to its
+    new owner once something was recomputed from it, and to its last few owners until then.
+    """
+
+    _tensors = 4096
+    _forwards = 16
+
+    def __init__(self) -> None:
+        self._iterations: OrderedDict[_Key, list[int]] = OrderedDict()
+        self._recomputed: set[_Key] = set()
+
+    def note(self, key: _Key, iteration: int) -> None:
+        """A forward that is not a recomputation."""
+        known = self._iterations.setdefault(key, [])
+        self._iterations.move_to_end(key)
+        if key in self._recomputed:
+            self._recomputed.remove(key)
+            known.clear()
+        known.append(iteration)
+        del known[: -self._forwards]
+        if len(self._iterations) > self._tensors:
+            oldest, _ = self._iterations.popitem(last=False)
+            self._recomputed.discard(oldest)
+
+    def recall(self, key: _Key, default: int) -> int:
+        """The iteration of the forward that is recomputed now."""
+        known = self._iterations.get(key)
+        if not known:
+            return default
+        self._recomputed.add(key)
+        return known.pop() if len(known) > 1 else known[0]
+
+
+_SEEN = _Seen()
 
 
 def _inside_backward() -> bool:
@@ -50,14 +87,12 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
     current = now if advance else max(now - 1, 0)
     key = None
     if inputs:
-        key = (clock, inputs[0].data_ptr(), tuple(inputs[0].shape))
+        key = (clock, advance, inputs[0].data_ptr(), tuple(inputs[0].shape))
     if _inside_backward():
-        return torch.tensor([_SEEN.get(key, max(now - 1, 0)) if key else max(now - 1, 0), 1, now])
+        latest = max(now - 1, 0)
+        return torch.tensor([_SEEN.recall(key, latest) if key else latest, 1, now])
     if key is not None:
-        _SEEN[key] = current
-        _SEEN.move_to_end(key)
-        if len(_SEEN) > _SEEN_LIMIT:
-            _SEEN.popitem(last=False)
+        _SEEN.note(key, current)
     return torch.tensor([current, 0, now + 1 if advance else now])
 
 
@@ -108,14 +143,17 @@ def compute_state(
     Raises:
         InputError: naming the layer.
     """
-    check_rankable(x, layer, is_weight)
+    if not density.is_dense:  # else nothing is ranked, and NaN goes where eager lets it go
+        check_rankable(x, layer, is_weight)
     chosen = selectors.get(selector)
     axes = Axes.of(x.dim(), spatial, is_weight)
     draw = draw_seed(seed, layer, iteration, is_weight)
-    reduce = None
-    if all_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
-        reduce = _sum_over_ranks
+    reduce = _sum_over_ranks if all_ranks and _has_ranks() else None
     return chosen.state(x, density, axes, draw, reduce)
+
+
+def _has_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _sum_over_ranks(counts: Tensor) -> Tensor:
@@ -169,13 +207,15 @@ def refresh(
     last = int(stamp.item())
     batch_shaped = not is_weight and selectors.get(selector).groups != ()
     due = batch_shaped or iteration % period == 0 or last < 0
+    use = threshold
     if recomputing:
         if not batch_shaped and last == iteration:
             due = False  # the very threshold that the first pass computed
         elif not due and last > iteration:
-            threshold = previous
-    use = threshold
-    if due and x.numel():
+            use = previous  # it was refreshed after the first pass; the new threshold stays
+    # A rank whose batch is empty still has to add its zeros to the others' counts.
+    fresh = due and (x.numel() > 0 or (all_ranks and _has_ranks()))
+    if fresh:
         use = compute_state(
             x,
             read_density(density, fraction),
@@ -190,7 +230,7 @@ def refresh(
         use = use.to(threshold.dtype)
     elif batch_shaped:
         use = threshold.new_zeros(_state_shape(x, selector, spatial, is_weight))
-    if recomputing or batch_shaped or not due or not x.numel():
+    if recomputing or batch_shaped or not fresh:
         return use.clone(), threshold.clone(), previous.clone(), stamp.clone()
     return use, use.clone(), threshold.clone(), torch.full_like(stamp, iteration)
 

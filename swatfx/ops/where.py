@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swatfx import selectors
 from swatfx.density import Density
-from swatfx.selectors import Axes
+from swatfx.selectors import Axes, RandomSelector
 
 SWAT = "w/wa"
 
@@ -79,7 +79,12 @@ def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> 
     value = Density(float(exact), exact if "/" in density else None)
     axes = Axes.of(grad.dim(), spatial, False)
     chosen = selectors.get(selector)
-    state = chosen.state(grad, value, axes, seed=0)
+    seed = 0
+    if isinstance(chosen, RandomSelector):
+        # Drawn anew at every step: the gradient itself is what tells one step from another.
+        norm = grad.abs().sum(dtype=torch.float32).cpu()
+        seed = int(norm.double().view(torch.int64).item()) & (2**53 - 1)
+    state = chosen.state(grad, value, axes, seed)
     return kept_only(grad, chosen.keep(grad, state, axes))
 
 

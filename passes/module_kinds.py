@@ -1,0 +1,86 @@
+"""Which modules are layers, hold layers, or have to be called as they are."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import fx, nn
+
+LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Linear,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def opaque_reason(m: nn.Module) -> str | None:
+    """Why `m` has to be called as a module, or None."""
+    if any(getattr(m, table, None) for table in _HOOK_TABLES):
+        return "hook on the module"
+    if isinstance(m, torch.jit.ScriptModule):
+        return "untraceable: TorchScript module"
+    if is_patched(m):
+        return "untraceable: forward replaced on the instance"
+    return None
+
+
+def is_patched(m: nn.Module) -> bool:
+    """Whether a user has set another forward on `m` itself (we do so with parts)."""
+    return not isinstance(m.__dict__.get("forward"), (type(None), fx.GraphModule))
+
+
+def has_layers(m: nn.Module) -> bool:
+    """Whether `m` is or holds a conv or linear layer."""
+    return any(layer_kind(child) or _is_attention(child) for child in m.modules())
+
+
+def may_call_layers(m: nn.Module) -> bool:
+    """Whether `m` might: it holds layers, or a matrix of its own in a user's class."""
+    if has_layers(m):
+        return True
+    return any(_owns_matrix(child) for child in m.modules())
+
+
+def owns_layer(m: nn.Module) -> bool:
+    """Whether the forward of `m` itself might use a layer's weight that is its own."""
+    return bool(layer_weights(m)) or (_owns_matrix(m) and not isinstance(m, _LISTS))
+
+
+def _owns_matrix(m: nn.Module) -> bool:
+    foreign = isinstance(m, _LISTS) or not type(m).__module__.startswith("torch.nn.")
+    return foreign and any(p is not None and p.dim() > 1 for p in m._parameters.values())
+
+
+def layer_kind(m: nn.Module) -> str | None:
+    """The kind of layer that `m` is ("conv2d", "linear", ...), TorchScript included; or None."""
+    scripted = getattr(m, "original_name", "") if isinstance(m, torch.jit.ScriptModule) else None
+    for kind in LAYERS:
+        if isinstance(m, kind) or scripted == kind.__name__:
+            return kind.__name__.lower().replace("transpose", "_transpose")
+    return None
+
+
+def layer_weights(m: nn.Module) -> dict[str, str]:
+    """Names of the parameters of `m` itself that are weights of a layer, and the layers' kinds."""
+    if _is_attention(m):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return {name: "linear" for name in names if m._parameters.get(name) is not None}
+    kind = layer_kind(m)
+    return {} if kind is None else {"weight": kind}
+
+
+def _is_attention(m: nn.Module) -> bool:
+    return isinstance(m, nn.MultiheadAttention)
+
+
+def has_defaults(m: nn.Module) -> bool:
+    """Whether forward has arguments that a caller may leave out."""
+    parameters = inspect.signature(type(m).forward).parameters.values()
+    return any(p.default is not p.empty or p.kind >= p.VAR_KEYWORD for p in parameters)

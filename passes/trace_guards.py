@@ -1,0 +1,201 @@
+"""What symbolic tracing would get wrong without a word, turned into an error.
+
+Tracing runs a forward once, on proxies. Whatever that run does beside making nodes is lost, or
+frozen into the graph: a branch on a type or on the grad mode, operations under no_grad or autocast,
+the backward of a custom autograd.Function, recomputation, attributes set, random numbers drawn.
+Here each of these raises TraceError, so that the module it is found in stays eager.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.fx.proxy import TraceError
+
+ON_TRAINING = "control flow on self.training"
+_CHECKPOINTS = (  # what activation checkpointing runs through, by version of torch
+    "_checkpoint_impl",
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
+_MISSING = object()
+
+
+class TrainingFlag:
+    """Stands for `self.training` while tracing, so that the graph reads it when it runs."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __bool__(self) -> bool:
+        raise TraceError(ON_TRAINING)
+
+    def __eq__(self, other: object) -> bool:
+        raise TraceError(ON_TRAINING)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class WatchedProxy(fx.Proxy):
+    """A proxy that says no to a user's isinstance, whose answer would be frozen."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance asks for this when the real type does not match.
+        if _asks(sys._getframe(1)):
+            raise TraceError("isinstance on an input of the graph")
+        return WatchedProxy
+
+
+def _asks(frame: Any) -> bool:
+    """Whether a user's code stands at `frame`: not torch's, not ours."""
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module not in ("abc", "typing", "_collections_abc"):
+            return module.split(".")[0] not in ("torch", "passes", "swatfx", "copy", "inspect")
+        frame = frame.f_back
+    return False
+
+
+def _raise(reason: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TraceError(reason)
+
+    return refuse
+
+
+def has_proxy(value: Any) -> bool:
+    """Whether a proxy is in some nest of tuples, lists and dicts."""
+    if isinstance(value, dict):
+        return any(has_proxy(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(has_proxy(v) for v in value)
+    return isinstance(value, fx.Proxy)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Refuse checkpointing, custom autograd functions, and questions about the mode."""
+    with ExitStack() as stack:
+        for name in _CHECKPOINTS:
+            if hasattr(torch.utils.checkpoint, name):
+                refuse = _raise("activation checkpointing")
+                stack.enter_context(_patched(torch.utils.checkpoint, name, refuse))
+        for name in _MODES:
+            stack.enter_context(_patched(torch, name, _mode_question(name)))
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if has_proxy(args) or has_proxy(kwargs):
+                name = cls.__name__
+                what = "activation checkpointing" if name == "CheckpointFunction" else None
+                raise TraceError(what or f"custom autograd function {name}")
+            return apply.__get__(None, cls)(*args, **kwargs)
+
+        stack.enter_context(_patched(torch.autograd.Function, "apply", classmethod(watched)))
+        yield
+
+
+@contextmanager
+def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _mode_question(name: str) -> Callable[..., Any]:
+    real = getattr(torch, name)
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if _asks(sys._getframe(1)):
+            raise TraceError(f"control flow on torch.{name}")
+        return real(*args, **kwargs)
+
+    return ask
+
+
+def ambient() -> tuple[Any, ...]:
+    """Modes that a node is run under but does not remember: grad, autocast, saved-tensor hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _is_grad_enabled(), _is_autocast_enabled("cpu"), _is_autocast_enabled("cuda"), hooks
+
+
+def random_state() -> tuple[Any, ...]:
+    """States of the random number generators that a forward may draw from on the host."""
+    numpy = sys.modules.get("numpy")
+    return (
+        torch.get_rng_state(),
+        random.getstate(),
+        None if numpy is None else numpy.random.get_state(),
+    )
+
+
+def restore_random_state(before: tuple[Any, ...]) -> bool:
+    """Put generators back as they were; whether anything had been drawn."""
+    now = random_state()
+    drawn = not torch.equal(now[0], before[0]) or now[1] != before[1]
+    if before[2] is not None:
+        drawn |= any(str(a) != str(b) for a, b in zip(now[2][2:], before[2][2:], strict=True))
+        drawn |= bool((now[2][1] != before[2][1]).any())
+    if drawn:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        if before[2] is not None:
+            sys.modules["numpy"].random.set_state(before[2])
+    return drawn
+
+
+class Attributes:
+    """The plain attributes of a module, to see what a forward sets."""
+
+    def __init__(self, m: nn.Module) -> None:
+        self._module = m
+        self._before = {k: (v, _contents(v)) for k, v in m.__dict__.items() if k != "training"}
+
+    def restore(self) -> str | None:
+        """Put them back; the name of one that had changed, or None."""
+        table = self._module.__dict__
+        changed = None
+        for name in [*table, *self._before]:
+            if name == "training" or name.startswith("_tensor_constant"):
+                continue
+            value, contents = self._before.get(name, (_MISSING, None))
+            if value is _MISSING:
+                changed = name
+                del table[name]
+            elif table.get(name, _MISSING) is not value or not _same(_contents(value), contents):
+                changed = name
+                table[name] = value
+                if isinstance(value, (list, dict)):
+                    value.clear()
+                    value.extend(contents) if isinstance(value, list) else value.update(contents)
+        return changed
+
+
+def _contents(value: Any) -> Any:
+    if isinstance(value, (list, dict)):
+        return value.copy()
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(a[k] is b[k] for k in a)
+    return all(x is y for x, y in zip(a, b, strict=True))

@@ -1,0 +1,448 @@
+"""What symbolic tracing cannot follow stays eager, with a reason; what lies below is compiled."""
+
+import copy
+import random
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import DENSITY_1, HALF, assert_matches_at_density_1, loss_of, skipped, train_step
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import swatfx
+from swatfx.graph_module import SwatModule
+
+torch.set_num_threads(1)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 100  # not what tracing through forward would give
+
+
+class Base(nn.Module):
+    """A block of two layers; subclasses put something untraceable between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.calls: Any = 0
+        self.kept: list[Any] = []
+        self.register_buffer("cache", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.first(x)))
+
+    def between(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class OnTensor(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+class OnShape(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x.relu() if x.shape[0] > 1 else x
+
+
+class OnType(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if isinstance(x, Tensor) else x
+
+
+class OnTraining(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+class OnTrainingEqual(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training == True else x  # noqa: E712
+
+
+class OnGradMode(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if torch.is_grad_enabled() else x
+
+
+class NoGrad(Base):
+    def between(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().mean()
+        return x / scale
+
+
+class Autocast(Base):
+    def between(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ x.t() @ x).float()
+
+
+class SavedHooks(Base):
+    def between(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t):
+            return x * x
+
+
+class OwnFunction(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return Double.apply(x)
+
+
+class Draws(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * torch.rand(4)
+
+
+class DrawsInPython(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * random.random()
+
+
+class DrawsInNumpy(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * float(np.random.rand())
+
+
+class Counts(Base):
+    def between(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class Keeps(Base):
+    def between(self, x: Tensor) -> Tensor:
+        self.kept.append(x.detach())
+        return x
+
+
+class SetsBuffer(Base):
+    def between(self, x: Tensor) -> Tensor:
+        self.cache = self.cache + 1
+        return x * self.cache
+
+
+class Iterates(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return torch.stack([row * i for i, row in enumerate(x)])
+
+
+REASONS = {
+    OnTensor: "untraceable: control flow on a tensor",
+    OnShape: "untraceable: control flow on a tensor",
+    OnType: "untraceable: isinstance on an input of the graph",
+    OnTraining: "untraceable: control flow on self.training",
+    OnTrainingEqual: "untraceable: control flow on self.training",
+    OnGradMode: "untraceable: control flow on torch.is_grad_enabled",
+    NoGrad: "untraceable: no_grad, autocast or saved-tensor hooks in forward",
+    Autocast: "untraceable: no_grad, autocast or saved-tensor hooks in forward",
+    SavedHooks: "untraceable: no_grad, autocast or saved-tensor hooks in forward",
+    OwnFunction: "untraceable: custom autograd function Double",
+    Draws: "untraceable: random numbers drawn in forward",
+    DrawsInPython: "untraceable: random numbers drawn in forward",
+    DrawsInNumpy: "untraceable: random numbers drawn in forward",
+    Counts: "untraceable: forward sets calls",
+    Keeps: "untraceable: forward sets kept",
+    SetsBuffer: "untraceable: forward sets _buffers",
+    Iterates: "untraceable: loop over a tensor or argument list",
+}
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("as_root", [False, True])
+@pytest.mark.parametrize("kind", REASONS)
+def test_an_untraceable_block(kind: type[Base], as_root: bool) -> None:
+    def seed(*_: Any) -> None:
+        random.seed(0)
+        np.random.seed(0)
+
+    model: nn.Module = kind() if as_root else nn.Sequential(nn.Linear(4, 4), kind(), nn.Tanh())
+    path = "" if as_root else "1"
+    gm = swatfx.compile(model, DENSITY_1)
+    assert gm.eager == {path: REASONS[kind]}
+    below = [f"{path}.{name}".lstrip(".") for name in ("first", "second")]
+    assert set(gm.parts) == set(below)
+    report = swatfx.report(gm, [X])
+    assert {layer.name: layer.skipped for layer in report.layers} == dict.fromkeys(
+        below if as_root else ["0", *below]
+    )
+    assert f"eager: {path or 'the root module'}: {REASONS[kind]}" in str(report)
+
+    for training in (True, False, True):
+        ref = copy.deepcopy(model)
+        gm = swatfx.compile(model, DENSITY_1)
+        ref.train(training)
+        gm.train(training)
+        seed()
+        torch.manual_seed(0)
+        expected = ref(X)
+        seed()
+        torch.manual_seed(0)
+        assert torch.equal(gm(X), expected)
+        loss_of(expected).backward()
+        model.zero_grad()
+        seed()
+        torch.manual_seed(0)
+        loss_of(gm(X)).backward()
+        if kind in (Counts, SetsBuffer):
+            continue  # the second forward of gm multiplies by more
+        for p, q in zip(model.parameters(), ref.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+    train_step(swatfx.compile(model, HALF), X)
+
+
+def test_what_forward_sets_stays_with_the_compiled_model() -> None:
+    model = nn.Sequential(Counts(), Keeps())
+    gm = swatfx.compile(model, DENSITY_1)
+    gm(X)
+    gm(X)
+    assert (model[0].calls, model[1].kept) == (0, [])
+    assert (gm.get_submodule("0").calls, len(gm.get_submodule("1").kept)) == (2, 2)  # type: ignore[arg-type]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.block = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.chain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+        self.reentrant: bool | None = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.reentrant is None:
+            return self.chain(self.block(x))
+        x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return checkpoint_sequential(self.chain, 2, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model_keeps_its_checkpoints(reentrant: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Checkpointed(reentrant))
+    gm = assert_matches_at_density_1(model, X)
+    assert gm.eager == {"1": "untraceable: activation checkpointing"}
+    assert {"1.stem", "1.block", "1.chain", "1.chain.0", "1.chain.2"} <= set(gm.parts)
+
+    plain = copy.deepcopy(model)
+    plain[1].reentrant = None
+    one, seen = _three_steps(model)
+    other, seen_plainly = _three_steps(plain)
+    assert (seen, seen_plainly) == (6, 3)  # each step computes the block twice
+    assert int(one.swat.clock.iteration) == 3
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for (name, b), c in zip(one.swat.named_buffers(), other.swat.buffers(), strict=True):
+        if not name.endswith("stamp"):
+            torch.testing.assert_close(b, c, msg=name)
+
+
+def _three_steps(model: nn.Module) -> tuple[SwatModule, int]:
+    """(compiled and trained, calls of its block); thresholds are refreshed once a step."""
+    gm = swatfx.compile(model, HALF)
+    gm.train()
+    calls: list[int] = []
+    gm.get_submodule("1.block").register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        gm.zero_grad()
+        loss_of(gm(X)).backward()
+        with torch.no_grad():
+            for p in gm.parameters():
+                p -= 0.1 * p.grad
+    return gm, len(calls)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.raw = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = F.linear(self.fc(x), self.raw)
+        return x if mask is None else x * mask
+
+
+class RawBelow(nn.Module):
+    """Eager; one child has a matrix of its own, one takes a mask, one is not a layer at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = Raw()
+        self.masked = Masked()
+        self.embed = nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            x = self.masked(self.raw(x), mask=torch.ones(4)) + self.masked(x)
+        return x + self.embed.weight[0]
+
+
+class Raw(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, self.matrix), 0.5, self.training)
+
+
+def test_functional_layers_and_optional_arguments_below_eager_code() -> None:
+    gm = assert_matches_at_density_1(RawBelow(), X)
+    assert skipped(gm, X) == {"raw.matrix": None, "masked.fc": None}
+    assert gm.eager == {
+        "": "untraceable: control flow on a tensor",
+        "masked": "untraceable: optional arguments below eager code",
+    }
+    assert set(gm.parts) == {"raw", "masked.fc"}
+    gm.train()
+    gm.get_submodule("raw").eval()  # the part reads the flag of the module it stands in for
+    assert torch.equal(gm.get_submodule("raw")(X), F.linear(X, gm.get_parameter("raw.matrix")))
+
+
+@pytest.mark.parametrize("where", ["", "conv", "body"])
+def test_hooks_run_and_their_modules_stay(where: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.conv(x))
+
+    model, seen = Net(), []
+    model.get_submodule(where).register_forward_hook(lambda m, a, out: seen.append(1) or out * 2)
+    model.get_submodule(where).register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+    x = torch.randn(2, 3, 8, 8)
+    gm = assert_matches_at_density_1(model, x)
+    reasons = skipped(gm, x)
+    assert reasons.pop("conv") == ("hook on the module" if where == "conv" else None)
+    assert reasons == {"body.0": None, "body.2": None}
+    assert gm.eager == ({where: "hook on the module"} if where else {})
+    assert ("body" in gm.parts) == (where == "body")
+    seen.clear()
+    gm(x)
+    assert seen == [1]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*_jit_internal")
+def test_torchscript_child() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(4, 4), scripted)
+    gm = swatfx.compile(model, DENSITY_1)
+    torch.testing.assert_close(gm(X), model(X), rtol=0, atol=0)
+    assert skipped(gm, X) == {
+        "0": None,
+        "1.0": "not called below eager 1 (untraceable: TorchScript module)",
+    }
+
+
+class Walks(nn.Module):
+    """Eager code that does not call what it holds, but what that holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
+        self.block = Wide()
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        if whole:
+            return self.block(self.chain(x))
+        for layer in self.chain:
+            x = layer(x)
+        return self.block.left(x) + self.block.right(x)
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 4)
+        self.right = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_layers_are_sparse_whichever_way_eager_code_takes_to_them() -> None:
+    torch.manual_seed(0)
+    model = Walks()
+    grads = []
+    for whole in (True, False):
+        model.zero_grad()
+        gm = swatfx.compile(model, HALF, example_inputs=(X, whole))
+        assert gm.eager == {"": "untraceable: control flow on a tensor"}
+        gm.train()
+        loss_of(gm(X, whole)).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        layers = swatfx.report(gm, [X, whole]).layers
+        assert [(layer.name, layer.skipped) for layer in layers] == [
+            ("chain.0", None),
+            ("chain.1.1", None),
+            ("block.left", None),
+            ("block.right", None),
+        ]
+        assert all(layer.dense_forward_macs == 48 for layer in layers)
+        assert all(layer.sparse_forward_macs == 24 for layer in layers)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    # Of two graphs that hold a layer, one call at a time is made: they share its thresholds.
+    assert list(gm.swat.get_submodule("chain_0")._modules) == [
+        "weight_threshold",
+        "activation_threshold",
+        "pack",
+    ]
+
+
+class Patched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+        self.last = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(self.conv(x)))
+
+
+def test_a_forward_set_on_the_instance_is_what_runs() -> None:
+    model = Patched()
+    x = torch.randn(1, 3, 4, 4)
+    model.conv.forward = lambda a: a * 3  # type: ignore[method-assign]
+    model.block.forward = MethodType(lambda m, a: m[0](a).tanh(), model.block)  # type: ignore[method-assign]
+    gm = swatfx.compile(model, DENSITY_1)
+    assert torch.equal(gm(x), model(x))
+    reason = "untraceable: forward replaced on the instance"
+    assert skipped(gm, x) == {"conv": reason, "block.0": None, "last": None}
+    model.forward = MethodType(lambda m, a: m.last(a) * 2, model)  # type: ignore[method-assign]
+    gm = swatfx.compile(model, DENSITY_1)
+    assert gm.eager[""] == reason
+    assert torch.equal(gm(x), model(x))
+
+
+class SharesAcross(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Masked()
+        self.b = Masked()
+        self.b.fc = self.a.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if x.shape[0] else x
+
+
+def test_one_module_below_two_eager_modules() -> None:
+    gm = assert_matches_at_density_1(SharesAcross(), X)
+    assert skipped(gm, X)["a.fc"] is None
+    train_step(swatfx.compile(SharesAcross(), HALF), X)

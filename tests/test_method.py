@@ -1,0 +1,348 @@
+"""The method as algorithm.md defines it, against a second formulation in plain float64 torch.
+
+The formulation below shares no code with the library: Top-K by sorting, the input gradient as a
+transposed convolution, the weight gradient as a convolution of the transposed activation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from swatfx import Policy, bits
+from swatfx.graph_module import SwatModule
+from swatfx.layers import sparse_layers
+from swatfx.state import Pack
+
+torch.set_num_threads(1)
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONV_T = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+S = 0.75
+
+
+# ---- The second formulation ----------------------------------------------------------------------
+
+
+def top(scores: Tensor, sparsity: float) -> Tensor:
+    n = scores.numel()
+    k = n - int(Fraction(str(sparsity)) * n)
+    return scores >= scores.reshape(-1).sort(descending=True).values[k - 1]
+
+
+def each(x: Tensor, dims: int, sparsity: float) -> Tensor:
+    """Top-K in each slice of the first `dims` dimensions."""
+    slices = x.abs().flatten(0, dims - 1) if dims > 1 else x.abs()
+    return torch.stack([top(part, sparsity) for part in slices]).view(x.shape)
+
+
+def weight_mask(name: str, w: Tensor, s: float) -> Tensor:
+    rest = tuple(range(2, w.dim()))
+    slices = w.abs().sum(rest) if rest else w.abs()
+
+    def spread(mask: Tensor) -> Tensor:
+        return mask.view(*mask.shape, *[1] * (w.dim() - mask.dim())).expand_as(w)
+
+    if name == "nchw":
+        return top(w.abs(), s)
+    if name == "chw":
+        return each(w, 1, s)
+    if name == "hw":
+        return each(w, 2, s)
+    if name == "channel":
+        return spread(top(slices, s))
+    if name == "channel-per-filter":
+        return spread(torch.stack([top(row, s) for row in slices]))
+    if name == "filter":
+        return spread(top(slices.sum(1), s))
+    if name == "input-channel":
+        return spread(top(slices.sum(0), s)[None].expand(w.shape[0], -1))
+    assert name == "2:4"
+    keep = torch.zeros_like(w, dtype=torch.bool)
+    for start in range(0, w.shape[1], 4):
+        group = w[:, start : start + 4].abs()
+        rank = group.argsort(dim=1, descending=True).argsort(dim=1)
+        keep[:, start : start + 4] = rank < 2
+    return keep
+
+
+def activation_mask(name: str, a: Tensor, s: float, spatial: int) -> Tensor:
+    if name == "nchw":
+        return top(a.abs(), s)
+    if name == "chw":
+        return each(a, 1, s)
+    assert name == "hw"
+    # Of a sequence, what one feature is at every token is its map; a row has maps of one element.
+    return each(a, 2, s) if spatial else each(a.movedim(-1, 1), 2, s).movedim(1, -1)
+
+
+@dataclass
+class Shape:
+    """What a layer is called with."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+
+def forward(a: Tensor, w: Tensor, b: Tensor | None, c: Shape) -> Tensor:
+    if w.dim() == 2:
+        y = torch.einsum("...i,oi->...o", a, w)
+        return y if b is None else y + b
+    return CONV[w.dim() - 2](a, w, b, c.stride, c.padding, c.dilation, c.groups)
+
+
+def input_gradient(g: Tensor, w: Tensor, a: Tensor, c: Shape) -> Tensor:
+    if w.dim() == 2:
+        return torch.einsum("...o,oi->...i", g, w)
+    spatial = range(2, w.dim())
+    plain = [(g.shape[d] - 1) * c.stride + c.dilation * (w.shape[d] - 1) + 1 for d in spatial]
+    extra = [a.shape[d] + 2 * c.padding - n for d, n in zip(spatial, plain, strict=True)]
+    call = CONV_T[w.dim() - 2]
+    return call(g, w, None, c.stride, c.padding, extra, c.groups, c.dilation)
+
+
+def weight_gradient(g: Tensor, a: Tensor, w: Tensor, c: Shape) -> Tensor:
+    if w.dim() == 2:
+        return torch.einsum("...o,...i->oi", g, a)
+    parts = []
+    for ga, gg in zip(a.chunk(c.groups, 1), g.chunk(c.groups, 1), strict=True):
+        call = CONV[w.dim() - 2]
+        full = call(
+            ga.transpose(0, 1), gg.transpose(0, 1), None, c.dilation, c.padding, c.stride
+        ).transpose(0, 1)
+        parts.append(full[tuple(slice(n) for n in (full.shape[0], *w.shape[1:]))])
+    return torch.cat(parts)
+
+
+# ---- The comparison ------------------------------------------------------------------------------
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], Shape]] = {
+    "conv2d": (nn.Conv2d(8, 12, 3, 2, 1), (3, 8, 7, 6), Shape(2, 1)),
+    "conv1d": (nn.Conv1d(8, 12, 3, dilation=2, bias=False), (3, 8, 9), Shape(dilation=2)),
+    "grouped": (nn.Conv2d(8, 12, 3, groups=2), (2, 8, 5, 5), Shape(groups=2)),
+    "conv3d": (nn.Conv3d(4, 8, 2), (2, 4, 4, 3, 4), Shape()),
+    "linear": (nn.Linear(16, 12), (7, 16), Shape()),
+    "sequence": (nn.Linear(16, 12, bias=False), (2, 5, 16), Shape()),
+}
+WHOLE = ["nchw", "chw", "hw", "random", "2:4"]
+WEIGHT_SELECTORS = [*WHOLE, "channel", "channel-per-filter", "filter", "input-channel"]
+
+
+def as_double(name: str) -> tuple[nn.Module, Tensor, Shape]:
+    layer, shape, call = LAYERS[name]
+    torch.manual_seed(11)
+    layer.double()
+    for p in layer.parameters():
+        p.data.normal_()
+        p.grad = None
+    return layer, torch.randn(shape, dtype=torch.float64, requires_grad=True), call
+
+
+@contextmanager
+def packs(gm: SwatModule) -> Iterator[list[Tensor | None]]:
+    """What each Pack returned."""
+    seen: list[Tensor | None] = []
+    hooks = [
+        m.register_forward_hook(lambda _, args, out: seen.append(out))
+        for m in gm.swat.modules()
+        if isinstance(m, Pack)
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def assert_close(found: Tensor | None, expected: Tensor) -> None:
+    assert found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def check(name: str, policy: Policy) -> None:
+    """One training step of a compiled layer against the formulation."""
+    layer, x, call = as_double(name)
+    w, b = layer.get_parameter("weight"), dict(layer.named_parameters()).get("bias")
+    gm = swatfx.compile(nn.Sequential(layer), policy)
+    with packs(gm) as packed:
+        y = gm(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+
+    with torch.no_grad():
+        a, spatial, s = x.detach(), w.dim() - 2, policy.sparsity
+        if policy.weight_selector == "random":
+            (sparse,) = sparse_layers(gm)
+            keep_w = sparse.keep()
+            assert 0 < keep_w.double().mean() < 2 * (1 - s)
+        else:
+            keep_w = weight_mask(policy.weight_selector, w, s)
+        if policy.activation_selector == "random":
+            (kept,) = packed
+            assert kept is not None
+            keep_a = bits.bits_to_mask(kept, a.numel()).view(a.shape)
+            assert 0 < keep_a.double().mean() < 2 * (1 - s)
+        else:
+            keep_a = activation_mask(policy.activation_selector, a, s, spatial)
+        keep_g = torch.ones_like(g, dtype=torch.bool)
+        if policy.gradient_sparsity:
+            keep_g = activation_mask(policy.gradient_selector, g, policy.gradient_sparsity, spatial)
+        w_s, a_s, g_s = w * keep_w, a * keep_a, g * keep_g
+        assert_close(
+            y,
+            forward(
+                a_s if policy.forward_activation else a,
+                w_s if policy.forward_weight else w,
+                b,
+                call,
+            ),
+        )
+        assert_close(x.grad, input_gradient(g_s, w_s if policy.backward_weight else w, a, call))
+        expected = weight_gradient(g_s, a_s if policy.backward_activation else a, w, call)
+        # Where no pass sees sparse weights, none is inactive.
+        sees_weight = policy.forward_weight or policy.backward_weight
+        active_only = policy.update == "active" and sees_weight
+        assert_close(w.grad, expected * keep_w if active_only else expected)
+        if b is not None:
+            features = g.dim() - 1 if spatial == 0 else 1
+            assert_close(b.grad, g.sum([d for d in range(g.dim()) if d != features]))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("selector", WEIGHT_SELECTORS)
+def test_weight_selectors(name: str, selector: str) -> None:
+    sparsity = 0.5 if selector == "2:4" else S
+    check(name, swatfx.swat_u(sparsity, first_dense=False, weight_selector=selector))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("selector", ["nchw", "chw", "hw", "random"])
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_activation_selectors(name: str, selector: str, in_forward: bool) -> None:
+    options: dict[str, Any] = {"activation_selector": selector, "forward_activation": in_forward}
+    check(name, swatfx.swat_u(S, first_dense=False, **options))
+
+
+VARIANTS = {
+    "swat": swatfx.swat_u(S, first_dense=False),
+    "saw": swatfx.saw(S, first_dense=False),
+    "meprop": swatfx.meprop(S),
+    "meprop-chw": swatfx.meprop(S, gradient_selector="chw"),
+    "figure 1, weights": Policy("w", S, backward_weight=False, backward_activation=False),
+    "figure 1, activations": Policy(
+        "a",
+        S,
+        forward_weight=False,
+        forward_activation=True,
+        backward_weight=False,
+        backward_activation=False,
+    ),
+    "figure 2, W+A": Policy("w+a", S, forward_weight=False),
+    "figure 7": swatfx.swat_u(S, first_dense=False, update="active"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_paper(name: str, variant: str) -> None:
+    check(name, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("gradient", [0.0, 0.5])
+@pytest.mark.parametrize("update", ["all", "active"])
+def test_every_combination_of_fields(flags: tuple[bool, ...], gradient: float, update: str) -> None:
+    fw, fa, bw, ba = flags
+    policy = Policy(
+        "any",
+        S,
+        forward_weight=fw,
+        forward_activation=fa,
+        backward_weight=bw,
+        backward_activation=ba,
+        gradient_sparsity=gradient,
+        update=update,
+    )
+    check("conv2d", policy)
+    check("linear", policy)
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+@pytest.mark.parametrize("selector", ["nchw", "hw", "random"])
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_padding_is_applied_after_the_mask(mode: str, selector: str, in_forward: bool) -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode=mode).double()
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    options: dict[str, Any] = {"activation_selector": selector, "forward_activation": in_forward}
+    gm = swatfx.compile(nn.Sequential(layer), swatfx.swat_u(S, first_dense=False, **options))
+    with packs(gm) as packed:
+        y = gm(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    (kept,) = packed
+    assert kept is not None
+    a_s = bits.unpack(kept, x.numel(), x.dtype).view(x.shape)
+    padding = (1, 1, 2, 2)
+    seen = F.pad(a_s, padding, mode=mode)
+    w = layer.weight.detach()
+    w_s = w * top(w.abs(), S)
+    assert_close(layer.weight.grad, weight_gradient(g, seen, w, Shape()))
+    a = x.detach().requires_grad_()
+    padded = F.pad(a, padding, mode=mode)
+    assert layer.bias is not None
+    used = seen if in_forward else padded.detach()
+    assert_close(y, forward(used, w_s, layer.bias.detach(), Shape()))
+    padded.backward(input_gradient(g, w_s, padded, Shape()))
+    assert a.grad is not None
+    assert_close(x.grad, a.grad)
+
+
+# ---- What is saved -------------------------------------------------------------------------------
+
+
+def saved_by(gm: nn.Module, x: Tensor) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def note(t: Tensor) -> Tensor:
+        seen.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        gm(x)
+    return seen
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("zeros", [0.0, 0.6, 0.95])
+def test_saved_is_the_weight_itself_a_threshold_and_packed_bytes(name: str, zeros: float) -> None:
+    layer, x, _ = as_double(name)
+    with torch.no_grad():
+        x *= torch.rand(x.shape) >= zeros
+    gm = swatfx.compile(nn.Sequential(layer), swatfx.swat_u(0.5, first_dense=False))
+    saved = saved_by(gm, x)
+    weight = layer.get_parameter("weight")
+    floats = [t for t in saved if t.dtype != torch.uint8]
+    assert sorted(t.numel() for t in floats) == [1, weight.numel()]
+    assert max(floats, key=Tensor.numel).data_ptr() == weight.data_ptr()  # no copy of it
+    (kept,) = (t for t in saved if t.dtype == torch.uint8)
+    n, nonzero = x.numel(), int(x.count_nonzero())
+    stored = min(nonzero, n - n // 2)  # zeros are never stored, even where the mask keeps them
+    assert kept.numel() == (n + 63) // 64 * 8 + 8 * stored
+
+
+def test_saved_in_half_precision_under_autocast() -> None:
+    layer = nn.Linear(64, 8)
+    gm = swatfx.compile(nn.Sequential(layer), swatfx.swat_u(0.75, first_dense=False))
+    x = torch.randn(32, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (kept,) = (t for t in saved_by(gm, x) if t.dtype == torch.uint8)
+    assert kept.numel() == 32 * 64 // 8 + 2 * 512
