@@ -24,11 +24,16 @@ def opaque_reason(m: nn.Module) -> str | None:
     """Why `m` has to be called as a module, or None."""
     if any(getattr(m, table, None) for table in _HOOK_TABLES):
         return "hook on the module"
-    if isinstance(m, torch.jit.ScriptModule):
+    if is_script(m):
         return "untraceable: TorchScript module"
     if is_patched(m):
         return "untraceable: forward replaced on the instance"
     return None
+
+
+def is_script(m: nn.Module) -> bool:
+    """Whether `m` is TorchScript, whose attributes are not Python's."""
+    return isinstance(m, torch.jit.ScriptModule)
 
 
 def is_patched(m: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.verify import OPS
@@ -212,6 +213,11 @@ class _Interpreter(fx.Interpreter):
             raise TypeError(f"forward takes {len(env)} arguments, not {len(args) + len(kwargs)}")
         return self.run(initial_env=env, enable_io_processing=False)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # A graph holds its literals as immutable lists; run as code, they are lists to work on.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(_thawed(a) for a in args), {k: _thawed(v) for k, v in kwargs.items()}
+
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "get_attr", "output") or self.owner.in_layer:
             return super().run_node(n)
@@ -290,6 +296,14 @@ class _Interpreter(fx.Interpreter):
             elements = math.prod(shape)
             mask = bits.bits_to_mask(kept[: (elements + 7) // 8], elements)
             seen.keep = bits.from_flat(mask, shape, bits.is_channels_last(args[0]) and not pad)
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, immutable_list):
+        return [_thawed(v) for v in value]
+    if isinstance(value, immutable_dict):
+        return {k: _thawed(v) for k, v in value.items()}
+    return tuple(_thawed(v) for v in value) if type(value) is tuple else value
 
 
 def is_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -228,9 +228,7 @@ def _write_onnx(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
     module = inference_module(gm)
     wide, shapes = _dynamic(module, inputs)
     try:
-        program = torch.onnx.export(
-            module, wide, dynamo=True, dynamic_shapes=shapes, verbose=False
-        )
+        program = torch.onnx.export(module, wide, dynamo=True, dynamic_shapes=shapes, verbose=False)
     except SwatError:
         raise
     except Exception as error:

@@ -47,7 +47,7 @@ def _layers(gm: SwatModule, inputs: Any, **options: Any) -> dict[str, LayerRecor
 
 
 def _tiny() -> nn.Sequential:
-    """On (2, 1, 4, 4): 3x3 with borders, then 3x3 with stride 2, then 2x2 in groups, then linear."""
+    """On (2, 1, 4, 4): 3x3 with borders, 3x3 with stride 2, 2x2 in groups, then linear."""
     return nn.Sequential(
         nn.Conv2d(1, 2, 3, padding=1),
         nn.Conv2d(2, 4, 3, padding=1, stride=2),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +17,21 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # benchmarks is not installed
 
+import swatfx
 from benchmarks import common, compile_cost, step_cost, step_sides, topk_cost
 from swatfx import topk
 from swatfx.density import Density
 from swatfx.state import Threshold
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_collection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Figures do not matter here: spare the time that threads and a large heap would take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr("gc.collect", lambda *args: 0)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_spread_of_known_values() -> None:
@@ -90,8 +102,6 @@ def test_nothing_recorded_names_a_folder_or_a_host(tmp_path: pathlib.Path) -> No
     words = ["--output", str(tmp_path / "a b.json"), f"--output={tmp_path}/c.json", "--json"]
     text = common.command("x", words)
     assert text == "python -m benchmarks.x --output 'a b.json' --output=c.json --json"
-    import platform
-
     recorded = json.dumps([common.machine(), common.versions()])
     assert platform.node() not in json.loads(recorded)[0].values()
     assert str(pathlib.Path.home()) not in recorded
@@ -201,8 +211,6 @@ def test_compile_cost(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compile_cost_counts_each_first_threshold_once() -> None:
-    import swatfx
-
     with compile_cost.threshold_clock() as spent:
         swatfx.compile(compile_cost.linear_chain(5), "swat-u:0.9")
     assert len(spent) == 4  # the first layer is dense

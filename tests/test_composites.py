@@ -15,6 +15,7 @@ from compare import (
 )
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import swatfx
 from swatfx.errors import InputError
@@ -252,6 +253,13 @@ def test_encoder_and_decoder(below_eager: bool) -> None:
     assert len(sparse_names(gm, src, tgt)) == 4 + 2 * 7
     with pytest.raises(InputError, match="batch sizes"):
         gm(src, tgt[:1])
+
+
+def test_shifted_windows_of_a_video() -> None:
+    model = SwinTransformer3d([2, 4, 4], E, [1, 2], [2, 4], [2, 3, 3], num_classes=5)
+    x = rand(1, 3, 8, 20, 28)
+    gm = assert_matches_at_density_1(model, x)
+    assert not gm.eager and len(sparse_names(gm, x)) == 1 + 3 * 4 + 1 + 1
 
 
 @pytest.mark.parametrize("kind", [ShiftedWindowAttention, ShiftedWindowAttentionV2])

@@ -67,7 +67,7 @@ def _check_equal(ranks: list[Any], policy: swatfx.Policy, thresholds: bool) -> N
             torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "momentum"])
+@pytest.mark.parametrize("kind", [pytest.param("uniform", marks=pytest.mark.slow), "momentum"])
 def test_two_processes_equal_one(tmp_path: pathlib.Path, kind: str) -> None:
     """With thresholds over all ranks: the same activations are kept, so gradients are the same."""
     make = {"uniform": swatfx.swat_u, "momentum": swatfx.swat_m}[kind]

@@ -37,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*dynamic.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attribute .* was assigned:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
 ]
 OURS = {torch.ops.swatfx.conv.default, torch.ops.swatfx.linear.default}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -48,7 +49,15 @@ def _inputs(name: str) -> torch.Tensor:
     return torch.empty(32, *models.default_input_shape(name), device="meta")
 
 
-@pytest.mark.parametrize(("name", "policy", "floor", "expected"), ROWS, ids=_IDS)
+# The 50% and 70% rows of a network repeat its 60% row with another factor.
+_SLOW = [row for row in ROWS if re.search(r":0\.[57],weight_selector", row[1])]
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "floor", "expected"),
+    [pytest.param(*row, marks=pytest.mark.slow if row in _SLOW else ()) for row in ROWS],
+    ids=_IDS,
+)
 def test_row(name: str, policy: str, floor: float, expected: tuple[float, float, float]) -> None:
     with torch.device("meta"):
         model = models.create(name)
@@ -112,9 +121,8 @@ def test_erk_densities(name: str, sparsity: float, expected: dict[str, float]) -
         model = models.create(name)
     gm = swatfx.compile(model, swatfx.swat_erk(sparsity))
     layers = {x.name: x for x in swatfx.report(gm, _inputs(name)).layers}
-    have = {key: layers[key].weight_density for key in expected if key in layers}
-    assert have == pytest.approx({k: expected[k] for k in have}, abs=6e-5)
-    assert have
+    have = {key: layers[key].weight_density for key in expected}
+    assert have == pytest.approx(expected, abs=6e-5)
     weights = sum(x.parameters for x in layers.values())
     active = sum(x.parameters * x.weight_density for x in layers.values())
     assert active / weights == pytest.approx(1 - sparsity, abs=1e-6)

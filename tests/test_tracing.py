@@ -312,6 +312,8 @@ def test_errors_name_the_trouble() -> None:
         swatfx.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(torch.complex64)), HALF)
     with pytest.raises(InputError, match="TorchScript"):
         swatfx.compile(torch.jit.script(nn.Linear(2, 2)), HALF)
+    with pytest.raises(InputError, match="wrapped already"):
+        swatfx.compile(torch.compile(nn.Linear(2, 2), backend="eager"), HALF)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="compiled already"):
         swatfx.compile(swatfx.compile(nn.Linear(2, 2), HALF), HALF)
 

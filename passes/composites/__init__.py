@@ -20,10 +20,10 @@ from passes.composites.transformer import (
     encoder_layer,
     transformer,
 )
-from passes.composites.window import shifted_window_attention
+from passes.composites.window import shifted_window_attention, shifted_window_attention_3d
 from passes.module_kinds import is_patched
 
-__all__ = ["FUNCTIONS", "avoid_fused_path", "check_count", "check_default", "find", "takes_any"]
+__all__ = ["avoid_fused_path", "check_count", "check_default", "find", "find_function", "takes_any"]
 
 _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.MultiheadAttention: multihead_attention,
@@ -32,7 +32,12 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerDecoder: decoder,
     nn.Transformer: transformer,
 }
-FUNCTIONS: dict[str, Callable[..., Any]] = {"shifted_window_attention": shifted_window_attention}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torchvision.models.swin_transformer.shifted_window_attention": shifted_window_attention,
+    "torchvision.models.video.swin_transformer.shifted_window_attention_3d": (
+        shifted_window_attention_3d
+    ),
+}
 
 
 def find(m: nn.Module) -> Callable[..., Any] | None:
@@ -41,6 +46,12 @@ def find(m: nn.Module) -> Callable[..., Any] | None:
         if isinstance(m, kind) and type(m).forward is kind.forward and not is_patched(m):
             return expand
     return None
+
+
+def find_function(target: object) -> Callable[..., Any] | None:
+    """What makes the graph of a call of the function `target`, or None."""
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    return _FUNCTIONS.get(name)
 
 
 def takes_any(m: nn.Module) -> bool:

@@ -1,12 +1,13 @@
 """torchvision's shifted-window attention, taken apart while tracing: its projections are layers.
 
 It calls `F.linear` behind control flow on shapes; what stands between the two projections runs as
-ordinary functions on whatever shapes they meet.
+ordinary functions on whatever shapes they meet. `*S` is (H, W), or (T, H, W) of a video.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,39 +16,56 @@ from torch import Tensor
 
 from passes.composites.common import call
 
-
-def window_partition(x: Tensor, window: list[int], shift: list[int]) -> Tensor:
-    """(N, H, W, C) -> (N * windows, window area, C), zero padded and cyclically shifted."""
-    _, height, width, channels = x.shape
-    x = F.pad(x, (0, 0, 0, -width % window[1], 0, -height % window[0]))
-    batch, padded_h, padded_w, _ = x.shape
-    shift = _effective_shift(padded_h, padded_w, window, shift)
-    if sum(shift) > 0:
-        x = torch.roll(x, shifts=(-shift[0], -shift[1]), dims=(1, 2))
-    rows, columns = padded_h // window[0], padded_w // window[1]
-    x = x.view(batch, rows, window[0], columns, window[1], channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window[0] * window[1], channels)
+Sizes = Sequence[int]
 
 
-def _effective_shift(height: int, width: int, window: list[int], shift: list[int]) -> list[int]:
-    return [0 if window[i] >= (height, width)[i] else shift[i] for i in (0, 1)]
+def _padded(x: Tensor, window: Sizes) -> list[int]:
+    return [size + -size % extent for size, extent in zip(x.shape[1:-1], window, strict=True)]
+
+
+def _moved(padded: Sizes, window: Sizes, shift: Sizes) -> list[int]:
+    """The shift, where there is more than one window to shift between."""
+    return [
+        0 if extent >= size else by for size, extent, by in zip(padded, window, shift, strict=True)
+    ]
+
+
+def _split(x: Tensor, window: Sizes) -> Tensor:
+    """(N, *S, C) -> (N * windows, window volume, C), for sizes that windows divide."""
+    batch, *sizes, channels = x.shape
+    pairs = [n for s, w in zip(sizes, window, strict=True) for n in (s // w, w)]
+    rank = len(window)
+    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
+    tiles = x.view(batch, *pairs, channels).permute(order)
+    return tiles.reshape(-1, math.prod(window), channels)
+
+
+def window_partition(x: Tensor, window: Sizes, shift: Sizes) -> Tensor:
+    """(N, *S, C) -> (N * windows, window volume, C), zero padded and cyclically shifted."""
+    padded = _padded(x, window)
+    missing = [p - s for p, s in zip(padded, x.shape[1:-1], strict=True)]
+    x = F.pad(x, (0, 0, *(n for after in reversed(missing) for n in (0, after))))
+    moved = _moved(padded, window, shift)
+    if sum(moved) > 0:
+        x = torch.roll(x, shifts=[-by for by in moved], dims=list(range(1, x.dim() - 1)))
+    return _split(x, window)
 
 
 def window_attend(
     qkv: Tensor,
     x: Tensor,
     bias: Tensor,
-    window: list[int],
-    shift: list[int],
+    window: Sizes,
+    shift: Sizes,
     heads: int,
     dropout: float,
     training: bool,
     logit_scale: Tensor | None,
 ) -> Tensor:
-    """Attention in each window: (windows, area, 3 C) -> (windows, area, C); `x` gives H and W."""
-    windows, area, packed = qkv.shape
+    """Attention in each window: (windows, volume, 3 C) -> (windows, volume, C); `x` gives *S."""
+    windows, volume, packed = qkv.shape
     channels = packed // 3
-    split = qkv.reshape(windows, area, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
+    split = qkv.reshape(windows, volume, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
     q, k, v = split[0], split[1], split[2]
     if logit_scale is not None:
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
@@ -56,44 +74,41 @@ def window_attend(
         q = q * (channels // heads) ** -0.5
         scores = q.matmul(k.transpose(-2, -1))
     scores = scores + bias
-    height = x.shape[1] + -x.shape[1] % window[0]
-    width = x.shape[2] + -x.shape[2] % window[1]
-    shift = _effective_shift(height, width, window, shift)
-    if sum(shift) > 0:
-        mask = _region_mask(height, width, window, shift, x)
-        scores = scores.view(-1, mask.shape[0], heads, area, area)
-        scores = (scores + mask.unsqueeze(1).unsqueeze(0)).view(-1, heads, area, area)
+    padded = _padded(x, window)
+    moved = _moved(padded, window, shift)
+    if sum(moved) > 0:
+        mask = _region_mask(padded, window, moved, x)
+        scores = scores.view(-1, mask.shape[0], heads, volume, volume)
+        scores = (scores + mask.unsqueeze(1).unsqueeze(0)).view(-1, heads, volume, volume)
     weights = F.dropout(F.softmax(scores, dim=-1), p=dropout, training=training)
-    return weights.matmul(v).transpose(1, 2).reshape(windows, area, channels)
+    return weights.matmul(v).transpose(1, 2).reshape(windows, volume, channels)
 
 
-def _region_mask(height: int, width: int, window: list[int], shift: list[int], x: Tensor) -> Tensor:
-    """(windows, area, area): -100 between positions that were not neighbours before the roll."""
-
-    def labels(extent: int, size: int, moved: int) -> Tensor:
-        at = torch.arange(extent, device=x.device)
-        return (at >= extent - size).long() + (at >= extent - moved).long()
-
-    rows, columns = labels(height, window[0], shift[0]), labels(width, window[1], shift[1])
-    regions = rows[:, None] * 3 + columns[None, :]
-    tiles = regions.view(height // window[0], window[0], width // window[1], window[1])
-    flat = tiles.permute(0, 2, 1, 3).reshape(-1, window[0] * window[1])
+def _region_mask(sizes: Sizes, window: Sizes, moved: Sizes, x: Tensor) -> Tensor:
+    """(windows, volume, volume): -100 between positions that were not neighbours before."""
+    regions = torch.zeros([1] * len(sizes), dtype=torch.long, device=x.device)
+    for dim, (size, extent, by) in enumerate(zip(sizes, window, moved, strict=True)):
+        at = torch.arange(size, device=x.device)
+        label = (at >= size - extent).long() + (at >= size - by).long()
+        shape = [1] * len(sizes)
+        shape[dim] = size
+        regions = regions * 3 + label.view(shape)
+    flat = _split(regions[None, ..., None], window).squeeze(-1)
     apart = flat.unsqueeze(1) != flat.unsqueeze(2)
     return x.new_zeros(apart.shape).masked_fill(apart, -100.0)
 
 
-def window_merge(windows: Tensor, x: Tensor, window: list[int], shift: list[int]) -> Tensor:
-    """Inverse of `window_partition` for an input like `x`: -> (N, H, W, C)."""
-    batch, height, width, _ = x.shape
-    padded_h, padded_w = height + -height % window[0], width + -width % window[1]
-    channels = windows.shape[-1]
-    rows, columns = padded_h // window[0], padded_w // window[1]
-    out = windows.view(batch, rows, columns, window[0], window[1], channels)
-    out = out.permute(0, 1, 3, 2, 4, 5).reshape(batch, padded_h, padded_w, channels)
-    shift = _effective_shift(padded_h, padded_w, window, shift)
-    if sum(shift) > 0:
-        out = torch.roll(out, shifts=(shift[0], shift[1]), dims=(1, 2))
-    return out[:, :height, :width, :].contiguous()
+def window_merge(windows: Tensor, x: Tensor, window: Sizes, shift: Sizes) -> Tensor:
+    """Inverse of `window_partition` for an input like `x`: -> (N, *S, C)."""
+    padded, rank = _padded(x, window), len(window)
+    counts = [p // w for p, w in zip(padded, window, strict=True)]
+    out = windows.view(x.shape[0], *counts, *window, windows.shape[-1])
+    order = [0, *(n for i in range(rank) for n in (1 + i, 1 + rank + i)), 2 * rank + 1]
+    out = out.permute(order).reshape(x.shape[0], *padded, windows.shape[-1])
+    moved = _moved(padded, window, shift)
+    if sum(moved) > 0:
+        out = torch.roll(out, shifts=moved, dims=list(range(1, rank + 1)))
+    return out[(slice(None), *(slice(size) for size in x.shape[1:-1]))].contiguous()
 
 
 def without_key_bias(bias: Tensor) -> Tensor:
@@ -108,9 +123,9 @@ def shifted_window_attention(
     qkv_weight: Any,
     proj_weight: Any,
     relative_position_bias: Any,
-    window_size: list[int],
+    window_size: Any,
     num_heads: int,
-    shift_size: list[int],
+    shift_size: Any,
     attention_dropout: float = 0.0,
     dropout: float = 0.0,
     qkv_bias: Any = None,
@@ -139,3 +154,10 @@ def shifted_window_attention(
     out = F.linear(seen, proj_weight, proj_bias)
     out = F.dropout(out, p=dropout, training=training)
     return call(tracer, window_merge, out, input, window_size, shift_size)
+
+
+def shifted_window_attention_3d(tracer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for video; it has no logit scale, so `training` comes one place earlier."""
+    if len(args) > 11:
+        kwargs["training"] = args[11]
+    return shifted_window_attention(tracer, *args[:11], **kwargs)

@@ -1,0 +1,235 @@
+"""A symbolic tracer that recovers where a forward cannot be traced, and knows composites.
+
+Used by `trace_model`. A child that fails becomes one call, noted in `eager` with its reason; the
+root's failure is the caller's to handle.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes import composites
+from passes.module_kinds import LAYERS, has_layers, is_script, opaque_reason
+from passes.trace_guards import (
+    Attributes,
+    TrainingFlag,
+    WatchedProxy,
+    ambient,
+    guarded,
+    random_state,
+    restore_random_state,
+)
+from swatfx.graph_module import SwatModule, join
+
+ON_TENSOR = "untraceable: control flow on a tensor"
+
+
+class Tracer(fx.Tracer):
+    """Traces through everything but torch.nn leaves; recovers where a forward cannot be traced."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.eager: dict[str, str] = {}
+        self._tensors: dict[int, str] = {}
+        self._cache: dict[str, fx.Proxy] = {}
+        self._inputs: int | None = None
+        self._ambient: tuple[Any, ...] = ()
+
+    def trace_root(self, root: nn.Module, inputs: int | None) -> fx.Graph:
+        """Trace `root`, whose first `inputs` arguments (None: those without default) are inputs."""
+        self._inputs = inputs
+        for name, module in root.named_modules():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._tensors.setdefault(id(tensor), join(name, key))
+        modules = [(n, m) for n, m in root.named_modules() if not is_script(m)]
+        with _training_flags(modules, self.prefix), _without_parts(modules), guarded():
+            before = [(name, Attributes(module)) for name, module in modules]
+            self._ambient = ambient()
+            try:
+                graph = self.trace(root)
+            finally:
+                changed = {name: attributes.restore() for name, attributes in before}
+            for name, attribute in changed.items():
+                if attribute is not None:
+                    raise fx.proxy.TraceError(f"forward sets {join(name, attribute)}")
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, path: str) -> bool:
+        if reason := opaque_reason(m):
+            if is_script(m) or has_layers(m):
+                self.eager[path] = reason
+            return True
+        if isinstance(m, LAYERS):
+            return bool(super().is_leaf_module(m, path)) or nn.utils.parametrize.is_parametrized(m)
+        if super().is_leaf_module(m, path):
+            return not has_layers(m)
+        return False
+
+    def is_caller_eager(self, m: nn.Module) -> bool:
+        """Whether `m` is the root: what its arguments are is not known before it runs."""
+        return m is self.root
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        expand = composites.find(self.root)
+        any_value = composites.takes_any(self.root)
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        checks: list[tuple[Any, ...]] = []
+        rest: tuple[Any, str, int] | None = None
+        for index, p in enumerate(list(inspect.signature(root_fn).parameters.values())[1:]):
+            if p.kind is p.VAR_POSITIONAL:
+                if self._inputs is None:
+                    raise fx.proxy.TraceError("variadic arguments, and no example_inputs")
+                proxy = self.create_proxy("placeholder", f"*{p.name}", (), {})
+                rest = proxy, p.name, max(self._inputs - index, 0)
+                continue
+            if p.kind is p.VAR_KEYWORD:
+                checks.append((self.create_proxy("placeholder", f"**{p.name}", (), {}), p.name, {}))
+                continue
+            default = () if p.default is p.empty else (p.default,)
+            proxy = self.create_proxy("placeholder", p.name, default, {})
+            reached = self._inputs is not None and index < self._inputs
+            free = not default or any_value or (reached and p.kind is not p.KEYWORD_ONLY)
+            if not free:
+                checks.append((proxy, p.name, p.default))
+            value = proxy if free else p.default
+            if p.kind is p.KEYWORD_ONLY:
+                keywords[p.name] = value
+            else:
+                positional.append(value)
+        for check in checks:
+            self.create_proxy("call_function", composites.check_default, check, {})
+        if rest is not None:
+            self.create_proxy("call_function", composites.check_count, rest, {})
+            positional += [rest[0][i] for i in range(rest[2])]
+
+        def call(*args: Any) -> Any:
+            if expand is not None:
+                return expand(self, *args, **keywords)
+            return self._watched(lambda: root_fn(*args, **keywords))
+
+        return call, [self.root, *positional]
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            last = self.graph._root._prev
+            expand = composites.find(m)
+            attributes = Attributes(m)
+            noted = dict(self.eager)
+            try:
+                if expand is not None:
+                    return expand(self, m, *args, **kwargs)
+                result = self._watched(lambda: forward(*args, **kwargs))
+                if changed := attributes.restore():
+                    raise fx.proxy.TraceError(f"forward sets {changed}")
+                return result
+            except Exception as error:  # a user's forward may fail on a proxy in any way
+                attributes.restore()
+                self._roll_back(last)
+                self.eager = noted | {path: reason_of(error)}
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        expand = composites.find_function(target) if kind == "call_function" else None
+        if expand is not None:
+            return expand(self, *args[0], **args[1])
+        if kind.startswith("call") and ambient() != self._ambient:
+            raise fx.proxy.TraceError("no_grad, autocast or saved-tensor hooks in forward")
+        return super().create_proxy(kind, target, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return WatchedProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, TrainingFlag):
+            owner = self.create_node("get_attr", a.path, (), {})
+            return self.create_node("call_function", getattr, (owner, "training"), {})
+        if type(a) is OrderedDict:
+            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        path = self._tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if path is None:
+            return attr_val
+        if path not in self._cache:
+            self._cache[path] = self.create_proxy("get_attr", path, (), {})
+        return self._cache[path]
+
+    def _watched(self, run: Callable[[], Any]) -> Any:
+        """Run a forward; random numbers drawn while tracing would be frozen into the graph."""
+        before = random_state()
+        try:
+            result = run()
+        finally:
+            drawn = restore_random_state(before)
+        if drawn:
+            raise fx.proxy.TraceError("random numbers drawn in forward")
+        return result
+
+    def _roll_back(self, last: fx.Node) -> None:
+        """Erase the nodes that a failed forward left behind."""
+        while self.graph._root._prev is not last:
+            node = self.graph._root._prev
+            node.users.clear()
+            self.graph.erase_node(node)
+        alive = set(self.graph.nodes)
+        self._cache = {k: p for k, p in self._cache.items() if p.node in alive}
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says why a forward could not be traced."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[0].split(". ")[0]
+    if "inputs to control flow" in text:
+        return ON_TENSOR
+    if "Proxy object cannot be iterated" in text:
+        return "untraceable: loop over a tensor or argument list"
+    if isinstance(error, SyntaxError):  # fx writes `self.class(x)` for a child called "class"
+        return "untraceable: a module below is named after a Python keyword"
+    if isinstance(error, fx.proxy.TraceError):
+        return f"untraceable: {text}"[:160]
+    return f"untraceable: {type(error).__name__}: {text}"[:160]
+
+
+@contextmanager
+def _training_flags(modules: Sequence[tuple[str, nn.Module]], prefix: str) -> Iterator[None]:
+    before = [m.__dict__.get("training", True) for _, m in modules]
+    try:
+        for name, module in modules:
+            # The root's own flag is that of its child `swat`; a part's, of the module it stands in.
+            module.__dict__["training"] = TrainingFlag(name or ("swat_owner" if prefix else "swat"))
+        yield
+    finally:
+        for (_, module), flag in zip(modules, before, strict=True):
+            module.__dict__["training"] = flag
+
+
+@contextmanager
+def _without_parts(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Show every module's own forward: one that two eager modules share may have a part already."""
+    parts = [(m, m.__dict__["forward"]) for _, m in modules if _has_part(m)]
+    for module, _ in parts:
+        del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        for module, part in parts:
+            module.__dict__["forward"] = part
+
+
+def _has_part(m: nn.Module) -> bool:
+    return isinstance(m.__dict__.get("forward"), SwatModule)
