@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.module_kinds import opaque_reason
-from swatfx.graph_module import evaluate, evaluation_mode
+from swatfx.graph_module import evaluate, evaluation_mode, weight_chain
 from swatfx.meta import LayerCall
 
 # torch.conv2d and F.conv2d are one object; torch._C._nn.linear is F.linear.
@@ -142,34 +142,29 @@ def _function_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
 
 
 def roots(node: fx.Node) -> list[str]:
-    """Paths of the parameters that a computed weight comes from."""
-    seen: dict[fx.Node, None] = {}
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n not in seen:
-            seen[n] = None
-            todo.extend(n.all_input_nodes)
-    return [str(n.target) for n in seen if n.op in ("get_attr", "call_module")]
+    """Paths of the parameters and modules that a computed weight comes from."""
+    return [str(n.target) for n in weight_chain(node) or {} if n.op in ("get_attr", "call_module")]
 
 
 def expression(gm: fx.GraphModule, node: fx.Node) -> str:
     """A digest of what `node` computes: equal for equal computations on the same parameters."""
     known: dict[fx.Node, str] = {}
-
-    def digest(n: fx.Node) -> str:
-        if n not in known:
-            target: object = (id(gm), n.name) if n.op == "placeholder" else n.target
-            if n.op in ("get_attr", "call_module"):
-                found: Any = gm
-                for atom in str(n.target).split("."):
-                    found = getattr(found, atom)
-                target = id(found)
-            text = repr((n.op, str(target), fx.map_arg((n.args, n.kwargs), digest)))
-            known[n] = hashlib.sha256(text.encode()).hexdigest()
-        return known[n]
-
-    return digest(node)
+    chain = weight_chain(node)
+    if chain is None:
+        return f"{id(gm)} {node.name}"
+    for n, is_cast in chain.items():
+        if is_cast:
+            known[n] = known[n.all_input_nodes[0]]
+            continue
+        target: object = n.target
+        if n.op in ("get_attr", "call_module"):
+            target = gm
+            for atom in str(n.target).split("."):
+                target = getattr(target, atom)
+            target = id(target)
+        text = repr((n.op, str(target), fx.map_arg((n.args, n.kwargs), known.__getitem__)))
+        known[n] = hashlib.sha256(text.encode()).hexdigest()
+    return known[node]
 
 
 def as_tuple(value: Any, length: int) -> tuple[int, ...] | None:

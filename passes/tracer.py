@@ -64,6 +64,7 @@ class Tracer(fx.Tracer):
         return graph
 
     def is_leaf_module(self, m: nn.Module, path: str) -> bool:
+        """Torch's layers and functions of modules, and whatever has to be called as it is."""
         if reason := opaque_reason(m):
             if is_script(m) or has_layers(m):
                 self.eager[path] = reason
@@ -81,6 +82,7 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
+        """Placeholders; arguments that are no inputs are fixed to their defaults, and checked."""
         expand = composites.find(self.root)
         any_value = composites.takes_any(self.root)
         positional: list[Any] = []
@@ -122,6 +124,7 @@ class Tracer(fx.Tracer):
         return call, [self.root, *positional]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace through `m`, or call it: a leaf, or one whose forward cannot be traced."""
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             last = self.graph._root._prev
@@ -142,6 +145,7 @@ class Tracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in fx; a composite function becomes its graph, and modes may not have changed."""
         expand = composites.find_function(target) if kind == "call_function" else None
         if expand is not None:
             return expand(self, *args[0], **args[1])
@@ -150,9 +154,11 @@ class Tracer(fx.Tracer):
         return super().create_proxy(kind, target, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that refuses isinstance."""
         return WatchedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
+        """As in fx; training flags are read when the graph runs, ordered dicts keep their type."""
         if isinstance(a, TrainingFlag):
             owner = self.create_node("get_attr", a.path, (), {})
             return self.create_node("call_function", getattr, (owner, "training"), {})
@@ -162,6 +168,7 @@ class Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Every parameter and buffer is one node, whichever name it is reached by."""
         path = self._tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if path is None:
             return attr_val

@@ -10,6 +10,7 @@ the `forward` of one module each.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ _TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _HOOKS = tuple(
     name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))
 ) + ("_forward_hooks_always_called",)
+_CONTAINERS = (dict, list, set, OrderedDict)  # most of a module's attributes: empty hook tables
 _GRAPH_STATE = ("_graph", "_code")
 
 
@@ -71,6 +73,8 @@ def _copy_attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
         return {name: None if m is None else memo[id(m)] for name, m in value.items()}
     if isinstance(value, torch.Tensor):
         return value  # not registered: shared, since a non-leaf tensor cannot be copied
+    if type(value) in _CONTAINERS and not value:
+        return memo.setdefault(id(value), type(value)())
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # whatever a user's attribute may raise, sharing it is what is left
@@ -184,6 +188,39 @@ def evaluation_mode(*roots: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def weight_chain(node: fx.Node) -> dict[fx.Node, bool] | None:
+    """The nodes that compute `node` from parameters alone, in graph order; None if inputs do.
+
+    True marks a cast whose target an input decides (`weight.to(x.dtype)`): it changes no value that
+    matters here, and stands for what it casts.
+    """
+    ancestors: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n not in ancestors:
+            ancestors.add(n)
+            todo += n.all_input_nodes
+    status: dict[fx.Node, bool] = {}
+    for n in node.graph.nodes:
+        if n not in ancestors or n.op in ("placeholder", "output"):
+            continue
+        if all(m in status for m in n.all_input_nodes):
+            status[n] = False
+        elif n.op == "call_method" and n.target in ("to", "type_as") and n.args[0] in status:
+            status[n] = True
+    if node not in status:
+        return None
+    needed: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n not in needed:
+            needed.add(n)
+            todo += n.all_input_nodes[:1] if status[n] else n.all_input_nodes
+    return {n: is_cast for n, is_cast in status.items() if n in needed}
+
+
 def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
     """The value, as in evaluation, of a node that depends on parameters alone, or None."""
     if node.op == "get_attr":
@@ -191,26 +228,13 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
         for atom in str(node.target).split("."):
             value = getattr(value, atom)
         return value if isinstance(value, torch.Tensor) else None
-    chain: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-
-    def visit(n: fx.Node) -> bool:
-        if n in seen:
-            return True
-        seen.add(n)
-        if n.op in ("placeholder", "output"):
-            return False
-        if not all(visit(m) for m in n.all_input_nodes):
-            return False
-        chain.append(n)
-        return True
-
-    if not visit(node):
+    chain = weight_chain(node)
+    if chain is None:
         return None
     run = fx.Interpreter(gm, garbage_collect_values=False)
     with torch.no_grad(), evaluation_mode(gm, getattr(gm, "swat_owner", gm)):
-        for n in chain:
-            run.env[n] = run.run_node(n)
+        for n, is_cast in chain.items():
+            run.env[n] = run.env[n.all_input_nodes[0]] if is_cast else run.run_node(n)
     result = run.env[node]
     return result if isinstance(result, torch.Tensor) else None
 

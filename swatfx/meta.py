@@ -15,6 +15,7 @@ from torch import fx
 from swatfx.density import DENSE, Density
 
 _KEY = "swatfx"
+_CACHE = "_swatfx_record"
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,15 @@ def read(node: fx.Node) -> NodeRecord:
     data = node.meta.get("custom", {}).get(_KEY)
     if data is None:
         return _EMPTY
+    # Every pass reads every record: the decoded one stays beside the dict that it was read from.
+    source, record = node.meta.get(_CACHE, (None, _EMPTY))
+    if source is not data:
+        record = _read(data)
+        node.meta[_CACHE] = (data, record)
+    return record
+
+
+def _read(data: dict[str, Any]) -> NodeRecord:
     plan = data.get("plan")
     return NodeRecord(
         plan=None if plan is None else LayerPlan.from_json(plan),
@@ -204,6 +214,7 @@ def write(node: fx.Node, record: NodeRecord) -> None:
         if value is not None:
             data[key] = {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
     node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: data}
+    node.meta[_CACHE] = (data, record)
 
 
 def update(node: fx.Node, **changes: Any) -> NodeRecord:

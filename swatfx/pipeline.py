@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,10 +92,25 @@ def compile(
         )
     if "swat" in model._modules:
         raise InputError("the model has a child named 'swat'", remedy="rename it")
-    twin = mirror(model)
-    gm = trace_model(twin, example_inputs)
-    _add_state(gm, ctx.policy)
-    return run_passes(gm, default_passes() if passes is None else passes, ctx)
+    with _collector_paused():
+        twin = mirror(model)
+        gm = trace_model(twin, example_inputs)
+        _add_state(gm, ctx.policy)
+        return run_passes(gm, default_passes() if passes is None else passes, ctx)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause cyclic garbage collection: a graph of thousands of nodes is all live, yet is searched
+    over and over while it is built, a third of the time that compiling takes.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _add_state(gm: SwatModule, policy: Policy) -> None:

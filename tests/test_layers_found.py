@@ -59,6 +59,20 @@ class Twice(nn.Module):
         return self.conv(self.conv(x))
 
 
+class Cast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def test_a_weight_cast_to_its_input_is_the_layers_weight() -> None:
+    model = nn.Sequential(Cast(8, 6), nn.Tanh(), Cast(6, 4))
+    gm = assert_matches_at_density_1(model, X)
+    assert skipped(gm, X) == {"0": None, "2": None}
+    gm = swatfx.compile(model, HALF)
+    train_step(gm, X)
+    assert gm(X.bfloat16()).dtype == torch.bfloat16
+
+
 def test_a_computed_weight_is_one_layer() -> None:
     class Eager(nn.Module):
         def __init__(self) -> None:

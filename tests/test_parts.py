@@ -1,5 +1,6 @@
 """Layers below eager code, and every way that eager code may take to them."""
 
+import copy
 from types import MethodType
 
 import torch
@@ -158,3 +159,19 @@ def test_one_module_below_two_eager_modules() -> None:
     gm = assert_matches_at_density_1(SharesAcross(), X)
     assert skipped(gm, X)["a.fc"] is None
     train_step(swatfx.compile(SharesAcross(), HALF), X)
+
+
+def test_a_copy_has_parts_of_its_own() -> None:
+    model = RawBelow()
+    gm = swatfx.compile(model, HALF)
+    twin = copy.deepcopy(gm)
+    before = gm.eval()(X)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert not twin.eval()(X).any() and torch.equal(gm(X), before)
+    twin.train()(X)
+    assert (int(twin.swat.clock.iteration), int(gm.swat.clock.iteration)) == (1, 0)
+    wide = copy.deepcopy(gm).to(torch.float64)
+    assert wide(X.double()).dtype == torch.float64
+    assert gm(X).dtype == torch.float32
