@@ -40,7 +40,7 @@ TUNED = ":".join(
         "glibc.malloc.trim_threshold=17179869184",
     )
 )
-_PACKAGES = ("torch", "torchvision", "numpy", "networkx", "swatfx")
+_PACKAGES = ("torch", "torchvision", "numba", "numpy", "networkx", "swatfx")
 
 Side = Callable[[], Mapping[str, float]]
 Rounds = dict[str, dict[str, list[float]]]  # side -> quantity -> one value a round

@@ -19,6 +19,8 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
+from passes.guard_clauses import find_guard, refuse
+
 ON_TRAINING = "control flow on self.training"
 _CHECKPOINTS = (  # what activation checkpointing runs through, by version of torch
     "_checkpoint_impl",
@@ -47,7 +49,17 @@ class TrainingFlag:
 
 
 class WatchedProxy(fx.Proxy):
-    """A proxy that says no to a user's isinstance, whose answer would be frozen."""
+    """A proxy that says no to a user's isinstance, whose answer would be frozen.
+
+    In an assertion, or a condition that guards a raise, it lets the model go on and leaves a check.
+    """
+
+    def __bool__(self) -> bool:
+        guard = find_guard(sys._getframe(1))
+        if guard is None:
+            return super().__bool__()
+        self.tracer.create_proxy("call_function", refuse, (self, *guard), {})
+        return not guard.outcome
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -93,6 +105,7 @@ def guarded() -> Iterator[None]:
                 stack.enter_context(_patched(torch.utils.checkpoint, name, refuse))
         for name in _MODES:
             stack.enter_context(_patched(torch, name, _mode_question(name)))
+        stack.enter_context(_patched(torch, "is_tensor", _is_tensor))
         apply = torch.autograd.Function.__dict__["apply"]
 
         def watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +138,12 @@ def _mode_question(name: str) -> Callable[..., Any]:
         return real(*args, **kwargs)
 
     return ask
+
+
+def _is_tensor(value: object) -> bool:
+    if has_proxy(value):
+        raise TraceError("isinstance on an input of the graph")
+    return isinstance(value, torch.Tensor)
 
 
 def ambient() -> tuple[Any, ...]:

@@ -42,6 +42,7 @@ class Seen:
         input_requires_grad: whether an input gradient is wanted.
         saved: storage -> bytes that autograd kept for it.
         keep: for a layer, mask of the stored activation, when run for real.
+        nonzero: for a layer, where its input is not zero, if masks were asked for.
     """
 
     input_shape: tuple[int, ...] = ()
@@ -49,6 +50,7 @@ class Seen:
     input_requires_grad: bool = True
     saved: dict[int, int] = field(default_factory=dict)
     keep: Tensor | None = None
+    nonzero: Tensor | None = None
 
     @property
     def saved_bytes(self) -> int:
@@ -69,13 +71,16 @@ class Run:
         return sum(self.saved.values())
 
 
-def observe_run(gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool) -> Run:
+def observe_run(
+    gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool, masks: bool = False
+) -> Run:
     """Run a training forward on a copy of `gm`.
 
     Args:
         gm: the compiled model.
         example_inputs: positional inputs; on the meta device: nothing is computed.
         as_dense: run every layer as the dense layer it was.
+        masks: also keep where each layer's input is not zero (real inputs only).
 
     Raises:
         InputError: the inputs do not fit, or the model cannot run on meta tensors.
@@ -97,7 +102,7 @@ def observe_run(gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool
             Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), example_inputs
         )
     run = Run({}, {})
-    observer = _Run(twin, run, as_dense, fake)
+    observer = _Run(twin, run, as_dense, fake, masks and not fake)
     try:
         with torch.enable_grad(), _random_state_kept(tensors), observer.hooked():
             if mode is None:
@@ -153,8 +158,9 @@ def _make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:
 class _Run:
     """Interprets root and parts of one copy into one record."""
 
-    def __init__(self, gm: SwatModule, run: Run, as_dense: bool, fake: bool) -> None:
+    def __init__(self, gm: SwatModule, run: Run, as_dense: bool, fake: bool, masks: bool) -> None:
         self.run = run
+        self.masks = masks
         self.as_dense = as_dense
         self.fake = fake
         self.remedy = "check the shapes and dtypes of the example inputs"
@@ -246,6 +252,8 @@ class _Interpreter(fx.Interpreter):
             seen.output_shape = tuple(result.shape)
         if n.op == "call_function" and n.target in OPS:
             self._record_layer(n, seen, args)
+        elif self.owner.masks and first is not None and meta.read(n).plan is not None:
+            seen.nonzero = first.detach() != 0
         self.owner.run.nodes.setdefault((self.prefix, n.name), []).append(seen)
         return result
 
@@ -288,9 +296,13 @@ class _Interpreter(fx.Interpreter):
         call = meta.read(n).call
         pad = call.pad if call is not None else ()
         shape = list(seen.input_shape)
+        inside = [slice(None)] * len(shape)
         for i in range(len(pad) // 2):
             shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
+            inside[-1 - i] = slice(pad[2 * i], pad[2 * i] + shape[-1 - i])
         seen.input_shape = tuple(shape)
+        if self.owner.masks:
+            seen.nonzero = args[0].detach()[tuple(inside)] != 0
         kept = args[4]
         if kept is not None and not isinstance(kept, FakeTensor):
             elements = math.prod(shape)

@@ -155,6 +155,7 @@ class NodeRecord:
     cost: LayerCost | None = None
     role: str = ""
     notes: tuple[str, ...] = field(default=())
+    cycles: dict[str, Any] = field(default_factory=dict)
 
 
 _EMPTY = NodeRecord()
@@ -186,7 +187,8 @@ def read(node: fx.Node) -> NodeRecord:
     if data is None:
         return _EMPTY
     # Every pass reads every record: the decoded one stays beside the dict that it was read from.
-    source, record = node.meta.get(_CACHE, (None, _EMPTY))
+    cached: tuple[Any, NodeRecord] = node.meta.get(_CACHE, (None, _EMPTY))
+    source, record = cached
     if source is not data:
         record = _read(data)
         node.meta[_CACHE] = (data, record)
@@ -201,6 +203,7 @@ def _read(data: dict[str, Any]) -> NodeRecord:
         cost=_decode(LayerCost, data.get("cost")),
         role=data.get("role", ""),
         notes=tuple(data.get("notes", ())),
+        cycles=data.get("cycles", {}),
     )
 
 
@@ -209,6 +212,8 @@ def write(node: fx.Node, record: NodeRecord) -> None:
     data: dict[str, Any] = {"role": record.role, "notes": list(record.notes)}
     if record.plan is not None:
         data["plan"] = record.plan.to_json()
+    if record.cycles:
+        data["cycles"] = record.cycles
     for key in ("call", "cost"):
         value = getattr(record, key)
         if value is not None:

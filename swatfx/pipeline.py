@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from passes.annotate_cost import activation_density, add_costs, annotate_cost
+from passes.annotate_cycles import SimulationOptions, annotate_cycles
 from passes.assign_density import assign_density
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
@@ -22,6 +23,7 @@ from passes.trace_model import trace_model
 from passes.trace_shapes import is_batch_norm, observe_run
 from passes.verify import verify
 from swatfx import meta
+from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
 from swatfx.layers import sparse_layers
@@ -34,6 +36,7 @@ from swatfx.training import after_load
 __all__ = [
     "Measured",
     "PassRecord",
+    "SimulationOptions",
     "compile",
     "default_passes",
     "measure",
@@ -215,6 +218,21 @@ def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> M
         result.costs.setdefault(name, LayerCost())
         result.input_elements.setdefault(name, 0)
     return replace(result, norm_elements=norms)
+
+
+def simulate_cycles(
+    gm: SwatModule,
+    example_inputs: Sequence[Any],
+    accelerators: Mapping[str, Accelerator],
+    options: SimulationOptions,
+    tick: Callable[[], object] = lambda: None,
+) -> None:
+    """Run `gm` once on example inputs and annotate its layers with simulated cycles.
+
+    Nothing of `gm` changes but the metadata of its nodes.
+    """
+    observed = observe_run(gm, example_inputs, as_dense=False, masks=True)
+    annotate_cycles(gm, observed, accelerators, options, tick)
 
 
 def _count(gm: SwatModule) -> int:

@@ -60,6 +60,11 @@ class OnType(Base):
         return x * 2 if isinstance(x, Tensor) else x
 
 
+class OnTypeAsked(Base):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if torch.is_tensor(x) else x
+
+
 class OnTraining(Base):
     def between(self, x: Tensor) -> Tensor:
         return x * 2 if self.training else x
@@ -141,6 +146,7 @@ REASONS = {
     OnTensor: "untraceable: control flow on a tensor",
     OnShape: "untraceable: control flow on a tensor",
     OnType: "untraceable: isinstance on an input of the graph",
+    OnTypeAsked: "untraceable: isinstance on an input of the graph",
     OnTraining: "untraceable: control flow on self.training",
     OnTrainingEqual: "untraceable: control flow on self.training",
     OnGradMode: "untraceable: control flow on torch.is_grad_enabled",

@@ -35,6 +35,7 @@ FLOORS = {
         "swatfx.training",
         "swatfx.reporting",
         "swatfx.checkpoint",
+        "swatfx.simulation",
         "swatfx.exporting",
         "swatfx.run_folder",
         "swatfx.runs",
