@@ -57,7 +57,7 @@ def find_guard(frame: FrameType) -> Guard | None:
 
 
 def _raised(instructions: list[dis.Instruction], code: CodeType) -> str | None:
-    """What straight-line code raises from its first instruction on, out of the function; or None."""
+    """What straight-line code raises, out of its function, if that is how it ends; or None."""
     name = None
     for instruction in instructions:
         if "JUMP" in instruction.opname or instruction.opname.startswith(("RETURN", "YIELD")):

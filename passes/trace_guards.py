@@ -22,15 +22,27 @@ from torch.fx.proxy import TraceError
 from passes.guard_clauses import find_guard, refuse
 
 ON_TRAINING = "control flow on self.training"
+ON_TENSOR = "control flow on a tensor"
+ON_LOOP = "loop over a tensor or argument list"
+ON_NUMBER = "a traced value taken as a number"
 _CHECKPOINTS = (  # what activation checkpointing runs through, by version of torch
     "_checkpoint_impl",
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",
 )
 _MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+refusals: list[str] = []  # reasons given so far: a user's `except` may have swallowed one
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 _MISSING = object()
+
+
+class Refusal(TraceError):
+    """A TraceError that is noted in `refusals` too."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        refusals.append(reason)
 
 
 class TrainingFlag:
@@ -40,10 +52,10 @@ class TrainingFlag:
         self.path = path
 
     def __bool__(self) -> bool:
-        raise TraceError(ON_TRAINING)
+        raise Refusal(ON_TRAINING)
 
     def __eq__(self, other: object) -> bool:
-        raise TraceError(ON_TRAINING)
+        raise Refusal(ON_TRAINING)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -61,11 +73,20 @@ class WatchedProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", refuse, (self, *guard), {})
         return not guard.outcome
 
+    def __len__(self) -> int:
+        raise Refusal("length of a tensor or argument list")
+
+    def __int__(self) -> int:
+        raise Refusal(ON_NUMBER)
+
+    def __float__(self) -> float:
+        raise Refusal(ON_NUMBER)
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance asks for this when the real type does not match.
         if _asks(sys._getframe(1)):
-            raise TraceError("isinstance on an input of the graph")
+            raise Refusal("isinstance on an input of the graph")
         return WatchedProxy
 
 
@@ -81,7 +102,7 @@ def _asks(frame: Any) -> bool:
 
 def _raise(reason: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise TraceError(reason)
+        raise Refusal(reason)
 
     return refuse
 
@@ -112,7 +133,7 @@ def guarded() -> Iterator[None]:
             if has_proxy(args) or has_proxy(kwargs):
                 name = cls.__name__
                 what = "activation checkpointing" if name == "CheckpointFunction" else None
-                raise TraceError(what or f"custom autograd function {name}")
+                raise Refusal(what or f"custom autograd function {name}")
             return apply.__get__(None, cls)(*args, **kwargs)
 
         stack.enter_context(_patched(torch.autograd.Function, "apply", classmethod(watched)))
@@ -134,7 +155,7 @@ def _mode_question(name: str) -> Callable[..., Any]:
 
     def ask(*args: Any, **kwargs: Any) -> Any:
         if _asks(sys._getframe(1)):
-            raise TraceError(f"control flow on torch.{name}")
+            raise Refusal(f"control flow on torch.{name}")
         return real(*args, **kwargs)
 
     return ask
@@ -142,7 +163,7 @@ def _mode_question(name: str) -> Callable[..., Any]:
 
 def _is_tensor(value: object) -> bool:
     if has_proxy(value):
-        raise TraceError("isinstance on an input of the graph")
+        raise Refusal("isinstance on an input of the graph")
     return isinstance(value, torch.Tensor)
 
 

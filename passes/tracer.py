@@ -18,17 +18,19 @@ from torch import fx, nn
 from passes import composites
 from passes.module_kinds import LAYERS, has_layers, is_script, opaque_reason
 from passes.trace_guards import (
+    ON_LOOP,
+    ON_TENSOR,
     Attributes,
+    Refusal,
     TrainingFlag,
     WatchedProxy,
     ambient,
     guarded,
     random_state,
+    refusals,
     restore_random_state,
 )
 from swatfx.graph_module import SwatModule, join
-
-ON_TENSOR = "untraceable: control flow on a tensor"
 
 
 class Tracer(fx.Tracer):
@@ -130,7 +132,7 @@ class Tracer(fx.Tracer):
             last = self.graph._root._prev
             expand = composites.find(m)
             attributes = Attributes(m)
-            noted = dict(self.eager)
+            noted, known = dict(self.eager), len(refusals)
             try:
                 if expand is not None:
                     return expand(self, m, *args, **kwargs)
@@ -139,6 +141,7 @@ class Tracer(fx.Tracer):
                     raise fx.proxy.TraceError(f"forward sets {changed}")
                 return result
             except Exception as error:  # a user's forward may fail on a proxy in any way
+                del refusals[known:]
                 attributes.restore()
                 self._roll_back(last)
                 self.eager = noted | {path: reason_of(error)}
@@ -176,13 +179,23 @@ class Tracer(fx.Tracer):
             self._cache[path] = self.create_proxy("get_attr", path, (), {})
         return self._cache[path]
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refuse: a branch on a traced value."""
+        raise Refusal(ON_TENSOR)
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """Refuse: how often to loop is not known (unpacking, where it is, comes not by here)."""
+        raise Refusal(ON_LOOP)
+
     def _watched(self, run: Callable[[], Any]) -> Any:
         """Run a forward; random numbers drawn while tracing would be frozen into the graph."""
-        before = random_state()
+        before, known = random_state(), len(refusals)
         try:
             result = run()
         finally:
             drawn = restore_random_state(before)
+        if refusals[known:]:
+            raise fx.proxy.TraceError(refusals[-1])
         if drawn:
             raise fx.proxy.TraceError("random numbers drawn in forward")
         return result
@@ -201,10 +214,6 @@ def reason_of(error: BaseException) -> str:
     """One line that says why a forward could not be traced."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = lines[0].split(". ")[0]
-    if "inputs to control flow" in text:
-        return ON_TENSOR
-    if "Proxy object cannot be iterated" in text:
-        return "untraceable: loop over a tensor or argument list"
     if isinstance(error, SyntaxError):  # fx writes `self.class(x)` for a child called "class"
         return "untraceable: a module below is named after a Python keyword"
     if isinstance(error, fx.proxy.TraceError):

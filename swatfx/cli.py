@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
-from swatfx import cli_train, demo, models, policy
-from swatfx.checkpoint import load, write_atomically
+from swatfx import cli_simulate, cli_train, demo, models, policy
+from swatfx.checkpoint import load, write_text
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
 from swatfx.pipeline import compile as compile_model
@@ -117,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, metavar="FILE", help="its suffix is the format")
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
 
+    command = add("simulate", _simulate, "count a training step's cycles on simulated accelerators")
+    _add_model(command, default="resnet50")
+    cli_simulate.add_arguments(command)
+
     command = add("policies", _policies, "list policies and the fields of one")
     command.add_argument("--json", action="store_true")
     command = add("models", _models, "list model names")
@@ -130,8 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="e.g. resnet50, cifar/vgg16, package.module:callable")
+def _add_model(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    text = "e.g. resnet50, cifar/vgg16, package.module:callable"
+    if default is None:
+        command.add_argument("model", help=text)
+    else:
+        command.add_argument("model", nargs="?", default=default, help=f"{text} ({default})")
     command.add_argument("--num-classes", type=int, metavar="N", help="instead of the model's own")
     command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
     command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
@@ -176,19 +183,10 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
     return (args.batch_size, *shape)
 
 
-def _build(args: argparse.Namespace, device: str) -> nn.Module:
-    try:
-        with torch.device(device):
-            return models.resolve(args.model, args.num_classes)
-    except (NotImplementedError, RuntimeError):
-        # Some builders read the values of their weights, which the meta device does not have.
-        return models.resolve(args.model, args.num_classes)
-
-
 def _report(args: argparse.Namespace) -> int:
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
-    gm = compile_model(_build(args, "meta"), chosen)
+    gm = compile_model(models.resolve_on_meta(args.model, args.num_classes), chosen)
     options = {"step_ms": args.step_ms, "topk_ms": args.topk_ms}
     result = report(
         gm,
@@ -214,11 +212,7 @@ def _emit(text: str, output: str | None) -> None:
     if output is None:
         print(text.rstrip("\n"))
         return
-    write_atomically(output, lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text if text.endswith("\n") else text + "\n", encoding="utf-8")
+    write_text(output, text if text.endswith("\n") else text + "\n")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -235,6 +229,10 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"{args.output}: {size:,} bytes")
     return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    return cli_simulate.run(args, read_policy(args.policy, args.sparsity), read_shape(args))
 
 
 def _policies(args: argparse.Namespace) -> int:

@@ -16,12 +16,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import bits, macs
+from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError, SwatError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.where import weight_keep
-from swatfx.pipeline import Measured, measure
+from swatfx.pipeline import Measured, SimulationOptions, measure
 from swatfx.policy import Policy
+from swatfx.simulation import Simulation, simulate
 from swatfx.state import Pack, WeightThreshold
 
 PAPER_STEP_MS = 147.0  # appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
@@ -65,6 +67,7 @@ class Report:
         eager: path -> why symbolic tracing left the module there to Python.
         policy: the policy's name.
         accounting: "paper" or "exact".
+        simulation: simulated cycles, where accelerators were asked for.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -72,6 +75,7 @@ class Report:
     eager: Mapping[str, str] = field(default_factory=dict)
     policy: str = ""
     accounting: str = "paper"
+    simulation: Simulation | None = None
 
     def to_json(self) -> str:
         """A JSON object with `policy`, `accounting`, `layers`, `totals`, `eager`."""
@@ -117,6 +121,8 @@ class Report:
         lines = [table, "", *_summary(self)]
         for path, reason in self.eager.items():
             lines.append(f"eager: {path or 'the root module'}: {reason}")
+        if self.simulation is not None:
+            lines += ["", self.simulation.to_text(style)]
         return "\n".join(lines)
 
 
@@ -128,6 +134,8 @@ def report(
     activation_floor: float = 0.0,
     step_ms: float = PAPER_STEP_MS,
     topk_ms: float = PAPER_TOPK_MS,
+    accelerators: Sequence[Accelerator | str] = (),
+    simulation_options: SimulationOptions | None = None,
 ) -> Report:
     """Count what a training step of `gm` costs, layer by layer.
 
@@ -140,6 +148,9 @@ def report(
         activation_floor: natural activation sparsity, in [0, 1), that a layer has at least.
         step_ms: a dense training step, for the Top-K overhead line; the paper's by default.
         topk_ms: one Top-K refresh of all layers; the paper's by default.
+        accelerators: designs to simulate the step on, such as `SCNN()` or "bit-tactical"; slow for
+            large inputs, one sample of which is simulated.
+        simulation_options: samples, where masks come from, memory.
 
     Raises:
         InputError: no inputs, or inputs that do not fit; names the layer.
@@ -159,7 +170,10 @@ def report(
     layers = tuple(_record(root, measured))
     totals = _totals(root, layers, measured, activation_floor, step_ms, topk_ms)
     policy = Policy.from_json(root.meta["policy"])
-    return Report(layers, totals, dict(root.eager), policy.name, accounting)
+    simulated = None
+    if accelerators:
+        simulated = simulate(root, inputs, accelerators, options=simulation_options)
+    return Report(layers, totals, dict(root.eager), policy.name, accounting, simulated)
 
 
 def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:

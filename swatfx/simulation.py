@@ -103,7 +103,16 @@ class Simulation:
         return self.to_text()
 
     def _table(self, name: str, style: str) -> str:
-        heads = ("layer", "pass", "cycles", "x tile", "x own dense", "utilisation", "limited by")
+        heads = (
+            "layer",
+            "pass",
+            "cycles",
+            "x tile",
+            "x own dense",
+            "utilisation",
+            "bytes moved",
+            "limited by",
+        )
         rows = [
             (
                 row.layer,
@@ -112,6 +121,7 @@ class Simulation:
                 _times(row.dense_cycles, row.cycles),
                 _times(row.own_dense_cycles, row.cycles),
                 f"{100 * row.utilisation:.1f}%",
+                f"{row.moved_bytes:,.0f}",
                 row.note or row.limit,
             )
             for row in self.rows
@@ -126,13 +136,14 @@ class Simulation:
                     _times(sums["dense_cycles"], sums["cycles"]),
                     _times(sums["own_dense_cycles"], sums["cycles"]),
                     f"{100 * sums['utilisation']:.1f}%",
+                    f"{sums['moved_bytes']:,.0f}",
                     "",
                 )
             )
         return f"{name}\n" + tabulate(rows, headers=heads, tablefmt=style, disable_numparse=True)
 
     def _footer(self) -> str:
-        masks = ", ".join(dict.fromkeys(row.masks for row in self.rows))
+        masks = "; ".join(dict.fromkeys(row.masks for row in self.rows))
         lines = [f"\n\nsimulated cycles of one sample, mean of {self.samples}; masks: {masks}"]
         lines += [f"not simulated: {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)

@@ -33,8 +33,9 @@ class Clock(nn.Module):
 
     def __init__(self, optimizer_wanted_by: str | None = None) -> None:
         super().__init__()
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimizer steps
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device="cpu"))
+        # Optimizer steps; on the host as the iteration is, whatever the default device.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
         self.token = next(_tokens)
         self.optimizer_wanted_by = optimizer_wanted_by
         self.attached = False
@@ -135,7 +136,7 @@ class Threshold(nn.Module):
         exact = density.exact
         self.density.fill_(density.value)
         pair = (0, 0) if exact is None else (exact.numerator, exact.denominator)
-        self.fraction.copy_(torch.tensor(pair))
+        self.fraction.copy_(torch.tensor(pair, device="cpu"))
 
     def check(self, x: Tensor) -> None:
         """Raise InputError if `x` has to be ranked and cannot be."""

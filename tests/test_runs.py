@@ -116,9 +116,7 @@ def test_a_run_writes_its_configuration_and_a_line_an_epoch(
     whole: tuple[pathlib.Path, RunResult],
 ) -> None:
     folder, result = whole
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [CONFIG, METRICS, CHECKPOINT]
-    )
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, METRICS, CHECKPOINT])
     config = json.loads((folder / CONFIG).read_text())
     assert (config["model"], config["policy"]["sparsity"], config["epochs"]) == (
         "digits/cnn",

@@ -1,5 +1,6 @@
 """torchvision's models: what share of their MACs is sparse, and whether they do what they did."""
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,3 +201,28 @@ def test_segmentation(name: str) -> None:
     gm = assert_matches_at_density_1(model, torch.randn(2, 3, 64, 64), rtol=1e-2)
     assert not gm.eager
     assert sparse_share(model, torch.randn(2, 3, 64, 64)) >= 0.95
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin", "vit"])
+def test_one_graph_for_torch_compile(name: str) -> None:
+    model, side = tiny(name)
+    for module in model.modules():  # compiled code draws random numbers in another order
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    x = torch.randn(2, 3, side, side)
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        gm = swatfx.compile(copy.deepcopy(model), swatfx.swat_u(0.5)).train()
+        step = torch.compile(gm, fullgraph=True, backend="aot_eager") if compiled else gm
+        optimizer = torch.optim.SGD(gm.parameters(), lr=0.01)
+        losses = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = loss_of(step(x))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        runs.append([*losses, *gm.state_dict().values()])
+    assert_same(runs[1], runs[0])

@@ -255,66 +255,6 @@ class Stochastic(nn.Module):
         return F.dropout(self.fc(x), 0.3, self.training)
 
 
-class Guards(nn.Module):
-    """Refuses inputs in every usual way; the layers between see a graph all the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.dim() == 2, f"got {x.dim()} dimensions"
-        if x.shape[1] != self.a.in_features:
-            raise ValueError(f"wants {self.a.in_features}, got {x.shape[1]}")
-        x = self.a(x)
-        if x.shape[0] == 0 or x.shape[0] > 9:
-            raise RuntimeError("batch")
-        assert x.shape[0] > 1 and x.shape[0] != 7
-        if not x.shape[0] < 6:
-            raise IndexError
-        torch._assert(x.shape[0] != 5, "five")
-        return self.b(x)
-
-
-def test_guard_clauses_become_checks() -> None:
-    gm = assert_matches_at_density_1(Guards(), image(3, 4))
-    assert not gm.eager
-    cases = {
-        (2, 3, 4): AssertionError,
-        (3, 5): ValueError,
-        (0, 4): RuntimeError,
-        (10, 4): RuntimeError,
-        (1, 4): AssertionError,
-        (7, 4): AssertionError,
-        (6, 4): IndexError,
-        (5, 4): AssertionError,
-    }
-    for shape, error in cases.items():
-        with pytest.raises(error):
-            Guards()(torch.zeros(shape))
-        with pytest.raises(error):
-            gm(torch.zeros(shape))
-
-
-class Caught(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        try:
-            if x.shape[0] > 1:
-                raise ValueError
-        except ValueError:
-            return self.fc(x) * 2
-        return self.fc(x)
-
-
-def test_a_guard_that_the_model_catches_is_control_flow() -> None:
-    gm = assert_matches_at_density_1(Caught(), image(3, 4))
-    assert gm.eager == {"": "untraceable: control flow on a tensor"}
-
-
 def test_dropout_and_drop_path_follow_the_mode() -> None:
     gm = assert_matches_at_density_1(Stochastic(), image())
     all_sparse(gm, image(), layers=2)
@@ -395,3 +335,20 @@ def test_frozen_layers_and_no_grad_save_and_pack_nothing() -> None:
     assert packed == [None] * 4
     gm(torch.randn(2, 4))
     assert all(isinstance(x, Tensor) for x in packed[4:])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(3, 4, 3), (2, 3, 8)),
+        (nn.Conv1d(3, 3, 3, groups=3), (3, 8)),
+        (nn.Conv2d(3, 4, 3), (3, 8, 8)),
+        (nn.Conv2d(3, 4, 3), (0, 3, 8, 8)),
+        (nn.Linear(4, 4), (2, 3, 4)),
+    ],
+)
+def test_outputs_may_be_written_into(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(layer, nn.ReLU(inplace=True))
+    assert_matches_at_density_1(model, image(*shape))
+    transposed = image(4, 3, 2).transpose(0, 2)
+    assert_matches_at_density_1(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), transposed)

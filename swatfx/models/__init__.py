@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from swatfx.errors import UnknownNameError
@@ -28,7 +29,7 @@ from swatfx.models.resolve import build
 from swatfx.models.vgg import VGG
 from swatfx.models.wide_resnet import WideResNet
 
-__all__ = ["create", "default_input_shape", "names", "resolve"]
+__all__ = ["create", "default_input_shape", "names", "resolve", "resolve_on_meta"]
 
 
 class _Entry(NamedTuple):
@@ -170,3 +171,16 @@ def resolve(spec: str, num_classes: int | None = None) -> nn.Module:
     if ":" in spec:
         return build(spec, num_classes)
     return create(spec, num_classes=num_classes)
+
+
+def resolve_on_meta(spec: str, num_classes: int | None = None) -> nn.Module:
+    """As `resolve`, but on the meta device, where nothing is allocated; raises what it raises.
+
+    Some builders read the values of their weights, which that device does not have; their networks
+    are built on the CPU.
+    """
+    try:
+        with torch.device("meta"):
+            return resolve(spec, num_classes)
+    except (NotImplementedError, RuntimeError):
+        return resolve(spec, num_classes)

@@ -23,6 +23,7 @@ from swatfx.ops.where import (
     active_weight,
     as_seen,
     kept_only,
+    not_a_view,
     sparse_gradient,
     weight_keep,
 )
@@ -121,7 +122,9 @@ def _run(
     groups: int,
 ) -> Tensor:
     call = _CONV[weight.dim() - 2]
-    return call(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+    # A 1d or unbatched convolution is a 2d or batched one, squeezed.
+    out = call(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+    return not_a_view(out)
 
 
 @conv.register_fake

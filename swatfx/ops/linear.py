@@ -19,6 +19,7 @@ from swatfx.ops.where import (
     active_weight,
     as_seen,
     kept_only,
+    not_a_view,
     sparse_gradient,
     weight_keep,
 )
@@ -75,10 +76,10 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Below autograd it cannot know that one is, and its sums would round otherwise than the model's.
     """
     if input.dim() < 3 or input.is_contiguous():
-        return F.linear(input, weight, bias)
+        return not_a_view(F.linear(input, weight, bias))
     rows = F.linear(input.reshape(-1, input.shape[-1]), weight)
     out = rows.view(*input.shape[:-1], weight.shape[0])
-    return out if bias is None else out.add_(bias)
+    return not_a_view(out if bias is None else out.add_(bias))
 
 
 @linear.register_fake

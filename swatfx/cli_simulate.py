@@ -1,0 +1,197 @@
+"""`swatfx simulate`: cycles of a training step on simulated accelerators."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from swatfx import accelerators, models, policy
+from swatfx.checkpoint import load, write_text
+from swatfx.datasets import open_data
+from swatfx.errors import InputError
+from swatfx.graph_module import SwatModule
+from swatfx.layers import all_plans
+from swatfx.pipeline import SimulationOptions
+from swatfx.pipeline import compile as compile_model
+from swatfx.simulation import Simulation, simulate
+from swatfx.simulation_trace import trace_events
+from swatfx.table6 import render, table6, table6_trained
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of `swatfx simulate` but for the model and its policy."""
+    add = command.add_argument
+    add(
+        "--accelerator", action="append", metavar="NAME", help="e.g. scnn, bit-tactical:lookahead=4"
+    )
+    add("--samples", type=int, default=1, metavar="N", help="samples to simulate, each by itself")
+    add("--natural-density", type=float, default=0.5, help="of drawn forward activations")
+    add("--seed", type=int, default=0, help="of drawn masks")
+    add("--checkpoint", metavar="FILE", help="weights that swatfx train wrote")
+    add("--data", help="take activations from this data set's test images (see swatfx train)")
+    add("--data-root", metavar="DIR")
+    add("--bandwidth", type=float, default=0.0, metavar="B", help="bytes a cycle; 0 ignores memory")
+    add("--word-bytes", type=int, default=2, metavar="N", help="bytes of a value")
+    add("--sweep", metavar="NAME=V..W", help="e.g. lookahead=1..4 or sparsity=0,0.5,0.9,0.95")
+    add("--trace", metavar="FILE", help="write the step as a Chrome / Perfetto trace")
+    add("--table6", action="store_true", help="the paper's table 6 beside ours")
+    add("--seeds", type=int, default=3, metavar="N", help="mask seeds of --table6")
+    add("--json", action="store_true")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is simulated: the model, one batch for it, and where that came from."""
+
+    gm: SwatModule
+    inputs: tuple[Tensor, ...]
+
+
+def run(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
+    """Run the command; `shape` is that of the input with its batch."""
+    if args.samples < 1 or args.seeds < 1:
+        raise InputError("--samples and --seeds are at least 1", value=(args.samples, args.seeds))
+    if args.table6:
+        return _table6(args, chosen, shape)
+    if args.sweep:
+        return _sweep(args, chosen, shape)
+    subject = _subject(args, chosen, shape)
+    found = _simulate(args, subject, args.accelerator or ["scnn", "bit-tactical"])
+    if args.trace:
+        write_text(args.trace, json.dumps(trace_events(found)))
+    print(found.to_json() if args.json else found.to_text())
+    return 0
+
+
+def _options(args: argparse.Namespace) -> SimulationOptions:
+    return SimulationOptions(
+        samples=args.samples,
+        natural_density=args.natural_density,
+        seed=args.seed,
+        draw_weights=args.checkpoint is None,
+        bandwidth=args.bandwidth,
+        word_bytes=args.word_bytes,
+    )
+
+
+def _subject(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> Subject:
+    """The model and a batch: real where a checkpoint and data are given, else on meta."""
+    batch = (max(args.samples, 1), *shape[1:])
+    if args.data is None:
+        inputs: tuple[Tensor, ...] = (torch.empty(batch, device="meta"),)
+    else:
+        limit = None if args.data == "imagenet" else max(5 * args.samples, 50)
+        data = open_data(args.data, args.data_root, limit=limit)
+        images, _ = next(iter(data.test_batches(args.samples, device="cpu")))
+        inputs = (images,)
+    if args.checkpoint:
+        model = models.resolve(args.model, args.num_classes)
+        return Subject(load(args.checkpoint, model), inputs)
+    build = models.resolve_on_meta if args.data is None else models.resolve
+    return Subject(compile_model(build(args.model, args.num_classes), chosen), inputs)
+
+
+def _simulate(args: argparse.Namespace, subject: Subject, names: Sequence[str]) -> Simulation:
+    layers = len(all_plans(subject.gm))
+    with _bar(layers * len(names)) as bar:
+        return simulate(subject.gm, subject.inputs, names, options=_options(args), tick=bar.update)
+
+
+def _bar(total: int) -> Any:
+    return tqdm(total=total, desc="simulating", unit="layer", disable=not sys.stderr.isatty())
+
+
+def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
+    names = args.accelerator or ["scnn", "bit-tactical"]
+    if args.checkpoint or args.data:
+        if not (args.checkpoint and args.data):
+            raise InputError("real masks want both --checkpoint and --data")
+        subject = _subject(args, chosen, shape)
+        sparsity = policy.Policy.from_json(subject.gm.meta["policy"]).sparsity
+        rows = table6_trained(subject.gm, subject.inputs, sparsity, names, samples=args.samples)
+    else:
+        model = models.resolve_on_meta(args.model, args.num_classes)
+        with _bar(0) as bar:
+            inputs = (torch.empty(1, *shape[1:], device="meta"),)
+            rows = table6(model, inputs, names, seeds=args.seeds, tick=bar.update)
+    if args.json:
+        table = [asdict(row) | {"consistent": row.consistent} for row in rows]
+        print(json.dumps({"model": args.model, "rows": table}))
+    else:
+        print(render(rows, args.model))
+    return 0
+
+
+def sweep_values(text: str) -> tuple[str, list[float | int]]:
+    """Read "lookahead=1..4" or "sparsity=0,0.5,0.9".
+
+    Raises:
+        InputError: neither form.
+    """
+    name, equals, values = text.partition("=")
+    try:
+        if ".." in values:
+            low, high = (int(v) for v in values.split("..", 1))
+            found: list[float | int] = list(range(low, high + 1))
+        else:
+            found = [float(v) if "." in v else int(v) for v in values.split(",")]
+    except ValueError:
+        found = []
+    if not equals or not found:
+        raise InputError(
+            "a sweep is a name and values", value=text, remedy="write lookahead=1..4 or a,b,c"
+        )
+    return name.strip().replace("-", "_"), found
+
+
+def _sweep(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
+    name, values = sweep_values(args.sweep)
+    rows = list(_sweep_rows(args, chosen, shape, name, values))
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+    print("\nsimulated cycles of one sample, all layers; speedups over the dense tile / own dense")
+    return 0
+
+
+def _sweep_rows(
+    args: argparse.Namespace,
+    chosen: policy.Policy,
+    shape: tuple[int, ...],
+    name: str,
+    values: Sequence[float | int],
+) -> Iterator[dict[str, Any]]:
+    designs = args.accelerator or ["bit-tactical" if name != "sparsity" else "scnn"]
+    for value in values:
+        names, policy_now, options = list(designs), chosen, argparse.Namespace(**vars(args))
+        if name == "sparsity":
+            policy_now = replace(chosen, sparsity=float(value))
+        elif name in ("samples", "seed", "bandwidth", "natural_density", "word_bytes"):
+            setattr(options, name, value)
+        else:
+            names = [f"{d}{',' if ':' in d else ':'}{name}={value}" for d in designs]
+            for design in names:
+                accelerators.parse(design)
+        found = _simulate(options, _subject(options, policy_now, shape), names)
+        for design, totals in found.totals.items():
+            for stage, sums in totals.items():
+                yield {
+                    name: value,
+                    "accelerator": design,
+                    "pass": stage,
+                    "cycles": int(sums["cycles"]),
+                    "x tile": sums["dense_cycles"] / sums["cycles"],
+                    "x own dense": sums["own_dense_cycles"] / sums["cycles"],
+                    "utilisation": sums["utilisation"],
+                    "moved_bytes": int(sums["moved_bytes"]),
+                }
