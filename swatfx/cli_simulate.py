@@ -160,7 +160,8 @@ def _sweep(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ..
         print(json.dumps(rows))
         return 0
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
-    print("\nsimulated cycles of one sample, all layers; speedups over the dense tile / own dense")
+    unit = "the batch" if name == "batch" else "one sample"
+    print(f"\nsimulated cycles of {unit}, all layers; speedups over the dense tile / own dense")
     return 0
 
 
@@ -176,6 +177,8 @@ def _sweep_rows(
         names, policy_now, options = list(designs), chosen, argparse.Namespace(**vars(args))
         if name == "sparsity":
             policy_now = replace(chosen, sparsity=float(value))
+        elif name == "batch":
+            options.samples = int(value)
         elif name in ("samples", "seed", "bandwidth", "natural_density", "word_bytes"):
             setattr(options, name, value)
         else:
@@ -183,15 +186,16 @@ def _sweep_rows(
             for design in names:
                 accelerators.parse(design)
         found = _simulate(options, _subject(options, policy_now, shape), names)
+        scale = found.samples if name == "batch" else 1  # every sample of it was simulated
         for design, totals in found.totals.items():
             for stage, sums in totals.items():
                 yield {
                     name: value,
                     "accelerator": design,
                     "pass": stage,
-                    "cycles": int(sums["cycles"]),
+                    "cycles": round(sums["cycles"] * scale),
                     "x tile": sums["dense_cycles"] / sums["cycles"],
                     "x own dense": sums["own_dense_cycles"] / sums["cycles"],
                     "utilisation": sums["utilisation"],
-                    "moved_bytes": int(sums["moved_bytes"]),
+                    "moved_bytes": round(sums["moved_bytes"] * scale),
                 }

@@ -41,7 +41,12 @@ class LayerCycles:
         utilisation: multiplications / (cycles * multipliers).
         memory_cycles: that the transfers take; 0 where memory is ignored.
         moved_bytes: as this design moves them, compressed or not.
-        dense_bytes: likewise, nothing compressed.
+        dense_bytes: likewise, nothing compressed; the sum of the three below.
+        weight_bytes: of the weights (of the output gradient, for the weight gradient).
+        activation_bytes: of the activation (of the output gradient, for the input gradient).
+        output_bytes: of the result.
+        compressed_weight_bytes: nonzeros and a bitmask.
+        compressed_activation_bytes: likewise.
         limits: cycles lost, by cause; causes may overlap.
         note: what the design could not do here.
         masks: where the masks come from.
@@ -59,6 +64,11 @@ class LayerCycles:
     memory_cycles: float
     moved_bytes: float
     dense_bytes: float
+    weight_bytes: float
+    activation_bytes: float
+    output_bytes: float
+    compressed_weight_bytes: float
+    compressed_activation_bytes: float
     limits: Mapping[str, float]
     note: str
     masks: str
@@ -208,7 +218,7 @@ def _row(layer: str, name: str, stage: str, found: Mapping[str, Any], masks: str
     mean = found["cycles"] / n
     variance = max(found["cycles_squared"] / n - mean**2, 0.0)
     busy = found["cycles"] * found["multipliers"]
-    dense = found["weight_bytes"] + found["activation_bytes"] + found["output_bytes"]
+    sizes = {key: found[key] / n for key in _BYTES}
     return LayerCycles(
         layer=layer,
         accelerator=name,
@@ -221,13 +231,21 @@ def _row(layer: str, name: str, stage: str, found: Mapping[str, Any], masks: str
         utilisation=found["multiplications"] / busy if busy else 0.0,
         memory_cycles=found["memory_cycles"] / n,
         moved_bytes=found["moved_bytes"] / n,
-        dense_bytes=dense / n,
+        dense_bytes=sizes["weight_bytes"] + sizes["activation_bytes"] + sizes["output_bytes"],
+        **sizes,
         limits={cause: lost / n for cause, lost in found["limits"].items()},
         note=found["note"],
         masks=masks,
     )
 
 
+_BYTES = (
+    "weight_bytes",
+    "activation_bytes",
+    "output_bytes",
+    "compressed_weight_bytes",
+    "compressed_activation_bytes",
+)
 _SUMS = ("cycles", "dense_cycles", "own_dense_cycles", "full_slot_cycles", "memory_cycles")
 
 

@@ -216,6 +216,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     rows = json.loads(capsys.readouterr().out)
     step = {r["sparsity"]: r["cycles"] for r in rows if r["pass"] == "forward"}
     assert step[0.9] < step[0.0]
+    assert cli.main([*options, "--sweep", "batch=1,2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    step = {r["batch"]: r["cycles"] for r in rows if r["pass"] == "forward"}
+    assert 1.5 < step[2] / step[1] < 2.5
     bad = ["simulate", "digits/cnn", "--accelerator", "bit-tactical", "--sweep", "lookhead=1..2"]
     assert cli.main(bad) == 2
     assert "lookhead" in capsys.readouterr().err

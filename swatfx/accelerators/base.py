@@ -158,8 +158,14 @@ class Accelerator(ABC):
         return self.run(problem, problem.dense_weights(), problem.dense_activations()).cycles
 
     def run_weight_gradient(self, problem: Problem, activations: Mask) -> Count:
-        """Cost of the weight gradient of `problem`, a forward layer; output gradients are dense."""
-        cycles = tile_weight_gradient_cycles(problem, self.tile_columns)
+        """Cost of the weight gradient of `problem`, a forward layer; output gradients are dense.
+
+        By default that of the dense tile, or of this design with every slot full if it is smaller.
+        """
+        cycles = max(
+            tile_weight_gradient_cycles(problem, self.tile_columns),
+            ceil_div(problem.dense_multiplications, self.multipliers),
+        )
         return Count(cycles, note=CANNOT_SKIP)
 
     def run_weight_gradient_dense(self, problem: Problem) -> int:
