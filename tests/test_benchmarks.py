@@ -111,6 +111,7 @@ def test_nothing_recorded_names_a_folder_or_a_host(tmp_path: pathlib.Path) -> No
         "torchvision",
         "numpy",
         "networkx",
+        "numba",
         "swatfx",
     }
 
