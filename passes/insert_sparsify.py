@@ -8,7 +8,6 @@ Parameters keep their names. A second run finds no layer node left and changes n
 
 from __future__ import annotations
 
-import keyword
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,81 +17,26 @@ from torch import Tensor, fx, nn
 
 from passes.aliasing import Versions
 from passes.layer_calls import Site, find_site
+from passes.layer_states import States, activation_threshold, weight_threshold
 from swatfx import meta
-from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, all_parts
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.where import Where, density_text
 from swatfx.passing import Context, PassResult
 from swatfx.state import (
-    ActivationThreshold,
-    LayerState,
     Pack,
-    SwatState,
-    WeightThreshold,
-    initial_state,
 )
 
 
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
     """Insert thresholds, packs and sparse ops, in the root graph and in every part."""
-    states = _States(gm)
+    states = States(gm)
     rewriters = [_Rewriter(gm, part, prefix, states) for prefix, part in all_parts(gm)]
     count = sum(rewriter.run() for rewriter in rewriters)
     if count and not any(node.target == "swat.clock" for node in gm.graph.nodes):
         rewriters[0].insert_clock()  # all layers are below eager code: the root still counts
         gm.recompile()
     return PassResult(gm, count > 0, (f"{count} sparse calls",))
-
-
-class _States:
-    """The children of `swat`, made as they are asked for."""
-
-    def __init__(self, gm: SwatModule) -> None:
-        self.swat: SwatState = gm.swat
-        self._names: dict[str, str] = {}
-
-    def layer(self, name: str) -> tuple[str, LayerState]:
-        """(name below swat, container) of a layer."""
-        if name not in self._names:
-            base = candidate = name.replace(".", "_")
-            if not name[:1].isalpha() or keyword.iskeyword(base):
-                base = candidate = "layer_" + base
-            count = 1
-            while hasattr(self.swat, candidate):
-                candidate, count = f"{base}_{count}", count + 1
-            self._names[name] = candidate
-            self.swat.add_module(candidate, LayerState())
-        child = self.swat.get_submodule(self._names[name])
-        assert isinstance(child, LayerState)
-        return self._names[name], child
-
-    def add(self, layer: str, role: str, module: nn.Module, taken: set[str]) -> str:
-        """Register `module` for `layer` as `role`, numbered where that is `taken`; its target.
-
-        What another graph has registered for the same call is used again: a part and a part within
-        it are two ways into one layer, of which a call takes one.
-        """
-        name, state = self.layer(layer)
-        chosen, count = role, 1
-        while f"swat.{name}.{chosen}" in taken or not _alike(state._modules.get(chosen), module):
-            chosen, count = f"{role}_{count}", count + 1
-        target = f"swat.{name}.{chosen}"
-        taken.add(target)
-        if chosen not in state._modules:
-            module.train(self.swat.training)
-            state.add_module(chosen, module)
-        return target
-
-
-def _alike(one: nn.Module | None, other: nn.Module) -> bool:
-    """Whether `one` is there and is another thing than `other` (False), or not."""
-
-    def options(m: nn.Module) -> list[Any]:
-        names = ("layer", "selector", "spatial", "row_major", "period", "in_forward", "all_ranks")
-        return [type(m), *(getattr(m, name, None) for name in names)]
-
-    return one is None or options(one) == options(other)
 
 
 @dataclass
@@ -107,7 +51,7 @@ class _Shared:
 class _Rewriter:
     """Rewrites one graph."""
 
-    def __init__(self, gm: SwatModule, part: fx.GraphModule, prefix: str, states: _States) -> None:
+    def __init__(self, gm: SwatModule, part: fx.GraphModule, prefix: str, states: States) -> None:
         self.gm = gm
         self.part = part
         self.prefix = prefix
@@ -221,24 +165,7 @@ class _Rewriter:
             return f"swat.{name}.weight_threshold"
         value = site.value
         assert value is not None  # find_layers skips the rest
-        module = WeightThreshold(
-            plan.name,
-            plan.weight_selector,
-            plan.weight_density,
-            state=initial_state(value, value, plan.weight_selector, site.spatial, True),
-            period=plan.period,
-            spatial=site.spatial,
-            is_weight=True,
-            seed=plan.seed,
-        )
-        if value.is_complex():
-            raise InputError(
-                "Top-K cannot rank complex weights",
-                layer=plan.name,
-                value=str(value.dtype),
-                remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
-            )
-        module.recompute(value)
+        module = weight_threshold(plan, site.spatial, value)
         return self.states.add(plan.name, "weight_threshold", module, self.taken)
 
     def _activation(
@@ -273,18 +200,7 @@ class _Rewriter:
 
     def _new_activation(self, plan: LayerPlan, call: LayerCall, site: Site) -> _Shared:
         assert isinstance(site.value, Tensor)
-        threshold = ActivationThreshold(
-            plan.name,
-            plan.activation_selector,
-            plan.activation_density,
-            state=initial_state(None, site.value, plan.activation_selector, site.spatial, False),
-            period=plan.period,
-            spatial=site.spatial,
-            is_weight=False,
-            seed=plan.seed,
-            all_ranks=plan.global_threshold,
-            in_forward=plan.forward_activation,
-        )
+        threshold = activation_threshold(plan, site.spatial, site.value)
         target = self.states.add(plan.name, "activation_threshold", threshold, self.taken)
         a_t = self._call(target, (site.input, self.step), "a_t")
         if not plan.backward_activation:

@@ -1,0 +1,115 @@
+"""The modules below `swat.` that a rewritten layer keeps its state in, and their names.
+
+Used by `insert_sparsify` alone: it decides where in the graph each is called.
+"""
+
+from __future__ import annotations
+
+import keyword
+from typing import Any
+
+from torch import Tensor, nn
+
+from swatfx.errors import InputError
+from swatfx.graph_module import SwatModule
+from swatfx.meta import LayerPlan
+from swatfx.state import (
+    ActivationThreshold,
+    LayerState,
+    SwatState,
+    WeightThreshold,
+    initial_state,
+)
+
+
+class States:
+    """The children of `swat`, made as they are asked for."""
+
+    def __init__(self, gm: SwatModule) -> None:
+        self.swat: SwatState = gm.swat
+        self._names: dict[str, str] = {}
+
+    def layer(self, name: str) -> tuple[str, LayerState]:
+        """(name below swat, container) of a layer."""
+        if name not in self._names:
+            base = candidate = name.replace(".", "_")
+            if not name[:1].isalpha() or keyword.iskeyword(base):
+                base = candidate = "layer_" + base
+            count = 1
+            while hasattr(self.swat, candidate):
+                candidate, count = f"{base}_{count}", count + 1
+            self._names[name] = candidate
+            self.swat.add_module(candidate, LayerState())
+        child = self.swat.get_submodule(self._names[name])
+        assert isinstance(child, LayerState)
+        return self._names[name], child
+
+    def add(self, layer: str, role: str, module: nn.Module, taken: set[str]) -> str:
+        """Register `module` for `layer` as `role`, numbered where that is `taken`; its target.
+
+        What another graph has registered for the same call is used again: a part and a part within
+        it are two ways into one layer, of which a call takes one.
+        """
+        name, state = self.layer(layer)
+        chosen, count = role, 1
+        while f"swat.{name}.{chosen}" in taken or not _alike(state._modules.get(chosen), module):
+            chosen, count = f"{role}_{count}", count + 1
+        target = f"swat.{name}.{chosen}"
+        taken.add(target)
+        if chosen not in state._modules:
+            module.train(self.swat.training)
+            state.add_module(chosen, module)
+        return target
+
+
+def _alike(one: nn.Module | None, other: nn.Module) -> bool:
+    """Whether `one` is there and is another thing than `other` (False), or not."""
+
+    def options(m: nn.Module) -> list[Any]:
+        names = ("layer", "selector", "spatial", "row_major", "period", "in_forward", "all_ranks")
+        return [type(m), *(getattr(m, name, None) for name in names)]
+
+    return one is None or options(one) == options(other)
+
+
+def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThreshold:
+    """The threshold of a layer's weight, valid for `weight` as it is.
+
+    Raises:
+        InputError: NaN or complex weights; names the layer.
+    """
+    if weight.is_complex():
+        raise InputError(
+            "Top-K cannot rank complex weights",
+            layer=plan.name,
+            value=str(weight.dtype),
+            remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
+        )
+    module = WeightThreshold(
+        plan.name,
+        plan.weight_selector,
+        plan.weight_density,
+        state=initial_state(weight, weight, plan.weight_selector, spatial, True),
+        period=plan.period,
+        spatial=spatial,
+        is_weight=True,
+        seed=plan.seed,
+    )
+    module.recompute(weight)
+    return module
+
+
+def activation_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> ActivationThreshold:
+    """The threshold of a layer's input, in the dtype and on the device of its weight."""
+    return ActivationThreshold(
+        plan.name,
+        plan.activation_selector,
+        plan.activation_density,
+        state=initial_state(None, weight, plan.activation_selector, spatial, False),
+        period=plan.period,
+        spatial=spatial,
+        is_weight=False,
+        seed=plan.seed,
+        all_ranks=plan.global_threshold,
+        in_forward=plan.forward_activation,
+    )
