@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from passes.composites.padded import padded_conv
 from passes.module_kinds import opaque_reason
 from swatfx.graph_module import evaluate, evaluation_mode, weight_chain
 from swatfx.meta import LayerCall
@@ -113,6 +114,9 @@ def _function_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
     elif target in _CONVS:
         names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
         kind, spatial = _CONVS[target]
+    elif target is padded_conv:
+        names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups", "mode"]
+        kind, spatial = "", 0  # known from the weight
     elif target in _TRANSPOSED:
         names = ["input", "weight", "bias", "stride", "padding"]
         kind, spatial = _TRANSPOSED[target]
@@ -127,8 +131,13 @@ def _function_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
         given.get("padding", 0),
         given.get("dilation", 1),
         given.get("groups", 1),
-        "zeros",
+        str(given.get("mode", "zeros")),
     )
+    value = evaluate(gm, weight)
+    if target is padded_conv:
+        assert value is not None  # the module's own weight
+        spatial = value.dim() - 2
+        kind = f"conv{spatial}d"
     bias = given.get("bias")
     return Site(
         kind,
@@ -136,7 +145,7 @@ def _function_site(gm: fx.GraphModule, node: fx.Node) -> Site | None:
         source,
         str(weight.target) if weight.op == "get_attr" else weight,
         str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else bias,  # type: ignore[arg-type]
-        evaluate(gm, weight),
+        value,
         options,
     )
 

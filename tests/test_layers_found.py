@@ -252,3 +252,21 @@ def test_first_layers_of_two_branches_and_last_layers() -> None:
         "side": "last layer",
     }
     train_step(gm, X, X)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", [1, (2, 1)])
+def test_a_convolution_that_is_the_root_packs_what_its_caller_gave(mode: str, padding: Any) -> None:
+    """Traced from within, its padding is not part of the activation that Top-K ranks."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 4, 3, padding=padding, padding_mode=mode)
+    inner = copy.deepcopy(conv)
+    policy = swatfx.swat_u(0.5, first_dense=False)
+    root, child = swatfx.compile(conv, policy), swatfx.compile(nn.Sequential(inner), policy)
+    x = torch.randn(2, 4, 6, 6)
+    for gm in (root, child):
+        gm(x).square().sum().backward()
+    assert torch.equal(root(x), child(x))
+    assert conv.weight.grad is not None and inner.weight.grad is not None
+    assert torch.equal(conv.weight.grad, inner.weight.grad)
+    assert swatfx.report(root, (x,)).layers[0].input_shape == (2, 4, 6, 6)

@@ -13,6 +13,7 @@ from torch import nn
 
 from passes.composites.attention import multihead_attention
 from passes.composites.common import check_count, check_default
+from passes.composites.padded import CONVOLUTIONS, convolution
 from passes.composites.transformer import (
     avoid_fused_path,
     decoder,
@@ -31,6 +32,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerEncoder: encoder,
     nn.TransformerDecoder: decoder,
     nn.Transformer: transformer,
+    **dict.fromkeys(CONVOLUTIONS, convolution),
 }
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torchvision.models.swin_transformer.shifted_window_attention": shifted_window_attention,
