@@ -156,8 +156,9 @@ def annotate_cycles(
                 found["masks"] = masks.source
                 for name, accelerator in accelerators.items():
                     runs = _passes(accelerator, record.plan, shape, masks, seen)
-                    for kind, cycles, traffic in runs:
-                        _add(found, name, kind, cycles, traffic, accelerator.compresses, options)
+                    for sample, kind, cycles, traffic in runs:
+                        into = found.setdefault(name, {}).setdefault(kind, {})
+                        _add(into, sample, cycles, traffic, accelerator.compresses, options)
             for _ in accelerators:
                 tick()
             meta.update(node, cycles=found)
@@ -165,47 +166,42 @@ def annotate_cycles(
 
 def _passes(
     accelerator: Accelerator, plan: LayerPlan, shape: Geometry, masks: _Masks, seen: Seen
-) -> Iterator[tuple[str, Cycles, Traffic]]:
-    """(pass, cycles, traffic) of every pass and sample; no input gradient nobody wants."""
+) -> Iterator[tuple[int, str, Cycles, Traffic]]:
+    """(sample, pass, cycles, traffic); no input gradient where nobody wants one."""
     ones = np.ones_like(masks.weights)
     forward = masks.weights if plan.forward_weight else ones
     backward = masks.weights if plan.backward_weight else ones
     outputs = math.prod(seen.output_shape) // max(masks.batch, 1)
     inputs = shape.channels * math.prod(shape.input_hw)
+    gradient = np.ones(outputs, dtype=np.bool_)  # of the output: dense
     for sample in range(masks.samples):
         nonzero, kept = masks.nonzero(sample), masks.kept(sample)
         cycles = accelerator.conv_cycles(forward, nonzero, **shape.where)
-        yield "forward", cycles, masks.traffic(forward, nonzero, outputs)
+        yield sample, "forward", cycles, masks.traffic(forward, nonzero, outputs)
         if seen.input_requires_grad:
             cycles = accelerator.backward_input(backward, None, **shape.where)
-            gradient = np.ones(outputs, dtype=np.bool_)
-            yield "input_gradient", cycles, masks.traffic(backward, gradient, inputs)
+            yield sample, "input_gradient", cycles, masks.traffic(backward, gradient, inputs)
         cycles = accelerator.backward_weight(
             kept, filters=shape.filters, kernel=shape.kernel, **shape.where
         )
-        # The dense output gradient stands in the weights' place; the weight gradient comes out.
-        gradient = np.ones(outputs, dtype=np.bool_)
-        yield "weight_gradient", cycles, masks.traffic(gradient, kept, ones.size)
+        # The output gradient stands in the weights' place; the weight gradient comes out.
+        yield sample, "weight_gradient", cycles, masks.traffic(gradient, kept, ones.size)
 
 
 def _add(
-    found: dict[str, Any],
-    name: str,
-    kind: str,
+    into: dict[str, Any],
+    sample: int,
     cycles: Cycles,
     traffic: Traffic,
     compresses: tuple[str, ...],
     options: SimulationOptions,
 ) -> None:
-    """Add one sample of one pass to a JSON-able record."""
+    """Add one call's sample of one pass to a JSON-able record; calls of a layer add up."""
     memory = traffic.cycles(compresses, options.bandwidth)
     limits = dict(cycles.limits)
     if memory > cycles.cycles:
         limits["memory"] = memory - cycles.cycles
     new = {
-        "samples": 1,
-        "cycles": max(cycles.cycles, memory),
-        "cycles_squared": max(cycles.cycles, memory) ** 2,
         "dense_cycles": cycles.dense_cycles,
         "own_dense_cycles": cycles.own_dense_cycles,
         "full_slot_cycles": cycles.full_slot_cycles,
@@ -219,7 +215,10 @@ def _add(
         "compressed_weight_bytes": traffic.weights_compressed,
         "compressed_activation_bytes": traffic.activations_compressed,
     }
-    into = found.setdefault(name, {}).setdefault(kind, {})
+    totals = into.setdefault("cycles", [])  # one a sample
+    if sample == len(totals):
+        totals.append(0)
+    totals[sample] += max(cycles.cycles, memory)
     for key, value in new.items():
         into[key] = value if key == "multipliers" else into.get(key, 0) + value
     lost = into.setdefault("limits", {})

@@ -106,7 +106,7 @@ def _simulate(args: argparse.Namespace, subject: Subject, names: Sequence[str]) 
         return simulate(subject.gm, subject.inputs, names, options=_options(args), tick=bar.update)
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int | None) -> Any:
     return tqdm(total=total, desc="simulating", unit="layer", disable=not sys.stderr.isatty())
 
 
@@ -117,10 +117,18 @@ def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, .
             raise InputError("real masks want both --checkpoint and --data")
         subject = _subject(args, chosen, shape)
         sparsity = policy.Policy.from_json(subject.gm.meta["policy"]).sparsity
-        rows = table6_trained(subject.gm, subject.inputs, sparsity, names, samples=args.samples)
+        with _bar(len(all_plans(subject.gm)) * len(names)) as bar:
+            rows = table6_trained(
+                subject.gm,
+                subject.inputs,
+                sparsity,
+                names,
+                samples=args.samples,
+                tick=bar.update,
+            )
     else:
         model = models.resolve_on_meta(args.model, args.num_classes)
-        with _bar(0) as bar:
+        with _bar(None) as bar:
             inputs = (torch.empty(1, *shape[1:], device="meta"),)
             rows = table6(model, inputs, names, seeds=args.seeds, tick=bar.update)
     if args.json:

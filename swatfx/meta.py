@@ -154,7 +154,6 @@ class NodeRecord:
     call: LayerCall | None = None
     cost: LayerCost | None = None
     role: str = ""
-    notes: tuple[str, ...] = field(default=())
     cycles: dict[str, Any] = field(default_factory=dict)
 
 
@@ -202,14 +201,13 @@ def _read(data: dict[str, Any]) -> NodeRecord:
         call=_decode(LayerCall, data.get("call")),
         cost=_decode(LayerCost, data.get("cost")),
         role=data.get("role", ""),
-        notes=tuple(data.get("notes", ())),
         cycles=data.get("cycles", {}),
     )
 
 
 def write(node: fx.Node, record: NodeRecord) -> None:
     """Replace the record of `node`."""
-    data: dict[str, Any] = {"role": record.role, "notes": list(record.notes)}
+    data: dict[str, Any] = {"role": record.role}
     if record.plan is not None:
         data["plan"] = record.plan.to_json()
     if record.cycles:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import mean, stdev
 from typing import Any
 
 from tabulate import tabulate
@@ -195,7 +196,7 @@ def simulate(
                 skipped[record.plan.name] = record.cycles["skipped"]
             for name in named:
                 for stage, found in record.cycles.get(name, {}).items():
-                    samples = max(samples, found["samples"])
+                    samples = max(samples, len(found["cycles"]))
                     source = record.cycles["masks"]
                     rows.append(_row(record.plan.name, name, stage, found, source))
     totals = {name: dict(_totals(rows, name)) for name in named}
@@ -214,17 +215,16 @@ def _named(accelerators: Sequence[Accelerator | str]) -> dict[str, Accelerator]:
 
 
 def _row(layer: str, name: str, stage: str, found: Mapping[str, Any], masks: str) -> LayerCycles:
-    n = found["samples"]
-    mean = found["cycles"] / n
-    variance = max(found["cycles_squared"] / n - mean**2, 0.0)
-    busy = found["cycles"] * found["multipliers"]
+    cycles: list[int] = found["cycles"]
+    n = len(cycles)
+    busy = sum(cycles) * found["multipliers"]
     sizes = {key: found[key] / n for key in _BYTES}
     return LayerCycles(
         layer=layer,
         accelerator=name,
         stage=stage,
-        cycles=mean,
-        standard_error=math.sqrt(variance / (n - 1)) if n > 1 else 0.0,
+        cycles=mean(cycles),
+        standard_error=stdev(cycles) / math.sqrt(n) if n > 1 else 0.0,
         dense_cycles=found["dense_cycles"] / n,
         own_dense_cycles=found["own_dense_cycles"] / n,
         full_slot_cycles=found["full_slot_cycles"] / n,

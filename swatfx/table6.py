@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 
 from swatfx.errors import InputError
+from swatfx.graph_module import SwatModule
 from swatfx.layers import all_plans
 from swatfx.pipeline import SimulationOptions
 from swatfx.pipeline import compile as compile_model
@@ -76,13 +76,14 @@ def table6(
     rows = []
     for sparsity in sparsities:
         gm = compile_model(model, swat_u(sparsity))
+        layers = _convolutions(gm)
         runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in accelerators}
         masks = ""
         for seed in range(seeds):
             options = SimulationOptions(seed=seed, draw_weights=True)
             found = simulate(gm, example_inputs, list(accelerators), options=options, tick=tick)
             for name in accelerators:
-                runs[name].append(_speedups(found.rows, name, _convolutions(gm)))
+                runs[name].append(_speedups(found.rows, name, layers))
             masks = f"{found.rows[0].masks.split(', ', 1)[-1]}; weights drawn; {seeds} seeds"
         for name in accelerators:
             rows.append(_row(name, sparsity, runs[name], masks))
@@ -90,7 +91,7 @@ def table6(
 
 
 def table6_trained(
-    gm: nn.Module,
+    gm: SwatModule,
     batch: tuple[torch.Tensor, ...],
     sparsity: float,
     accelerators: Sequence[str] = ("scnn", "bit-tactical"),
@@ -101,16 +102,15 @@ def table6_trained(
     """The same on trained weights and the activations of a real batch."""
     options = SimulationOptions(samples=samples)
     found = simulate(gm, batch, list(accelerators), options=options, tick=tick)
+    layers = _convolutions(gm)
     masks = f"trained weights, activations of {found.samples} real samples"
     return [
-        _row(name, sparsity, [_speedups(found.rows, name, _convolutions(gm))], masks)
-        for name in accelerators
+        _row(name, sparsity, [_speedups(found.rows, name, layers)], masks) for name in accelerators
     ]
 
 
-def _convolutions(gm: nn.Module) -> set[str]:
-    plans: Any = all_plans(gm)  # type: ignore[arg-type]
-    names = {name for name, plan in plans.items() if plan.kind.startswith("conv")}
+def _convolutions(gm: SwatModule) -> set[str]:
+    names = {name for name, plan in all_plans(gm).items() if plan.kind.startswith("conv")}
     if not names:
         raise InputError("table 6 wants a network with convolutions")
     return names

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from period_nets import batch, net, nudge
 from torch import Tensor, nn
 
 import swatfx
@@ -36,31 +37,6 @@ def one_linear(period: int, **options: Any) -> tuple[nn.Linear, SwatModule]:
     layer = nn.Linear(12, 8, bias=False).double()
     policy = swatfx.swat_u(S, first_dense=False, period=period, **options)
     return layer, swatfx.compile(nn.Sequential(layer), policy)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(8, 8, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Flatten(),
-        nn.Linear(8 * 16, 5),
-    ).double()
-
-
-def batch(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64)
-
-
-def nudge(model: nn.Module, seed: int) -> None:
-    """Move all weights, as an optimizer would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.std()
 
 
 def test_a_fresh_model_has_valid_weight_thresholds() -> None:

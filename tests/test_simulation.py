@@ -118,6 +118,30 @@ def test_samples_give_a_mean_and_its_error() -> None:
     assert three.rows[0].standard_error == pytest.approx(error)
 
 
+def test_calls_of_one_layer_add_up() -> None:
+    class Loop(nn.Module):
+        """Calls one layer as often as it is told to; its forward stays Python."""
+
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.times = times
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(self.times):
+                x = self.layer(x) if x.sum() < 1e9 else x
+            return x
+
+    def cycles(times: int) -> float:
+        torch.manual_seed(0)
+        gm = swatfx.compile(Loop(times), swatfx.swat_u(0.5, first_dense=False))
+        found = simulate(gm, torch.ones(2, 6), ["dense-tile"], options=SimulationOptions(samples=2))
+        assert found.samples == 2
+        return next(r.cycles for r in found.rows if r.stage == "forward")
+
+    assert cycles(3) == 3 * cycles(1)
+
+
 def test_memory_can_bound_a_layer() -> None:
     gm = compiled()
     free = simulate(gm, batch(1), ["scnn"])
