@@ -7,7 +7,6 @@ activations have their planned size; real inputs run for real, and give realised
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from torch.utils import _pytree as pytree
 from passes.verify import OPS
 from swatfx import bits, meta
 from swatfx.errors import InputError, SwatError
-from swatfx.graph_module import SwatModule
+from swatfx.graph_module import SwatModule, private_copy
 from swatfx.state import Pack
 
 Key = tuple[str, str]  # (part path, node name)
@@ -85,8 +84,7 @@ def observe_run(
     Raises:
         InputError: the inputs do not fit, or the model cannot run on meta tensors.
     """
-    memo: dict[int, Any] = {id(p): p for p in gm.parameters()}
-    twin = copy.deepcopy(gm, memo)
+    twin = private_copy(gm)
     twin.train()
     twin.swat.clock.optimizer_wanted_by = None
     tensors = [x for x in pytree.tree_leaves(example_inputs) if isinstance(x, Tensor)]

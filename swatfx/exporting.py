@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import json
@@ -18,7 +17,7 @@ from torch import Tensor, fx, nn
 from swatfx import bits, meta
 from swatfx.checkpoint import write_atomically
 from swatfx.errors import ExportError, SwatError, UnknownNameError
-from swatfx.graph_module import SwatModule, all_parts, evaluate, join, unwrap
+from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.where import active_weight
 from swatfx.state import WeightThreshold
@@ -77,7 +76,7 @@ def export(
 
 def inference_module(gm: SwatModule) -> SwatModule:
     """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
-    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    twin = private_copy(gm)
     refresh(twin)
     for _, part in all_parts(twin):
         for node in list(part.graph.nodes):
@@ -188,7 +187,7 @@ def _write_pt2(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
 
 
 def _write_training(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
-    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    twin = private_copy(gm)
     twin.swat.clock.optimizer_wanted_by = None
     twin.train()
     with torch.enable_grad():
@@ -254,7 +253,7 @@ def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> N
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    twin = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+    twin = private_copy(gm)
     refresh(twin)
     tensors: dict[str, Tensor] = {
         name: value.detach().contiguous()

@@ -144,6 +144,11 @@ class SwatModule(fx.GraphModule):
         )
 
 
+def private_copy(gm: SwatModule) -> SwatModule:
+    """A copy that shares the parameters and owns its buffers: to run or rewrite without a trace."""
+    return copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
+
+
 def all_parts(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
     """(path prefix, graph module) of the root ("") and of every part below eager code."""
     yield "", gm
