@@ -20,12 +20,11 @@ from passes.layer_calls import Site, find_site
 from passes.layer_states import States, activation_threshold, weight_threshold
 from swatfx import meta
 from swatfx.graph_module import SwatModule, all_parts
+from swatfx.layouts import ROW_MAJOR
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.where import Where, density_text
 from swatfx.passing import Context, PassResult
-from swatfx.state import (
-    Pack,
-)
+from swatfx.state import Pack
 
 
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
@@ -205,7 +204,9 @@ class _Rewriter:
         a_t = self._call(target, (site.input, self.step), "a_t")
         if not plan.backward_activation:
             return _Shared(a_t, None, {})
-        pack = Pack(plan.name, plan.activation_selector, site.spatial, bool(call.pad))
+        # Backward pads what it unpacks, and the padded tensor may lie otherwise than the core.
+        layout = ROW_MAJOR if call.pad else ""
+        pack = Pack(plan.name, plan.activation_selector, site.spatial, layout)
         target = self.states.add(plan.name, "pack", pack, self.taken)
         kept = self._call(target, (site.input, a_t), "kept")
         return _Shared(a_t, kept, {})

@@ -22,7 +22,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.verify import OPS
-from swatfx import bits, meta
+from swatfx import bits, layouts, meta
 from swatfx.errors import InputError, SwatError
 from swatfx.graph_module import SwatModule, private_copy
 from swatfx.state import Pack
@@ -305,7 +305,8 @@ class _Interpreter(fx.Interpreter):
         if kept is not None and not isinstance(kept, FakeTensor):
             elements = math.prod(shape)
             mask = bits.bits_to_mask(kept[: (elements + 7) // 8], elements)
-            seen.keep = bits.from_flat(mask, shape, bits.is_channels_last(args[0]) and not pad)
+            layout = layouts.ROW_MAJOR if pad else layouts.layout_of(args[0])
+            seen.keep = layouts.from_flat(mask, shape, layout)
 
 
 def _thawed(value: Any) -> Any:

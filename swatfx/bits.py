@@ -2,12 +2,10 @@
 
 Layout of a packed tensor of n elements: ceil(n / 8) bytes of mask (element i is bit i mod 8 of byte
 i div 8), zero padding up to a multiple of 8 bytes, then the values in element order. Elements are
-counted in logical (row-major) order, or in memory order for a channels_last tensor.
+counted in the order of a layout of `swatfx.layouts`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,28 +50,3 @@ def unpack(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     if values.numel():
         out[keep] = values.view(dtype)
     return out
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether `x` is dense in channels_last and not also in row-major order."""
-    if x.dim() == 4:
-        layout = torch.channels_last
-    elif x.dim() == 5:
-        layout = torch.channels_last_3d
-    else:
-        return False
-    return not x.is_contiguous() and x.is_contiguous(memory_format=layout)
-
-
-def flat_view(x: Tensor, channels_last: bool) -> Tensor:
-    """`x` as a vector, in memory order if it is channels_last, else in row-major order."""
-    if channels_last:
-        return x.movedim(1, -1).reshape(-1)
-    return x.reshape(-1)
-
-
-def from_flat(flat: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    """Inverse of `flat_view`, without a copy."""
-    if channels_last:
-        return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return flat.view(tuple(shape))

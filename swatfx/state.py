@@ -211,12 +211,12 @@ class ActivationThreshold(Threshold):
 class Pack(nn.Module):
     """Packs an activation for the weight gradient; None where nothing will be saved."""
 
-    def __init__(self, layer: str, selector: str, spatial: int, row_major: bool) -> None:
+    def __init__(self, layer: str, selector: str, spatial: int, layout: str = "") -> None:
         super().__init__()
         self.layer = layer
         self.selector = selector
         self.spatial = spatial
-        self.row_major = row_major
+        self.layout = layout
 
     def forward(self, x: Tensor, threshold: Tensor | None, *weights: Tensor) -> Tensor | None:
         """Return `swatfx::pack` of `x` if a weight gradient will ask for it."""
@@ -226,7 +226,7 @@ class Pack(nn.Module):
             return None
         dtype = autocast_dtype(x)
         kept: Tensor = ops.pack(
-            x.detach(), threshold, self.spatial, self.selector, dtype, self.row_major
+            x.detach(), threshold, self.spatial, self.selector, dtype, self.layout
         )
         return kept
 

@@ -57,23 +57,3 @@ def test_nan_inf_and_sign_survive() -> None:
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.5, 0.0])
     out = bits.unpack(bits.pack(x, x != 0, x.dtype), 5, x.dtype)
     torch.testing.assert_close(out, x, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 4, 5, 2)])
-def test_channels_last_is_packed_in_memory_order(shape: tuple[int, ...]) -> None:
-    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    x = torch.randn(shape).to(memory_format=layout)
-    assert bits.is_channels_last(x) and not bits.is_channels_last(x.contiguous())
-    flat = bits.flat_view(x, True)
-    assert flat.data_ptr() == x.data_ptr()  # no copy
-    back = bits.from_flat(flat, shape, True)
-    assert torch.equal(back, x) and back.stride() == x.stride()
-    assert torch.equal(bits.from_flat(bits.flat_view(x, False), shape, False), x)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (2, 3, 1, 1), (3, 4), (2, 3, 4)])
-def test_what_is_row_major_too_is_not_called_channels_last(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape)
-    if len(shape) == 4:
-        x = x.to(memory_format=torch.channels_last)
-    assert not bits.is_channels_last(x)

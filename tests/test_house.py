@@ -15,6 +15,8 @@ FLOORS = {
     0: ["swatfx.errors", "swatfx.density", "swatfx.policy", "swatfx.meta"],
     1: [
         "swatfx.bits",
+        "swatfx.layouts",
+        "swatfx.kernels",
         "swatfx.topk",
         "swatfx.selectors",
         "swatfx.ops",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swatfx import bits, selectors
+from swatfx import layouts, selectors
 from swatfx.density import Density
 from swatfx.errors import SwatError
 from swatfx.selectors import Axes
@@ -67,9 +67,8 @@ class Sample:
         a_t = chosen.state(x.detach(), density, axes, 8)
         kept = None
         if self.packed:
-            kept = OPS.pack(
-                x.detach(), a_t, spatial, self.activation_selector, x.dtype, bool(self.pad)
-            )
+            layout = "row_major" if self.pad else ""
+            kept = OPS.pack(x.detach(), a_t, spatial, self.activation_selector, x.dtype, layout)
         options: dict[str, Any] = {"sparse": self.sparse, "weight_selector": self.weight_selector}
         if "a" in self.sparse.partition("/")[0]:
             options["activation_state"] = a_t
@@ -171,7 +170,7 @@ def test_opcheck_backward(name: str, wants: tuple[bool, ...]) -> None:
     if sample.is_linear:
         torch.library.opcheck(OPS.linear_backward, (*head, *tail))
     else:
-        middle = (bits.is_channels_last(input), *args[5:9], list(sample.pad), sample.pad_mode)
+        middle = (layouts.layout_of(input), *args[5:9], list(sample.pad), sample.pad_mode)
         torch.library.opcheck(OPS.conv_backward, (*head, *middle, *tail))
 
 
@@ -181,9 +180,9 @@ def test_opcheck_pack(selector: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     axes = Axes.of(len(shape), 2, False)
     state = selectors.get(selector).state(x, Density.from_sparsity(0.5), axes, 1)
-    torch.library.opcheck(OPS.pack, (x, state, 2, selector, torch.bfloat16, False))
+    torch.library.opcheck(OPS.pack, (x, state, 2, selector, torch.bfloat16))
     last = x if x.dim() < 4 else x.contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(OPS.pack, (last, state, 2, selector, torch.float32, True))
+    torch.library.opcheck(OPS.pack, (last, state, 2, selector, torch.float32, "row_major"))
 
 
 @pytest.mark.parametrize(
@@ -223,8 +222,8 @@ def test_gradcheck_at_density_one(name: str, packed: bool) -> None:
         args, options = sample.arguments(x, w, rest[0] if rest else None)
         kept = None
         if packed:
-            row_major = bool(sample.pad)
-            kept = OPS.pack(x.detach(), zero, w.dim() - 2, "nchw", x.dtype, row_major)
+            layout = "row_major" if sample.pad else ""
+            kept = OPS.pack(x.detach(), zero, w.dim() - 2, "nchw", x.dtype, layout)
         return sample.op(*args[:3], zero, kept, *args[5:], **options)
 
     leaves = (x, w) if b is None else (x, w, b)

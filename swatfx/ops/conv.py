@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import bits, selectors
+from swatfx import layouts, selectors
 from swatfx.errors import SwatError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.pack import unpack
@@ -108,8 +108,8 @@ def _active_input(
     core = kept_only(core, keep)
     if not pad:
         return core
-    layout = _layout(input.dim(), bits.is_channels_last(input))
-    return F.pad(core, list(pad), mode=pad_mode).contiguous(memory_format=layout)
+    padded = F.pad(core, list(pad), mode=pad_mode)
+    return layouts.as_layout(padded, layouts.layout_of(input))
 
 
 def _run(
@@ -152,7 +152,7 @@ def conv_backward(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    channels_last: bool,
+    layout: str,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -167,7 +167,7 @@ def conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::conv` for input, weight and bias; those not in `wants` are empty.
 
-    `input_shape` and `channels_last` describe the padded input; exactly one of `input` and `kept`
+    `input_shape` and `layout` describe the padded input; exactly one of `input` and `kept`
     is given if the weight gradient is wanted.
     """
     where = Where.parse(sparse)
@@ -180,7 +180,7 @@ def conv_backward(
         if wants_bias:
             bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
         grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
-    seen = _seen_input(grad, input, kept, input_shape, channels_last, pad, pad_mode)
+    seen = _seen_input(grad, input, kept, input_shape, layout, pad, pad_mode)
     used = as_seen(weight, grad.dtype)
     if where.backward_weight and wants_input:
         used = active_weight(weight, weight_state, weight_selector, grad.dtype)
@@ -221,7 +221,7 @@ def _seen_input(
     input: Tensor | None,
     kept: Tensor | None,
     input_shape: Sequence[int],
-    channels_last: bool,
+    layout: str,
     pad: Sequence[int],
     pad_mode: str,
 ) -> Tensor:
@@ -230,21 +230,13 @@ def _seen_input(
     if input is not None:
         return input
     if kept is None:
-        layout = _layout(len(shape), channels_last)
-        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        return layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
     for i in range(len(pad) // 2):
         shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
-    dense = unpack(kept, tuple(shape), grad.dtype, channels_last and not pad)
+    dense = unpack(kept, tuple(shape), grad.dtype, layouts.ROW_MAJOR if pad else layout)
     if not pad:
         return dense
-    padded = F.pad(dense, list(pad), mode=pad_mode)
-    return padded.contiguous(memory_format=_layout(len(shape), channels_last))
-
-
-def _layout(ndim: int, channels_last: bool) -> torch.memory_format:
-    if not channels_last:
-        return torch.contiguous_format
-    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+    return layouts.as_layout(F.pad(dense, list(pad), mode=pad_mode), layout)
 
 
 @conv_backward.register_fake
@@ -255,7 +247,7 @@ def _(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    channels_last: bool,
+    layout: str,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -268,8 +260,7 @@ def _(
     gradient_selector: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _layout(len(input_shape), channels_last)
-    seen = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    seen = layouts.empty(input_shape, layout, dtype=grad.dtype, device=grad.device)
     batched = grad.dim() == weight.dim()
     grads = torch.ops.aten.convolution_backward(
         grad if batched else grad.unsqueeze(0),
@@ -296,7 +287,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     ctx.options = inputs[5:]
     ctx.input_shape = tuple(input.shape)
-    ctx.channels_last = bits.is_channels_last(input)
+    ctx.layout = layouts.layout_of(input)
     saved = input if kept is None and ctx.needs_input_grad[1] else None
     ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
 
@@ -313,7 +304,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight,
         weight_state,
         ctx.input_shape,
-        ctx.channels_last,
+        ctx.layout,
         stride,
         padding,
         dilation,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import selectors
+from swatfx import layouts, selectors
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.pack import unpack
@@ -118,7 +118,7 @@ def linear_backward(
     if wants[1]:
         if input is None:
             assert kept is not None  # setup_context saves one of the two
-            input = unpack(kept, tuple(input_shape), grad.dtype, False)
+            input = unpack(kept, tuple(input_shape), grad.dtype, layouts.ROW_MAJOR)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
         if where.active_only:
             active = weight_keep(weight, weight_state, weight_selector)

@@ -1,0 +1,38 @@
+"""Builds the optional C kernels, one library an instruction set; all else is in pyproject.toml.
+
+A library that does not build is left out: swatfx then runs its plain-torch kernels, and says so.
+"""
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = sorted(str(path) for path in Path("swatfx/kernels/csrc").glob("*.c"))
+HEADERS = sorted(str(path) for path in Path("swatfx/kernels/csrc").glob("*.h"))
+# An instruction set -> what makes the compiler use it; which one runs is chosen at run time.
+TARGETS = {"generic": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    TARGETS = {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+
+if sys.platform == "win32":
+    TARGETS = {}  # MSVC has no vector extensions
+
+setup(
+    ext_modules=[
+        Extension(
+            f"swatfx.kernels._{name}",
+            SOURCES,
+            depends=HEADERS,
+            extra_compile_args=[*FLAGS, *target],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+        for name, target in TARGETS.items()
+    ]
+)

@@ -1,0 +1,9 @@
+"""The ops of `swatfx.ops` made fast on CPUs, in C behind ctypes.
+
+Importing this package registers them; nothing calls them by name. Where no library was built, or
+SWATFX_KERNELS=reference, the plain-torch kernels, which define every op, stay in charge.
+"""
+
+from swatfx.kernels.library import available, instruction_set, reference_only
+
+__all__ = ["available", "instruction_set", "reference_only"]

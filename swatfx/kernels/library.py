@@ -1,0 +1,93 @@
+"""Finds the compiled kernels that fit this machine, and calls them on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "SWATFX_KERNELS"
+REFERENCE = "reference"
+# Best first; what torch says of the processor -> the libraries that run on it.
+_RUNS_ON = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+
+_state = {"off": 0}
+
+
+@functools.cache
+def _library() -> tuple[str, ctypes.CDLL | None]:
+    """(instruction set, library), looked for once a process; says why there is none."""
+    asked = os.environ.get(VARIABLE, "auto")
+    if asked == REFERENCE:
+        return REFERENCE, None
+    names = (*_RUNS_ON.get(torch.backends.cpu.get_cpu_capability(), ()), "generic")
+    if asked != "auto":
+        names = tuple(name for name in names if name == asked)
+    for name in names:
+        spec = importlib.util.find_spec(f"swatfx.kernels._{name}")
+        if spec is None or spec.origin is None:
+            continue
+        try:
+            # After torch: both then share one OpenMP run-time and its threads.
+            return name, ctypes.CDLL(spec.origin)
+        except OSError:
+            continue
+    warnings.warn(
+        "swatfx runs without its compiled kernels: same results, but no faster than dense. Install"
+        " a C compiler with OpenMP and install swatfx again"
+        + ("" if asked == "auto" else f" (or unset {VARIABLE}={asked})"),
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return REFERENCE, None
+
+
+def available() -> bool:
+    """Whether compiled kernels are loaded and not switched off."""
+    return _state["off"] == 0 and _library()[1] is not None
+
+
+def instruction_set() -> str:
+    """Name of the library that runs: "avx512", "avx2", "generic", or "reference"."""
+    return _library()[0] if available() else REFERENCE
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Run the plain-torch kernels inside, in every thread."""
+    _state["off"] += 1
+    try:
+        yield
+    finally:
+        _state["off"] -= 1
+
+
+def function(name: str, restype: Any = None) -> Callable[..., Any]:
+    """A C function by name. Pass tensors as `pointer(t)`, sizes as `size(n)`."""
+    library = _library()[1]
+    assert library is not None, "ask available() first"
+    found: Callable[..., Any] = getattr(library, name)
+    found.restype = restype  # type: ignore[attr-defined]
+    return found
+
+
+size = ctypes.c_int64
+real = ctypes.c_float
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Address of a tensor's first element; NULL for None."""
+    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+
+
+def threads() -> ctypes.c_int:
+    """How many threads a kernel may use: torch's own number."""
+    return ctypes.c_int(torch.get_num_threads())

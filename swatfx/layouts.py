@@ -1,0 +1,60 @@
+"""Memory orders of an activation, by name.
+
+A layout says in what order a tensor's elements lie; shapes stay (N, C, *spatial) whatever it is.
+"batch_innermost" is (C, *spatial, N) in memory: the order in which the sparse kernels of
+`swatfx.kernels` run, an image a vector lane, and in which a channel is one contiguous run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROW_MAJOR = "row_major"
+CHANNELS_LAST = "channels_last"
+BATCH_INNERMOST = "batch_innermost"
+
+
+def layout_of(x: Tensor) -> str:
+    """The layout of `x`: row-major if in doubt, also for what is dense in no known order."""
+    if x.dim() < 3 or x.is_contiguous():
+        return ROW_MAJOR
+    if x.dim() > 3 and x.movedim(1, -1).is_contiguous():
+        return CHANNELS_LAST
+    return BATCH_INNERMOST if x.movedim(0, -1).is_contiguous() else ROW_MAJOR
+
+
+def as_layout(x: Tensor, layout: str) -> Tensor:
+    """`x` in `layout`; `x` itself where it is so already."""
+    if layout == BATCH_INNERMOST:
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == CHANNELS_LAST:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def empty(
+    shape: Sequence[int], layout: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """An uninitialised tensor of `shape` in `layout`."""
+    return from_flat(torch.empty(tuple(shape), dtype=dtype, device=device), shape, layout)
+
+
+def flat_view(x: Tensor, layout: str) -> Tensor:
+    """`x` as a vector in the order of `layout`; a view where `x` lies so."""
+    if layout == CHANNELS_LAST:
+        return x.movedim(1, -1).reshape(-1)
+    if layout == BATCH_INNERMOST:
+        return x.movedim(0, -1).reshape(-1)
+    return x.reshape(-1)
+
+
+def from_flat(flat: Tensor, shape: Sequence[int], layout: str) -> Tensor:
+    """Inverse of `flat_view`, without a copy."""
+    if layout == CHANNELS_LAST:
+        return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    if layout == BATCH_INNERMOST:
+        return flat.view(*shape[1:], shape[0]).movedim(-1, 0)
+    return flat.view(tuple(shape))
