@@ -29,6 +29,8 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from swatfx import kernels
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # glibc gives big buffers back at every free, and a fresh page costs more than the arithmetic that
@@ -41,6 +43,7 @@ TUNED = ":".join(
     )
 )
 _PACKAGES = ("torch", "torchvision", "numba", "numpy", "networkx", "swatfx")
+_PATHS = ("--output", "--data", "--partial")  # options whose value names a folder
 
 Side = Callable[[], Mapping[str, float]]
 Rounds = dict[str, dict[str, list[float]]]  # side -> quantity -> one value a round
@@ -54,6 +57,8 @@ class Spread:
     median: float
     minimum: float
     maximum: float
+    lower_quartile: float
+    upper_quartile: float
     iqr: float
     count: int
 
@@ -66,11 +71,11 @@ def spread(values: Sequence[float]) -> Spread:
     """The spread of `values`, of which there must be one at least."""
     if not values:
         raise ValueError("spread of no values")
-    iqr = 0.0
+    low = high = values[0]
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        iqr = high - low
-    return Spread(statistics.median(values), min(values), max(values), iqr, len(values))
+    middle = statistics.median(values)
+    return Spread(middle, min(values), max(values), low, high, high - low, len(values))
 
 
 def ratio(rounds: Rounds, side: str, base: str, quantity: str = "seconds") -> dict[str, float]:
@@ -133,6 +138,16 @@ def alternate(
     return rounds
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    """Geometric mean of positive values."""
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def against(wanted: float, measured: float) -> dict[str, Any]:
+    """A measured ratio, of which more is better, beside the one that is wanted."""
+    return {"wanted": wanted, "measured": measured, "met": measured >= wanted}
+
+
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Slope of log(value) over log(size): 1 is linear."""
     xs, ys = [math.log(n) for n in sizes], [math.log(v) for v in values]
@@ -149,6 +164,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "swatfx_kernels": kernels.instruction_set(),
         "memory_bytes": _memory_bytes(),
         "accelerator": accelerator,
     }
@@ -182,14 +198,14 @@ def versions() -> dict[str, str]:
 
 
 def command(name: str, argv: Sequence[str]) -> str:
-    """The command line of a run, without the folder of its output file."""
+    """The command line of a run, without the folders of its files."""
     words = ["python", "-m", f"benchmarks.{name}"]
     for index, word in enumerate(argv):
-        after_option = index > 0 and argv[index - 1] == "--output"
-        if after_option:
+        option, equals, value = word.partition("=")
+        if index > 0 and argv[index - 1] in _PATHS:
             word = pathlib.PurePath(word).name
-        elif word.startswith("--output="):
-            word = "--output=" + pathlib.PurePath(word.removeprefix("--output=")).name
+        elif equals and option in _PATHS:
+            word = f"{option}={pathlib.PurePath(value).name}"
         words.append(word)
     return shlex.join(words)
 
@@ -224,6 +240,8 @@ class Benchmark:
         measure: options -> JSON-able result, under one allocator.
         table: a result of `measure` -> (headers, rows) to print.
         notes: what a reader of the figures has to know.
+        allocator: glibc's settings to measure under where the command line does not say.
+        companions: (result, path of its file) -> None; writes more files beside it.
     """
 
     name: str
@@ -232,6 +250,8 @@ class Benchmark:
     measure: Callable[[argparse.Namespace], dict[str, Any]]
     table: Callable[[Mapping[str, Any]], tuple[list[str], list[Row]]]
     notes: tuple[str, ...] = ()
+    allocator: str = "both"
+    companions: Callable[[Mapping[str, Any], pathlib.Path], None] | None = None
 
 
 def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
@@ -243,7 +263,7 @@ def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     if args.worker:
         print(json.dumps(benchmark.measure(args)))
         return 0
-    allocator = args.allocator or ("current" if args.quick else "both")
+    allocator = args.allocator or ("current" if args.quick else benchmark.allocator)
     measured = {}
     for one in ("tuned", "default") if allocator == "both" else (allocator,):
         measured[one] = (
@@ -266,6 +286,8 @@ def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
         path = RESULTS / f"{result['date']}-{benchmark.name}.json"
     if path is not None:
         write_result(result, path)
+        if benchmark.companions is not None:
+            benchmark.companions(result, path)
     print(json.dumps(result, indent=1) if args.json else render(benchmark, result))
     return 0
 
@@ -281,12 +303,13 @@ def render(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     ]
     for allocator, measured in result["allocators"].items():
         headers, rows = benchmark.table(measured)
-        cells = [[_cell(value) for value in row] for row in rows]
+        cells = [[cell(value) for value in row] for row in rows]
         lines += ["", f"allocator: {allocator}", tabulate(cells, headers, disable_numparse=True)]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A table's cell as text."""
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -343,7 +366,7 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
         "--allocator",
         choices=("both", "tuned", "default", "current"),
         help="glibc's settings, each in a process of its own, or as they are in this process"
-        " (default: both, with --quick current)",
+        f" (default: {benchmark.allocator}, with --quick current)",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser

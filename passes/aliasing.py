@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.module_kinds import LAYERS
+from swatfx.state import Clock, Pack, PartClock, Threshold
 
 # Modules and functions whose result never shares memory with their inputs. All others may.
 _FRESH_MODULES = (
@@ -83,6 +84,14 @@ class Versions:
         writes = self._writes.get(self._find(tensor), [])
         return bisect_left(writes, self._position[reader])
 
+    def aliases(self, tensor: fx.Node) -> list[fx.Node]:
+        """The nodes that may share memory with `tensor`, itself among them."""
+        return [n for n in self._parent if self._find(n) is self._find(tensor)]
+
+    def is_before(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether `one` runs before `other`."""
+        return self._position[one] < self._position[other]
+
     def _find(self, node: fx.Node) -> fx.Node:
         while self._parent[node] is not node:
             self._parent[node] = self._parent[self._parent[node]]
@@ -104,6 +113,8 @@ class Versions:
             module = gm.get_submodule(str(node.target))
             if str(node.target) in eager:
                 return list(node.all_input_nodes), False  # whatever its Python may do
+            if isinstance(module, (Clock, PartClock, Threshold, Pack)):
+                return [], True
             if getattr(module, "inplace", False) is True:
                 return first, False
             return [], isinstance(module, (*_FRESH_MODULES, *_MAYBE_INPLACE))
@@ -114,6 +125,8 @@ class Versions:
         name = getattr(node.target, "__name__", "")
         if inplace or (name.endswith("_") and not name.startswith("_")):
             return first, False
+        if getattr(node.target, "namespace", "") == "swatfx":
+            return [], True  # an op may not return what it was given
         out = node.kwargs.get("out")
         if isinstance(out, fx.Node):
             return [out], False

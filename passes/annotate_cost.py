@@ -12,12 +12,13 @@ from dataclasses import fields
 import torch
 from torch import fx
 
-from passes.trace_shapes import Run, Seen
+from passes.trace_shapes import Run, Seen, is_batch_norm
 from swatfx import macs, meta
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule, all_parts, join
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
+from swatfx.saves import Bound, Saver
 
 
 def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> None:
@@ -73,6 +74,38 @@ def _add(
         sparse_weight_gradient_macs=sparse.weight_gradient,
     )
     return add_costs(cost, call_cost)
+
+
+def other_saves(gm: SwatModule, sparse: Run, dense: Run) -> dict[tuple[str, str], tuple[int, int]]:
+    """(name, kind) -> (dense, sparse) bytes kept by what is no layer, where there are any.
+
+    A name is that of the module called, or of the node; kinds are "batch norm" (with the addition
+    and the ReLU that may follow it), "relu", or what else a function or module is called.
+    """
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for prefix, part in all_parts(gm):
+        for node in part.graph.nodes:
+            key = (prefix, node.name)
+            kept = [sum(s.saved_bytes for s in run.nodes.get(key, [])) for run in (dense, sparse)]
+            if meta.read(node).plan is not None or not any(kept):
+                continue
+            row = _name_and_kind(part, prefix, node)
+            before = found.get(row, (0, 0))
+            found[row] = (before[0] + kept[0], before[1] + kept[1])
+    return found
+
+
+def _name_and_kind(part: fx.GraphModule, prefix: str, node: fx.Node) -> tuple[str, str]:
+    name, kind = join(prefix, node.name), getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_module":
+        module = part.get_submodule(str(node.target))
+        kind = type(module).__name__.lower()
+        if isinstance(module, Bound):
+            name = module.path
+            kind = "dropout"
+        elif not isinstance(module, Saver):
+            name = join(prefix, str(node.target))
+    return name, "batch norm" if is_batch_norm(part, node) else kind
 
 
 def add_costs(one: LayerCost | None, other: LayerCost) -> LayerCost:

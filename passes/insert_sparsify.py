@@ -56,6 +56,7 @@ class _Rewriter:
         self.prefix = prefix
         self.graph = part.graph
         self.states = states
+        self.value_dtype = meta.VALUE_DTYPES[gm.meta.get("value_dtype")]
         self.step: fx.Node | None = None
         self.thresholds: dict[str | fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.shared: dict[tuple[Any, ...], _Shared] = {}
@@ -206,7 +207,7 @@ class _Rewriter:
             return _Shared(a_t, None, {})
         # Backward pads what it unpacks, and the padded tensor may lie otherwise than the core.
         layout = ROW_MAJOR if call.pad else ""
-        pack = Pack(plan.name, plan.activation_selector, site.spatial, layout)
+        pack = Pack(plan.name, plan.activation_selector, site.spatial, layout, self.value_dtype)
         target = self.states.add(plan.name, "pack", pack, self.taken)
         kept = self._call(target, (site.input, a_t), "kept")
         return _Shared(a_t, kept, {})
@@ -245,6 +246,8 @@ class _Rewriter:
                 "gradient_selector": plan.gradient_selector,
             }
         kept = shared.pack if shared is not None else None
+        if kept is not None and self.value_dtype is not None:
+            options["kept_dtype"] = self.value_dtype
         args: tuple[Any, ...] = (*tensors, kept)
         if plan.kind == "linear":
             return self.graph.call_function(torch.ops.swatfx.linear.default, args, options)

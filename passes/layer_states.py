@@ -66,8 +66,9 @@ def _alike(one: nn.Module | None, other: nn.Module) -> bool:
     """Whether `one` is there and is another thing than `other` (False), or not."""
 
     def options(m: nn.Module) -> list[Any]:
-        names = ("layer", "selector", "spatial", "layout", "period", "in_forward", "all_ranks")
-        return [type(m), *(getattr(m, name, None) for name in names)]
+        pack = ("layer", "selector", "spatial", "layout", "value_dtype")
+        threshold = ("period", "in_forward", "all_ranks")
+        return [type(m), *(getattr(m, name, None) for name in (*pack, *threshold))]
 
     return one is None or options(one) == options(other)
 

@@ -25,6 +25,8 @@ from passes.verify import OPS
 from swatfx import bits, layouts, meta
 from swatfx.errors import InputError, SwatError
 from swatfx.graph_module import SwatModule, private_copy
+from swatfx.ops.layout import laid_out
+from swatfx.saves import Norm, NormOf, Saver
 from swatfx.state import Pack
 
 Key = tuple[str, str]  # (part path, node name)
@@ -39,7 +41,8 @@ class Seen:
         input_shape: of its first tensor argument; of the activation before padding for a layer.
         output_shape: of its result.
         input_requires_grad: whether an input gradient is wanted.
-        saved: storage -> bytes that autograd kept for it.
+        saved: storage -> bytes that autograd keeps on its account: each storage is on one node's,
+            the first layer's that keeps it, or else the first node's.
         keep: for a layer, mask of the stored activation, when run for real.
         nonzero: for a layer, where its input is not zero, if masks were asked for.
     """
@@ -53,7 +56,7 @@ class Seen:
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of the distinct storages this node keeps."""
+        """Bytes that are on this node's account."""
         return sum(self.saved.values())
 
 
@@ -117,6 +120,7 @@ def observe_run(
             remedy=observer.remedy,
         ) from error
     del output  # until here it kept the saved storages, and so their identities, alive
+    observer.settle()
     return run
 
 
@@ -165,11 +169,20 @@ class _Run:
         if fake:
             self.remedy += "; a model whose shapes depend on data wants real inputs, not meta"
         self.current: list[Seen] = []
+        self.layers: list[Seen] = []
+        self.others: list[Seen] = []
         self.in_layer = False
         self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
         self.root: Callable[..., Any] = _Interpreter(gm, "", self).call
         for prefix, part in gm.parts.items():
             part.__dict__["forward"] = _Interpreter(part, prefix, self).call
+
+    def settle(self) -> None:
+        """Put every storage on one account."""
+        settled: set[int] = set()
+        for seen in (*self.layers, *self.others):
+            seen.saved = {k: size for k, size in seen.saved.items() if k not in settled}
+            settled.update(seen.saved)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -226,6 +239,8 @@ class _Interpreter(fx.Interpreter):
         if n.op in ("placeholder", "get_attr", "output") or self.owner.in_layer:
             return super().run_node(n)
         seen = Seen()
+        accounts = self.owner.others if meta.read(n).plan is None else self.owner.layers
+        accounts.append(seen)
         self.owner.current.append(seen)
         try:
             result = self._execute(n)
@@ -264,6 +279,8 @@ class _Interpreter(fx.Interpreter):
             if n.target is OPS[1]:
                 return F.linear(*args[:3])
             return _CONV[args[1].dim() - 2](*args[:3], *args[5:9])
+        if self.owner.as_dense and n.target is laid_out:
+            return self.fetch_args_kwargs_from_env(n)[0][0]
         # A layer that stays a module may have a part of its own: one call is counted once.
         self.owner.in_layer = n.op == "call_module" and meta.read(n).plan is not None
         try:
@@ -273,6 +290,10 @@ class _Interpreter(fx.Interpreter):
 
     def _run_state(self, n: fx.Node) -> Any:
         module = self.module.get_submodule(str(n.target))
+        if isinstance(module, Saver):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            run = module.plain if self.owner.as_dense else module
+            return run(*args, **kwargs)
         if self.owner.as_dense:
             return None
         if not self.owner.fake:
@@ -287,7 +308,8 @@ class _Interpreter(fx.Interpreter):
             return None
         plans = [meta.read(user).plan for user in n.users]
         density = next(p.activation_density for p in plans if p is not None)
-        size = bits.header_bytes(x.numel()) + density.count(x.numel()) * x.element_size()
+        itemsize = module.stored_dtype(x).itemsize
+        size = bits.header_bytes(x.numel()) + density.count(x.numel()) * itemsize
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
     def _record_layer(self, n: fx.Node, seen: Seen, args: Any) -> None:
@@ -306,6 +328,7 @@ class _Interpreter(fx.Interpreter):
             elements = math.prod(shape)
             mask = bits.bits_to_mask(kept[: (elements + 7) // 8], elements)
             layout = layouts.ROW_MAJOR if pad else layouts.layout_of(args[0])
+            layout = str(n.kwargs.get("layout") or layout)
             seen.keep = layouts.from_flat(mask, shape, layout)
 
 
@@ -318,9 +341,10 @@ def _thawed(value: Any) -> Any:
 
 
 def is_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a batch norm, module or function."""
+    """Whether `node` is a batch norm, module or function, alone or with what follows it."""
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), nn.modules.batchnorm._BatchNorm)
+        kinds = (nn.modules.batchnorm._BatchNorm, Norm, NormOf)
+        return isinstance(gm.get_submodule(str(node.target)), kinds)
     return node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm)
 
 

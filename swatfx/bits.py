@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from swatfx.dispatch import Replaceable
 
+
+@Replaceable
 def mask_to_bits(mask: Tensor) -> Tensor:
     """Bool tensor of n elements, flattened -> uint8 [ceil(n / 8)]."""
     flat = mask.reshape(-1)
@@ -19,6 +22,7 @@ def mask_to_bits(mask: Tensor) -> Tensor:
     return (padded * weights).sum(dim=1, dtype=torch.uint8)
 
 
+@Replaceable
 def bits_to_mask(bits: Tensor, elements: int) -> Tensor:
     """Inverse of `mask_to_bits`: uint8 [ceil(n / 8)] -> bool [n]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -30,6 +34,7 @@ def header_bytes(elements: int) -> int:
     return (elements + 63) // 64 * 8
 
 
+@Replaceable
 def pack(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """Pack the elements of `x` where `keep`, both flat, as `dtype` -> uint8 [header + values]."""
     values = x[keep].to(dtype)
@@ -42,6 +47,7 @@ def pack(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@Replaceable
 def unpack(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `pack`: uint8 -> flat dense tensor of `elements`, zero where nothing was kept."""
     keep = bits_to_mask(packed[: (elements + 7) // 8], elements)

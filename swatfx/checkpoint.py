@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,12 @@ def load(
     """
     content = _read(path)
     plan = json.loads(content["plan"])
-    gm = compile(model, Policy.from_json(plan["policy"]), example_inputs=example_inputs)
+    gm = compile(
+        model,
+        Policy.from_json(plan["policy"]),
+        example_inputs=example_inputs,
+        **plan.get("options", {}),  # a checkpoint of an earlier version has none
+    )
     _check_plan(plan, _plan(gm))
     _check_state(content["state_dict"], gm)
     if optimizer is not None:
@@ -161,8 +167,10 @@ def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _plan(gm: SwatModule) -> dict[str, Any]:
-    layers = {name: plan.to_json() for name, plan in all_plans(gm).items()}
-    return {"policy": gm.meta["policy"], "layers": layers}
+    # Kernels are chosen anew on the machine that loads.
+    layers = {name: replace(p, kernels="").to_json() for name, p in all_plans(gm).items()}
+    options = {name: gm.meta[name] for name in ("norm_saves", "value_dtype", "kernels")}
+    return {"policy": gm.meta["policy"], "layers": layers, "options": options}
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,20 @@ from swatfx.checkpoint import write_atomically
 from swatfx.errors import ExportError, SwatError, UnknownNameError
 from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap
 from swatfx.layers import sparse_layers
+from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
+from swatfx.saves import AvgPool2d, Bound, Dropout, MaxPool2d, Norm, Relu, Saver
 from swatfx.state import WeightThreshold
 from swatfx.training import refresh
 
 _CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_PLAIN: dict[type[Saver], Callable[..., Any]] = {
+    Norm: F.batch_norm,
+    Relu: F.relu,
+    MaxPool2d: F.max_pool2d,
+    AvgPool2d: F.avg_pool2d,
+    Dropout: F.dropout,
+}
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
 
 
@@ -78,10 +88,17 @@ def inference_module(gm: SwatModule) -> SwatModule:
     """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
     twin = private_copy(gm)
     refresh(twin)
-    for _, part in all_parts(twin):
+    for prefix, part in all_parts(twin):
         for node in list(part.graph.nodes):
             if meta.read(node).role == "op":
                 _make_plain(twin, part, node)
+            elif node.target is laid_out:  # memory orders are for our own kernels
+                node.replace_all_uses_with(node.args[0])
+                part.graph.erase_node(node)
+            elif node.op == "call_module":
+                module = part.get_submodule(str(node.target))
+                if isinstance(module, Saver):
+                    _make_saver_plain(module, prefix, node)
         for node in reversed(part.graph.nodes):
             if node.op == "call_module" and str(node.target).startswith("swat.") and not node.users:
                 if node.target != "swat.eager_root":
@@ -179,6 +196,25 @@ def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.Export
             value=[tuple(x.shape) for x in inputs if isinstance(x, Tensor)],
             remedy="export the parts that it can follow, or write .safetensors",
         ) from error
+
+
+def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
+    """Replace a leaf that keeps less for backward by what it stands for."""
+    graph = node.graph
+    options = dict(node.kwargs)
+    residual, relu = options.pop("residual", None), options.pop("relu", False)
+    with graph.inserting_before(node):
+        if isinstance(module, Bound):
+            path = module.path.removeprefix(f"{prefix}.") if prefix else module.path
+            plain = graph.call_module(path, node.args)
+        else:
+            plain = graph.call_function(_PLAIN[type(module)], node.args, options)
+        if residual is not None:
+            plain = graph.call_function(operator.add, (plain, residual))
+        if relu:
+            plain = graph.call_function(F.relu, (plain,))
+    node.replace_all_uses_with(plain)
+    graph.erase_node(node)
 
 
 def _write_pt2(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:

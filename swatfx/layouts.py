@@ -26,6 +26,12 @@ def layout_of(x: Tensor) -> str:
     return BATCH_INNERMOST if x.movedim(0, -1).is_contiguous() else ROW_MAJOR
 
 
+def lies_in(x: Tensor, layout: str) -> bool:
+    """Whether `x` is dense in `layout`; it may be so in others as well."""
+    axis = {BATCH_INNERMOST: 0, CHANNELS_LAST: 1}.get(layout)
+    return (x if axis is None else x.movedim(axis, -1)).is_contiguous()
+
+
 def as_layout(x: Tensor, layout: str) -> Tensor:
     """`x` in `layout`; `x` itself where it is so already."""
     if layout == BATCH_INNERMOST:
@@ -38,8 +44,17 @@ def as_layout(x: Tensor, layout: str) -> Tensor:
 def empty(
     shape: Sequence[int], layout: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """An uninitialised tensor of `shape` in `layout`."""
-    return from_flat(torch.empty(tuple(shape), dtype=dtype, device=device), shape, layout)
+    """An uninitialised tensor of `shape` in `layout`; no view, so that an op may return it."""
+    order = list(range(len(shape)))  # dimensions, the outermost first
+    if layout == BATCH_INNERMOST:
+        order = [*order[1:], 0]
+    elif layout == CHANNELS_LAST:
+        order = [0, *order[2:], 1]
+    strides, step = [0] * len(shape), 1
+    for d in reversed(order):
+        strides[d] = step
+        step *= shape[d]
+    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)
 
 
 def flat_view(x: Tensor, layout: str) -> Tensor:

@@ -10,9 +10,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import fx
 
 from swatfx.density import DENSE, Density
+
+# What `compile(..., value_dtype=...)` takes, by the name that a model keeps.
+VALUE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "bf16": torch.bfloat16}
 
 _KEY = "swatfx"
 _CACHE = "_swatfx_record"
@@ -48,6 +52,8 @@ class LayerPlan:
         state: name of the layer's module under `swat.`, if it takes part.
         counted_activation_density: what the paper's accounting takes for the input of a layer that
             is itself dense (SWAT-U's first); None: the activation density.
+        kernels: "sparse", or "dense: " and why; "" where nothing was chosen. A matter of the machine,
+            not of the method: the values are the same.
     """
 
     name: str
@@ -74,6 +80,7 @@ class LayerPlan:
     seed: int = 0
     state: str = ""
     counted_activation_density: Density | None = None
+    kernels: str = ""
 
     @property
     def parameters(self) -> int:

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from passes.annotate_cost import activation_density, add_costs, annotate_cost
+from passes.annotate_cost import activation_density, add_costs, annotate_cost, other_saves
 from passes.annotate_cycles import SimulationOptions, annotate_cycles
 from passes.assign_density import assign_density
+from passes.choose_kernels import choose_kernels
+from passes.compress_saves import compress_saves
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
 from passes.find_unreached import find_unreached
@@ -27,7 +30,8 @@ from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
 from swatfx.layers import sparse_layers
-from swatfx.meta import LayerCost, LayerPlan
+from swatfx.meta import VALUE_DTYPES, LayerCost, LayerPlan
+from swatfx.ops.norm import EXACT, INT8
 from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
@@ -58,7 +62,14 @@ class PassRecord:
 
 def default_passes() -> list[Pass]:
     """The passes that make a SWAT graph, in order."""
-    return [find_layers, find_unreached, assign_density, insert_sparsify]
+    return [
+        find_layers,
+        find_unreached,
+        assign_density,
+        insert_sparsify,
+        compress_saves,
+        choose_kernels,
+    ]
 
 
 def compile(
@@ -67,6 +78,9 @@ def compile(
     *,
     example_inputs: Sequence[Any] | None = None,
     passes: Sequence[Pass] | None = None,
+    norm_saves: str = EXACT,
+    value_dtype: str | torch.dtype | None = None,
+    kernels: str = "auto",
 ) -> SwatModule:
     """Rewrite `model` into a sparse-training graph.
 
@@ -76,6 +90,11 @@ def compile(
         example_inputs: positional inputs; needed only if forward has optional arguments that
             shall be inputs of the graph.
         passes: instead of `default_passes()`.
+        norm_saves: what batch norms keep for backward, where some layer packs its input: "exact",
+            or "int8", a byte an element of their normalised input (`swatfx.ops.norm_codes`).
+        value_dtype: dtype of the packed values, where the layer's own is wider: "bf16", or None.
+        kernels: "auto" runs sparse kernels where they gain (`passes.choose_kernels`), "sparse"
+            wherever they can run, "dense" nowhere.
 
     Returns:
         A GraphModule whose parameters have the model's names. State that changes while training
@@ -83,10 +102,11 @@ def compile(
 
     Raises:
         PolicyError: the policy does not fit the model.
-        InputError: nothing to sparsify, lazy modules, NaN or complex weights.
+        InputError: nothing to sparsify, lazy modules, NaN or complex weights, unknown options.
         PassError: a pass failed.
     """
     ctx = Context(as_policy(policy))
+    options = {**_saving_options(norm_saves, value_dtype), "kernels": _known_kernels(kernels)}
     if not isinstance(model, nn.Module):
         raise InputError("swatfx.compile wants a torch.nn.Module", value=type(model).__name__)
     if isinstance(model, SwatModule):
@@ -99,7 +119,37 @@ def compile(
         twin = mirror(model)
         gm = trace_model(twin, example_inputs)
         _add_state(gm, ctx.policy)
+        gm.meta.update(options)
         return run_passes(gm, default_passes() if passes is None else passes, ctx)
+
+
+def _saving_options(norm_saves: Any, value_dtype: Any) -> dict[str, str | None]:
+    """Both options by the names that `gm.meta` and checkpoints hold."""
+    if norm_saves not in (EXACT, INT8):
+        raise InputError(
+            "norm_saves says what batch norms keep for backward",
+            value=norm_saves,
+            remedy=f"use {EXACT!r} or {INT8!r}",
+        )
+    names = {name: name for name in VALUE_DTYPES} | {d: n for n, d in VALUE_DTYPES.items()}
+    try:
+        return {"norm_saves": norm_saves, "value_dtype": names[value_dtype]}
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            "packed values cannot be stored as this",
+            value=value_dtype,
+            remedy="value_dtype is 'bf16' (torch.bfloat16), or None for the layer's own dtype",
+        ) from error
+
+
+def _known_kernels(kernels: str) -> str:
+    if kernels not in ("auto", "sparse", "dense"):
+        raise InputError(
+            "kernels says which ones convolutions run",
+            value=kernels,
+            remedy="use 'auto', 'sparse' or 'dense'",
+        )
+    return kernels
 
 
 @contextmanager
@@ -164,6 +214,8 @@ class Measured:
         realised: stored fraction of the input, where a real batch was run.
         input_elements: elements of the layer's inputs, all calls.
         norm_elements: elements of all batch-norm inputs.
+        other_saves: (name, kind) -> bytes that what is no layer keeps, dense and now. With the
+            layers' own they add up to the two below.
         saved_bytes: distinct storages kept for backward by the whole graph.
         dense_saved_bytes: likewise with every layer dense.
     """
@@ -175,6 +227,7 @@ class Measured:
     realised: dict[str, float]
     input_elements: dict[str, int]
     norm_elements: int
+    other_saves: dict[tuple[str, str], tuple[int, int]]
     saved_bytes: int
     dense_saved_bytes: int
 
@@ -188,7 +241,8 @@ def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> M
     dense = observe_run(gm, example_inputs, as_dense=True)
     annotate_cost(gm, sparse, dense, accounting)
     layers = {layer.plan.name: layer for layer in sparse_layers(gm)}
-    result = Measured({}, {}, {}, {}, {}, {}, 0, sparse.saved_bytes, dense.saved_bytes)
+    others = other_saves(gm, sparse, dense)
+    result = Measured({}, {}, {}, {}, {}, {}, 0, others, sparse.saved_bytes, dense.saved_bytes)
     norms = 0
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:

@@ -7,24 +7,21 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from swatfx import bits, macs
+from swatfx import macs
 from swatfx.accelerators import Accelerator
-from swatfx.errors import InputError, SwatError
+from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
-from swatfx.ops.where import weight_keep
+from swatfx.ops.norm import EXACT
 from swatfx.pipeline import Measured, SimulationOptions, measure
 from swatfx.policy import Policy
 from swatfx.simulation import Simulation, simulate
-from swatfx.state import Pack, WeightThreshold
 
 PAPER_STEP_MS = 147.0  # appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
 PAPER_TOPK_MS = 470.0
@@ -32,7 +29,10 @@ PAPER_TOPK_MS = 470.0
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer's row; MACs and bytes are summed over its calls. `skipped` says why it is dense."""
+    """One layer's row; MACs and bytes are summed over its calls.
+
+    `skipped` says why it is dense, `kernels` which ones a layer that is not runs: as in LayerPlan.
+    """
 
     name: str
     kind: str
@@ -55,15 +55,37 @@ class LayerRecord:
     dense_saved_bytes: int
     sparse_saved_bytes: int
     skipped: str | None
+    kernels: str
+
+
+@dataclass(frozen=True)
+class OtherRecord:
+    """Bytes kept for backward by what is no layer: a norm, a ReLU, a pool, a module left to eager.
+
+    A norm's are those of the addition and the ReLU behind it as well, where they are one.
+    """
+
+    name: str
+    kind: str
+    dense_saved_bytes: int
+    sparse_saved_bytes: int
 
 
 @dataclass(frozen=True)
 class Report:
     """Layers, totals, and what was left to eager Python.
 
+    Saved bytes are those of the distinct storages that autograd keeps, parameters and buffers
+    excluded: what `torch.autograd.graph.saved_tensors_hooks` see in a training forward. A storage
+    that several keep is on the account of the first layer among them, or else of the first; the
+    records of `layers` and `others` add up to the totals.
+
     Attributes:
         layers: one record a layer, in graph order.
         totals: fractions of 1, MACs, bytes, and the Top-K overhead line.
+        others: what else keeps bytes, in graph order.
+        norm_saves: what batch norms keep, as given to `compile`.
+        value_dtype: what packed values are stored as, likewise.
         eager: path -> why symbolic tracing left the module there to Python.
         policy: the policy's name.
         accounting: "paper" or "exact".
@@ -72,13 +94,16 @@ class Report:
 
     layers: tuple[LayerRecord, ...]
     totals: Mapping[str, Any]
+    others: tuple[OtherRecord, ...] = ()
     eager: Mapping[str, str] = field(default_factory=dict)
     policy: str = ""
     accounting: str = "paper"
+    norm_saves: str = "exact"
+    value_dtype: str | None = None
     simulation: Simulation | None = None
 
     def to_json(self) -> str:
-        """A JSON object with `policy`, `accounting`, `layers`, `totals`, `eager`."""
+        """A JSON object of the attributes."""
         return json.dumps(asdict(self), indent=1)
 
     def to_csv(self) -> str:
@@ -115,15 +140,34 @@ class Report:
             "bytes kept": [_engineering(layer.dense_saved_bytes) for layer in self.layers],
             "sparse": [_engineering(layer.sparse_saved_bytes) for layer in self.layers],
             "dense because": [layer.skipped or "" for layer in self.layers],
+            "kernels": [layer.kernels for layer in self.layers],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
         table = tabulate(shown, headers="keys", tablefmt=style, disable_numparse=True)
         lines = [table, "", *_summary(self)]
+        if self.others:
+            lines += ["", self._render_others(style)]
         for path, reason in self.eager.items():
             lines.append(f"eager: {path or 'the root module'}: {reason}")
         if self.simulation is not None:
             lines += ["", self.simulation.to_text(style)]
         return "\n".join(lines)
+
+    def _render_others(self, style: str) -> str:
+        kinds: dict[str, list[OtherRecord]] = {}
+        for record in self.others:
+            kinds.setdefault(record.kind, []).append(record)
+        rows = [
+            [
+                kind,
+                len(records),
+                _engineering(sum(r.dense_saved_bytes for r in records)),
+                _engineering(sum(r.sparse_saved_bytes for r in records)),
+            ]
+            for kind, records in kinds.items()
+        ]
+        headers = ["other ops", "count", "bytes kept", "sparse"]
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
 
 def report(
@@ -173,7 +217,17 @@ def report(
     simulated = None
     if accelerators:
         simulated = simulate(root, inputs, accelerators, options=simulation_options)
-    return Report(layers, totals, dict(root.eager), policy.name, accounting, simulated)
+    return Report(
+        layers,
+        totals,
+        tuple(OtherRecord(*row, *kept) for row, kept in measured.other_saves.items()),
+        dict(root.eager),
+        policy.name,
+        accounting,
+        root.meta["norm_saves"],
+        root.meta["value_dtype"],
+        simulated,
+    )
 
 
 def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
@@ -197,6 +251,7 @@ def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
             parameters=plan.parameters,
             # What eager code computes with a weight by itself, no graph can see.
             skipped=plan.skipped or (None if cost.output_shape else "not called by these inputs"),
+            kernels=plan.kernels,
             **asdict(cost),
         )
 
@@ -250,16 +305,19 @@ def _totals(
 def _summary(result: Report) -> list[str]:
     t = result.totals
     saved, dense_saved = t["saved_bytes"], t["dense_saved_bytes"]
+    options = f", norms keep {result.norm_saves}" if result.norm_saves != EXACT else ""
+    if result.value_dtype is not None:
+        options += f", packed values are {result.value_dtype}"
     change = f"{saved / dense_saved - 1:+.1%}" if dense_saved else "nothing is trained"
     return [
-        f"policy {result.policy}, {result.accounting} accounting",
+        f"policy {result.policy}, {result.accounting} accounting{options}",
         f"training MACs    -{t['training_mac_reduction']:.1%}",
         f"inference MACs   -{t['inference_mac_reduction']:.1%}",
         f"activations      -{t['activation_reduction']:.1%} (conv and BN inputs)",
         f"weight sparsity   {t['weight_sparsity']:.1%}",
         f"activation sparsity {t['activation_sparsity']:.1%}",
         f"kept for backward by the whole graph: {_engineering(saved)}B,"
-        f" dense {_engineering(dense_saved)}B ({change}; ReLU, BN and pooling keep what they kept)",
+        f" dense {_engineering(dense_saved)}B ({change}), parameters not counted",
         str(t["topk_overhead"]),
     ]
 
@@ -303,53 +361,3 @@ def _engineering(value: float) -> str:
         return f"{value:.0f}"
     power = min(int(math.log10(value)) // 3, 5)
     return f"{value / 1000**power:.3g}{' kMGTP'[power]}"
-
-
-@dataclass
-class Observation:
-    """Densities of the last training forward, by layer name."""
-
-    weight_density: dict[str, float] = field(default_factory=dict)
-    activation_density: dict[str, float] = field(default_factory=dict)
-
-
-@contextmanager
-def observe(gm: nn.Module) -> Iterator[Observation]:
-    """Watch the densities that training forwards really keep, inside a `with` block.
-
-    Weight density is the fraction of weights that are active; activation density the fraction of
-    input elements that were stored: kept and not zero.
-    """
-    root = unwrap(gm)
-    seen = Observation()
-    handles = []
-
-    def on_weight(module: nn.Module, args: Any, output: Any) -> None:
-        assert isinstance(module, WeightThreshold)
-        weight = args[0].detach()
-        mask = weight_keep(weight, output, module.selector).expand_as(weight)
-        seen.weight_density[module.layer] = float(mask.double().mean().item())
-
-    def on_pack(module: nn.Module, args: Any, output: Any) -> None:
-        if output is None:
-            return
-        elements = args[0].numel()
-        stored = bits.bits_to_mask(output[: (elements + 7) // 8], elements)
-        share = float(stored.double().mean().item()) if elements else 0.0
-        assert isinstance(module, Pack)
-        seen.activation_density[module.layer] = share
-
-    try:
-        with torch.no_grad():
-            for module in root.swat.modules():
-                if isinstance(module, WeightThreshold):
-                    handles.append(module.register_forward_hook(on_weight))
-                elif isinstance(module, Pack):
-                    handles.append(module.register_forward_hook(on_pack))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-__all__ = ["LayerRecord", "Observation", "Report", "SwatError", "observe", "report"]

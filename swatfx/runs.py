@@ -29,10 +29,10 @@ from swatfx.checkpoint import load, read_extra, save
 from swatfx.datasets import Dataset, open_data
 from swatfx.errors import InputError, SwatError
 from swatfx.layers import all_plans
+from swatfx.observing import observe
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
 from swatfx.recipes import Recipe, learning_rate, make_optimizer, recipe_for, recipe_named
-from swatfx.reporting import observe
 from swatfx.run_folder import RunFolder
 from swatfx.training import attach
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from swatfx import bits
 from swatfx.density import Density
 from swatfx.errors import PolicyError, UnknownNameError
-from swatfx.topk import Reduce, grouped_kth_magnitude, kth_magnitude
+from swatfx.topk import Reduce, fused_search, grouped_kth_magnitude, kth_magnitude
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,26 @@ class Selector:
         """Dtype of the state for a tensor of `dtype`."""
         return dtype
 
+    @property
+    def ranks_magnitudes(self) -> bool:
+        """Whether an element is kept by its own magnitude and nothing else: kernels know that."""
+        own = type(self)
+        plain = own.state is Selector.state and own.keep is Selector.keep
+        return plain and self.score is _magnitude
+
+    def search(self, x: Tensor, density: Density, axes: Axes) -> tuple[Tensor, bool] | None:
+        """(state, whether `x` holds NaN) in one pass over `x`; None where no kernel can."""
+        if not self.ranks_magnitudes or density.is_dense or not x.numel():
+            return None
+        return fused_search(x, density, self.state_shape(tuple(x.shape), axes))
+
     def state(
         self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
     ) -> Tensor:
         """Recompute the state from `x`; `reduce` sums counts over ranks (ungrouped only)."""
+        found = self.search(x, density, axes) if reduce is None else None
+        if found is not None:
+            return found[0]
         shape = self.state_shape(tuple(x.shape), axes)
         if density.is_dense or (x.numel() == 0 and reduce is None):
             return x.new_zeros(shape)

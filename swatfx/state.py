@@ -211,12 +211,25 @@ class ActivationThreshold(Threshold):
 class Pack(nn.Module):
     """Packs an activation for the weight gradient; None where nothing will be saved."""
 
-    def __init__(self, layer: str, selector: str, spatial: int, layout: str = "") -> None:
+    def __init__(
+        self,
+        layer: str,
+        selector: str,
+        spatial: int,
+        layout: str = "",
+        value_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.selector = selector
         self.spatial = spatial
         self.layout = layout
+        self.value_dtype = value_dtype
+
+    def stored_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the packed values: what the layer sees `x` in, or `value_dtype` if narrower."""
+        seen, narrow = autocast_dtype(x), self.value_dtype
+        return seen if narrow is None or narrow.itemsize >= seen.itemsize else narrow
 
     def forward(self, x: Tensor, threshold: Tensor | None, *weights: Tensor) -> Tensor | None:
         """Return `swatfx::pack` of `x` if a weight gradient will ask for it."""
@@ -224,7 +237,7 @@ class Pack(nn.Module):
             return None
         if not any(w.requires_grad for w in weights):
             return None
-        dtype = autocast_dtype(x)
+        dtype = self.stored_dtype(x)
         kept: Tensor = ops.pack(
             x.detach(), threshold, self.spatial, self.selector, dtype, self.layout
         )

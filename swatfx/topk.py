@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from swatfx.density import Density
+from swatfx.dispatch import Replaceable
 
 Reduce = Callable[[Tensor], Tensor]  # int64 counts -> their sum over ranks
+# (digits found so far, shift, width) -> int64 counts [1 << width] of the digit at `shift`, among
+# the keys that have those digits above it. Digits are asked for from the highest down.
+Counter = Callable[[int, int, int], Tensor]
 
 _SMALL = 1 << 16  # below this, quickselect beats three histograms
 _DIGITS = {
@@ -42,20 +46,51 @@ def kth_magnitude(scores: Tensor, density: Density, reduce: Reduce | None = None
         return _kth_of_rows(flat.unsqueeze(0), k).squeeze()
     wide = flat if flat.dtype in _DIGITS else flat.float()  # exact for half and bfloat16
     integer, digits = _DIGITS[wide.dtype]
-    keys = wide.view(integer)
+    count = digit_counter.reference(wide) if reduce is None else digit_counter(wide)
     found = 0
     for shift, width in digits:
-        digit = (keys >> shift) & ((1 << width) - 1)
-        counts = torch.bincount(digit, minlength=1 << width)
+        counts = count(found, shift, width)
         if reduce is not None:
             counts = reduce(counts)
         at_least = counts.flip(0).cumsum(0)
         index = int((at_least < k).sum().item())  # digits above the one that holds the k-th
         k -= int(at_least[index - 1].item()) if index else 0
-        value = (1 << width) - 1 - index
-        found |= value << shift
-        keys = keys[digit == value]
+        found |= (1 << width) - 1 - index << shift
     return torch.tensor(found, dtype=integer, device=flat.device).view(wide.dtype).to(flat.dtype)
+
+
+@Replaceable
+def digit_counter(scores: Tensor) -> Counter:
+    """Counts digits of the bits of `scores`, a vector of non-negative float32 or float64."""
+    integer, digits = _DIGITS[scores.dtype]
+    keys = scores.view(integer)
+
+    def count(found: int, shift: int, width: int) -> Tensor:
+        nonlocal keys
+        if (shift, width) != digits[0]:
+            above = shift + width
+            keys = keys[(keys >> above) == found >> above]
+        return torch.bincount((keys >> shift) & ((1 << width) - 1), minlength=1 << width)
+
+    return count
+
+
+@Replaceable
+def fused_search(x: Tensor, density: Density, shape: tuple[int, ...]) -> tuple[Tensor, bool] | None:
+    """(thresholds of `x.abs()`, whether `x` holds NaN) in one pass, where a kernel can; else None.
+
+    Args:
+        x: floats of any shape and sign.
+        density: how many to keep.
+        shape: () for one threshold, or as in `grouped_kth_magnitude`.
+    """
+    return None
+
+
+@Replaceable
+def holds_nan(x: Tensor) -> bool:
+    """Whether any element is NaN."""
+    return bool(torch.isnan(x).any())
 
 
 def grouped_kth_magnitude(scores: Tensor, density: Density, shape: tuple[int, ...]) -> Tensor:

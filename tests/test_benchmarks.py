@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import pathlib
 import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # benchmarks is not installed
+from runners import check_result, check_spread, run_quick, spare_time
 
 import swatfx
-from benchmarks import common, compile_cost, step_cost, step_sides, topk_cost
+from benchmarks import common, compile_cost
+from benchmarks import topk as topk_runner
 from swatfx import topk
 from swatfx.density import Density
 from swatfx.state import Threshold
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_collection(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Figures do not matter here: spare the time that threads and a large heap would take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr("gc.collect", lambda *args: 0)
-    yield
-    torch.set_num_threads(before)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from spare_time(monkeypatch)
 
 
 def test_spread_of_known_values() -> None:
-    assert common.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == common.Spread(3.0, 1.0, 5.0, 2.0, 5)
-    assert common.spread([7.0]) == common.Spread(7.0, 7.0, 7.0, 0.0, 1)
+    assert common.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == common.Spread(
+        3.0, 1.0, 5.0, 2.0, 4.0, 2.0, 5
+    )
+    assert common.spread([7.0]) == common.Spread(7.0, 7.0, 7.0, 7.0, 7.0, 0.0, 1)
     with pytest.raises(ValueError, match="no values"):
         common.spread([])
 
@@ -72,6 +70,11 @@ def test_growth_exponent() -> None:
     assert common.growth_exponent([2, 4, 8], [1.0, 4.0, 16.0]) == pytest.approx(2)
 
 
+def test_geometric_mean_and_targets() -> None:
+    assert common.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4)
+    assert common.against(2.0, 2.0)["met"] and not common.against(2.0, 1.9)["met"]
+
+
 def test_a_result_file_is_whole_or_not_there(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "results" / "r.json"
     common.write_result({"a": 1}, path)
@@ -100,8 +103,11 @@ def test_a_reader_never_meets_half_a_result(tmp_path: pathlib.Path) -> None:
 
 def test_nothing_recorded_names_a_folder_or_a_host(tmp_path: pathlib.Path) -> None:
     words = ["--output", str(tmp_path / "a b.json"), f"--output={tmp_path}/c.json", "--json"]
+    words += ["--data", str(tmp_path / "d.npz"), f"--partial={tmp_path}/p"]
     text = common.command("x", words)
-    assert text == "python -m benchmarks.x --output 'a b.json' --output=c.json --json"
+    assert text == (
+        "python -m benchmarks.x --output 'a b.json' --output=c.json --json --data d.npz --partial=p"
+    )
     recorded = json.dumps([common.machine(), common.versions()])
     assert platform.node() not in json.loads(recorded)[0].values()
     assert str(pathlib.Path.home()) not in recorded
@@ -150,52 +156,52 @@ def test_a_full_run_writes_a_dated_file_and_a_quick_one_none(
     assert written["allocators"] == {"current": {"x": 1.5}}
 
 
-def _run(
-    module: ModuleType, capsys: pytest.CaptureFixture[str], *words: str, **parts: Any
-) -> dict[str, Any]:
-    assert common.run(module.BENCHMARK, ["--quick", "--json", "--repeats", "2", *words]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""  # no progress bar where there is no terminal
-    result: dict[str, Any] = json.loads(captured.out)
-    assert result["date"] == common.today() and result["quick"] is True
-    assert result["command"].startswith(f"python -m {module.__name__} --quick")
-    assert result["machine"]["threads"] >= 1
-    assert common.render(module.BENCHMARK, result).count("\n") > 5
-    measured: dict[str, Any] = result["allocators"]["current"]
-    return measured
+def test_topk(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--sizes", "2000", "70000", "--densities", "0.2"]
+    measured = run_quick(topk_runner, capsys, *words)
+    cases = [(c["n"], c["data"], c["density"]) for c in measured["cases"]]
+    assert cases == [(n, kind, 0.2) for n in (2000, 70000) for kind in ("normal", "relu")]
+    for case in measured["cases"]:
+        assert list(case["sides"]) == list(case["over_copy"])
+        assert set(case["over_copy"]["copy_"].values()) == {1.0, 0.0, 2}
+        for side in case["sides"].values():
+            check_spread(side["seconds"])
+    assert measured["growth_exponents"] == {} and measured["targets"] == []
 
 
-def _check_spread(values: dict[str, float]) -> None:
-    assert set(values) == {"median", "minimum", "maximum", "iqr", "count"}
-    assert 0 <= values["minimum"] <= values["median"] <= values["maximum"]
-    assert values["count"] == 2 and values["iqr"] >= 0
-
-
-def test_topk_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = _run(topk_cost, capsys, "--sizes", "2000", "70000")
-    assert [r["n"] for r in measured["sizes"]] == [2000, 70000]
-    for result in measured["sizes"]:
-        assert set(result["sides"]) == set(topk_cost.SEARCHES)
-        assert set(result["ratios"]) == {"torch.topk", "torch.kthvalue"}
-        for side in result["sides"].values():
-            _check_spread(side["seconds"])
-    assert measured["growth_exponents"]["kth_magnitude"]["from_1e6_median"] is None
+def test_topk_targets_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_runner, "_TARGET_SIZE", 3000)
+    monkeypatch.setattr(topk_runner, "_ASYMPTOTIC", 1000)
+    words = ["--quick", "--repeats", "1", "--sizes", "500", "1000", "3000", "--data", "equal"]
+    measured = topk_runner.measure(common._parser(topk_runner.BENCHMARK).parse_args(words))
+    assert [(t["n"], t["density"], t["side"], t["at_most"]) for t in measured["targets"]] == [
+        (3000, density, *target) for density in (0.1, 0.2) for target in topk_runner.TARGETS.items()
+    ]
+    assert all(t["met"] == (t["measured"] <= t["at_most"]) for t in measured["targets"])
+    assert set(measured["growth_exponents"]) == set(measured["cases"][0]["sides"])
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "equal"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("sparsity", [0.3, 0.9])
 def test_all_searches_find_the_same(kind: str, sparsity: float) -> None:
-    scores = topk_cost.make_scores(kind, topk._SMALL + 5)
+    x = topk_runner.make_values(kind, topk._SMALL + 5)
     density = Density.from_sparsity(sparsity)
-    wanted = topk.kth_magnitude(scores, density)
-    assert torch.equal(topk_cost.by_topk(scores, density), wanted)
-    if sparsity:
-        assert torch.equal(topk_cost.by_kthvalue(scores, density), wanted)
+    topk_runner.check(x, density)
+    wanted = topk.kth_magnitude(x.abs(), density)
+    assert torch.equal(topk_runner.by_topk(x.abs(), density), wanted)
+    assert torch.equal(topk_runner.by_kthvalue(x.abs(), density), wanted)
+    assert torch.equal(topk_runner.threshold(x, density), wanted)
+
+
+def test_results_that_disagree_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk_runner, "by_topk", lambda scores, density: scores.max())
+    with pytest.raises(SystemExit, match="disagree at n = 1000"):
+        topk_runner.check(topk_runner.make_values("normal", 1000), Density(0.1))
 
 
 def test_compile_cost(capsys: pytest.CaptureFixture[str]) -> None:
     original = Threshold.recompute
-    measured = _run(compile_cost, capsys, "--chain-lengths", "3", "6")
+    measured = run_quick(compile_cost, capsys, "--chain-lengths", "3", "6")
     assert Threshold.recompute is original
     names = ["digits/cnn", *(f"chain of {n} {k}+relu" for k in ("linear", "conv") for n in (3, 6))]
     assert [case["name"] for case in measured["cases"]] == names
@@ -206,7 +212,7 @@ def test_compile_cost(capsys: pytest.CaptureFixture[str]) -> None:
         assert compiled["net_seconds"]["maximum"] < compiled["seconds"]["maximum"]
         assert case["sides"]["swatfx.compile dense"]["threshold_seconds"]["maximum"] == 0
         assert case["nodes_compiled"] > case["nodes_traced"] > case["layers"]
-        _check_spread(case["over_fake"])
+        check_spread(case["over_fake"])
     assert set(measured["chain_growth"]) == {"linear", "conv"}
     assert "fitted" in measured["chain_growth"]["conv"]["swatfx.compile"]
 
@@ -217,56 +223,27 @@ def test_compile_cost_counts_each_first_threshold_once() -> None:
     assert len(spent) == 4  # the first layer is dense
 
 
-def test_step_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--networks", "digits/cnn:4", "--memory-sides"]
-    measured = _run(step_cost, capsys, *words)
-    (result,) = measured["networks"]
-    assert result["network"] == "digits/cnn" and result["input_shape"] == [4, 1, 8, 8]
-    assert set(result["sides"]) == set(step_sides.SIDES) - {"model, compiled"}
-    assert result["fastest_dense"] in step_sides.DENSE
-    assert set(result["over_same_form"]) == set(step_sides.POLICY_DENSE)
-    for values in (*result["over_fastest_dense"].values(), result["reference_over_torch_topk"]):
-        _check_spread(values)
-    assert result["memory"] == {}
+_QUICKLY = {
+    "layers": ["--sparsities", "0.9"],
+    "step": ["--budget-steps", "1"],
+    "memory": ["--sides", "dense channels_last", "exact"],
+    "accuracy": ["--sides", "dense", "reference kernels", "--seeds", "1"],
+}
 
 
-def test_step_cost_weighs_a_side_in_its_own_process(capfd: pytest.CaptureFixture[str]) -> None:
-    weight = step_cost._memory_of(step_sides.Network("digits/cnn", 4), "swat-u 90% P=1")
-    assert 1e8 < weight["peak_rss_bytes"] < 1e10
-    assert 0 < weight["saved_for_backward_bytes"] < 1e6
-    assert capfd.readouterr().err == ""
-
-
-def test_sides_start_alike_and_dense_policy_changes_nothing() -> None:
-    network = step_sides.Network("digits/cnn", 4)
-    model = compile_cost.models.create("digits/cnn")
-
-    def losses(name: str) -> list[float]:
-        trainer = step_sides.Trainer(network, step_sides.SIDES[name], model)
-        return [trainer.step() for _ in range(3)]
-
-    assert losses("policy dense, nchw") == losses("model, nchw")
-    assert losses("swat-u 90% P=1, torch.topk") == losses("swat-u 90% P=1")
-    assert losses("swat-u 90% P=1")[0] != losses("model, nchw")[0]
-
-
-def test_saved_bytes_of_a_known_network() -> None:
-    trainer = step_sides.Trainer(
-        step_sides.Network("digits/cnn", 4), step_sides.SIDES["model, nchw"]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _QUICKLY)
+def test_a_runner_from_the_command_line_under_the_tuned_allocator(name: str) -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("the tuned allocator is glibc's")
+    words = ["--quick", "--json", "--repeats", "2", "--allocator", "tuned", *_QUICKLY[name]]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *words],
+        cwd=common.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    trainer.model = trainer.call = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Tanh()
-    )
-    # The batch [4, 64], tanh's output [4, 10], log-softmax's [4, 10], the target [4] and a total
-    # weight []; the weight is a parameter.
-    assert trainer.saved_bytes() == 4 * (4 * 64 + 4 * 10 + 4 * 10 + 1) + 8 * 4
-
-
-@pytest.mark.parametrize("text", ["resnet50", "resnet50:0", "resnet50:x", "a:1:2:3"])
-def test_a_network_that_cannot_be_read_is_refused(
-    text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        common.run(step_cost.BENCHMARK, ["--networks", text])
-    assert "NAME:BATCH" in capsys.readouterr().err
-    assert step_cost.parse_network("resnet18:2:64").shape == (2, 3, 64, 64)
+    module = importlib.import_module(f"benchmarks.{name}")
+    check_result(module, done.stdout, "tuned")
+    assert done.stderr == ""

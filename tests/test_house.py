@@ -16,6 +16,9 @@ FLOORS = {
     1: [
         "swatfx.bits",
         "swatfx.layouts",
+        "swatfx.observing",
+        "swatfx.dispatch",
+        "swatfx.saves",
         "swatfx.kernels",
         "swatfx.topk",
         "swatfx.selectors",

@@ -4,6 +4,21 @@ Importing this package registers them; nothing calls them by name. Where no libr
 SWATFX_KERNELS=reference, the plain-torch kernels, which define every op, stay in charge.
 """
 
+from swatfx.kernels import elementwise, layout, linear, norm, pack, pool, topk
+from swatfx.kernels.conv import LARGEST_KERNEL, LARGEST_STRIDE
 from swatfx.kernels.library import available, instruction_set, reference_only
 
-__all__ = ["available", "instruction_set", "reference_only"]
+__all__ = [
+    "LARGEST_KERNEL",
+    "LARGEST_STRIDE",
+    "available",
+    "elementwise",
+    "instruction_set",
+    "layout",
+    "linear",
+    "norm",
+    "pack",
+    "pool",
+    "reference_only",
+    "topk",
+]

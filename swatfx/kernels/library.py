@@ -1,4 +1,9 @@
-"""Finds the compiled kernels that fit this machine, and calls them on tensors."""
+"""Finds the compiled kernels that fit this machine, and calls them on tensors.
+
+The environment variable SWATFX_KERNELS, read when they are first asked for, says which: "auto" (the
+default) the best that run here; "avx512", "avx2" or "generic" those, if they run here; a path with
+a slash in it that library file, whatever it was built for; "reference" none.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +33,14 @@ def _library() -> tuple[str, ctypes.CDLL | None]:
     asked = os.environ.get(VARIABLE, "auto")
     if asked == REFERENCE:
         return REFERENCE, None
-    names = (*_RUNS_ON.get(torch.backends.cpu.get_cpu_capability(), ()), "generic")
-    if asked != "auto":
-        names = tuple(name for name in names if name == asked)
-    for name in names:
-        spec = importlib.util.find_spec(f"swatfx.kernels._{name}")
-        if spec is None or spec.origin is None:
-            continue
+    if os.sep in asked:
+        files = {asked: asked}
+    else:
+        files = _built(asked)
+    for name, file in files.items():
         try:
             # After torch: both then share one OpenMP run-time and its threads.
-            return name, ctypes.CDLL(spec.origin)
+            return name, ctypes.CDLL(file)
         except OSError:
             continue
     warnings.warn(
@@ -50,13 +53,22 @@ def _library() -> tuple[str, ctypes.CDLL | None]:
     return REFERENCE, None
 
 
+def _built(asked: str) -> dict[str, str]:
+    """Instruction set -> library file, best first, of those that run here and are `asked` for."""
+    names = (*_RUNS_ON.get(torch.backends.cpu.get_cpu_capability(), ()), "generic")
+    if asked != "auto":
+        names = tuple(name for name in names if name == asked)
+    specs = {name: importlib.util.find_spec(f"swatfx.kernels._{name}") for name in names}
+    return {name: spec.origin for name, spec in specs.items() if spec and spec.origin}
+
+
 def available() -> bool:
     """Whether compiled kernels are loaded and not switched off."""
     return _state["off"] == 0 and _library()[1] is not None
 
 
 def instruction_set() -> str:
-    """Name of the library that runs: "avx512", "avx2", "generic", or "reference"."""
+    """Name of the library that runs: "avx512", "avx2", "generic", a path, or "reference"."""
     return _library()[0] if available() else REFERENCE
 
 

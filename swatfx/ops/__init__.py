@@ -5,11 +5,35 @@ is the definition. Importing this package registers them all.
 """
 
 from swatfx.ops.conv import conv, conv_backward
+from swatfx.ops.dropout import dropout, dropout_backward
 from swatfx.ops.flops import register_flops
+from swatfx.ops.layout import to_layout
 from swatfx.ops.linear import linear, linear_backward
+from swatfx.ops.norm import batch_norm, batch_norm_backward
 from swatfx.ops.pack import pack
+from swatfx.ops.pool import avg_pool2d, avg_pool2d_backward, max_pool2d, max_pool2d_backward
+from swatfx.ops.relu import relu, relu_backward
 from swatfx.ops.state import refresh, step
 
 register_flops()
 
-__all__ = ["conv", "conv_backward", "linear", "linear_backward", "pack", "refresh", "step"]
+__all__ = [
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "conv",
+    "conv_backward",
+    "dropout",
+    "dropout_backward",
+    "linear",
+    "linear_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "pack",
+    "refresh",
+    "relu",
+    "relu_backward",
+    "step",
+    "to_layout",
+]

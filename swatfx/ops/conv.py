@@ -15,8 +15,10 @@ from torch import Tensor
 
 from swatfx import layouts, selectors
 from swatfx.errors import SwatError
+from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.pack import unpack
+from swatfx.ops.saved import in_layout
 from swatfx.ops.where import (
     SWAT,
     Where,
@@ -32,8 +34,7 @@ from swatfx.selectors import Axes
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-@torch.library.custom_op("swatfx::conv", mutates_args=())
-def conv(
+def conv_reference(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -51,6 +52,8 @@ def conv(
     activation_selector: str = "nchw",
     gradient_density: str = "",
     gradient_selector: str = "nchw",
+    layout: str = "",
+    kept_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Convolution with Top-K weights.
 
@@ -73,6 +76,9 @@ def conv(
         activation_selector: name in `swatfx.selectors`.
         gradient_density: of the output gradient; "" keeps it dense.
         gradient_selector: name in `swatfx.selectors`.
+        layout: of `swatfx.layouts`; what `kept` was packed in, and what the result and the input
+            gradient come in. "" takes that of `input`, and gives what aten gives.
+        kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
 
     Returns:
         (N, F, *spatial).
@@ -80,14 +86,21 @@ def conv(
     where = Where.parse(sparse)
     spatial = weight.dim() - 2
     if where.forward_activation and activation_state is not None:
-        input = _active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
+        input = active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
     used = as_seen(weight, input.dtype)
     if where.forward_weight:
         used = active_weight(weight, weight_state, weight_selector, input.dtype)
-    return _run(input, used, bias, stride, padding, dilation, groups)
+    return _in_layout(_run(input, used, bias, stride, padding, dilation, groups), layout)
 
 
-def _active_input(
+conv = torch.library.custom_op("swatfx::conv", conv_reference, mutates_args=())
+
+
+def _in_layout(out: Tensor, layout: str) -> Tensor:
+    return in_layout(out, layout) if layout else out
+
+
+def active_input(
     input: Tensor,
     state: Tensor,
     selector: str,
@@ -138,14 +151,22 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    *rest: Any,
-    **options: Any,
+    pad: Sequence[int] | None = None,
+    pad_mode: str = "constant",
+    sparse: str = SWAT,
+    weight_selector: str = "nchw",
+    activation_state: Tensor | None = None,
+    activation_selector: str = "nchw",
+    gradient_density: str = "",
+    gradient_selector: str = "nchw",
+    layout: str = "",
+    kept_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return _run(input, as_seen(weight, input.dtype), bias, stride, padding, dilation, groups)
+    out = _run(input, as_seen(weight, input.dtype), bias, stride, padding, dilation, groups)
+    return _in_layout(out, layout)
 
 
-@torch.library.custom_op("swatfx::conv_backward", mutates_args=())
-def conv_backward(
+def conv_backward_reference(
     grad: Tensor,
     input: Tensor | None,
     kept: Tensor | None,
@@ -164,6 +185,7 @@ def conv_backward(
     gradient_density: str,
     gradient_selector: str,
     wants: Sequence[bool],
+    kept_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::conv` for input, weight and bias; those not in `wants` are empty.
 
@@ -180,7 +202,7 @@ def conv_backward(
         if wants_bias:
             bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
         grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
-    seen = _seen_input(grad, input, kept, input_shape, layout, pad, pad_mode)
+    seen = _seen_input(grad, input, kept, input_shape, layout, pad, pad_mode, kept_dtype)
     used = as_seen(weight, grad.dtype)
     if where.backward_weight and wants_input:
         used = active_weight(weight, weight_state, weight_selector, grad.dtype)
@@ -203,6 +225,8 @@ def conv_backward(
     input_grad, weight_grad, summed = grads
     if wants_input and not batched:
         input_grad = input_grad.squeeze(0)
+    if wants_input and layout == BATCH_INNERMOST:
+        input_grad = _in_layout(input_grad, layout)
     if wants_weight:
         weight_grad = weight_grad.to(weight.dtype)
         if where.active_only:
@@ -216,6 +240,17 @@ def conv_backward(
     )
 
 
+conv_backward = torch.library.custom_op(
+    "swatfx::conv_backward", conv_backward_reference, mutates_args=()
+)
+
+
+def stored_dtype(grad: Tensor, kept_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype of packed values: the gradient's, or `kept_dtype` if that is narrower."""
+    narrow = kept_dtype is not None and kept_dtype.itemsize < grad.dtype.itemsize
+    return kept_dtype if narrow and kept_dtype is not None else grad.dtype
+
+
 def _seen_input(
     grad: Tensor,
     input: Tensor | None,
@@ -224,6 +259,7 @@ def _seen_input(
     layout: str,
     pad: Sequence[int],
     pad_mode: str,
+    kept_dtype: torch.dtype | None,
 ) -> Tensor:
     """The activation that backward sees, padded; contents undefined if nothing was saved."""
     shape = list(input_shape)
@@ -233,7 +269,8 @@ def _seen_input(
         return layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
     for i in range(len(pad) // 2):
         shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
-    dense = unpack(kept, tuple(shape), grad.dtype, layouts.ROW_MAJOR if pad else layout)
+    order = layouts.ROW_MAJOR if pad else layout
+    dense = unpack(kept, tuple(shape), stored_dtype(grad, kept_dtype), order).to(grad.dtype)
     if not pad:
         return dense
     return layouts.as_layout(F.pad(dense, list(pad), mode=pad_mode), layout)
@@ -259,6 +296,7 @@ def _(
     gradient_density: str,
     gradient_selector: str,
     wants: Sequence[bool],
+    kept_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     seen = layouts.empty(input_shape, layout, dtype=grad.dtype, device=grad.device)
     batched = grad.dim() == weight.dim()
@@ -276,6 +314,8 @@ def _(
         [True, True, True],
     )
     input_grad = grads[0] if batched else grads[0].squeeze(0)
+    if layout == BATCH_INNERMOST:
+        input_grad = _in_layout(input_grad, layout)
     return (
         input_grad if wants[0] else grad.new_empty(0),
         grads[1].to(weight.dtype) if wants[1] else grad.new_empty(0),
@@ -287,7 +327,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     ctx.options = inputs[5:]
     ctx.input_shape = tuple(input.shape)
-    ctx.layout = layouts.layout_of(input)
+    ctx.layout = ctx.options[12] or layouts.layout_of(input)
     saved = input if kept is None and ctx.needs_input_grad[1] else None
     ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
 
@@ -295,7 +335,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
     (stride, padding, dilation, groups, pad, pad_mode, sparse, weight_selector) = ctx.options[:8]
-    _, _, gradient_density, gradient_selector = ctx.options[8:]
+    _, _, gradient_density, gradient_selector, _, kept_dtype = ctx.options[8:]
     wants = list(ctx.needs_input_grad[:3])
     grads = conv_backward(
         grad,
@@ -316,6 +356,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient_density,
         gradient_selector,
         wants,
+        kept_dtype,
     )
     wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
     return (*wanted, *[None] * (2 + len(ctx.options)))

@@ -26,6 +26,13 @@ def _transposed(shape: Shape) -> list[int]:
     return [shape[1], shape[0], *shape[2:]]
 
 
+def _wants(args: tuple[Any, ...], options: dict[str, Any]) -> Sequence[bool]:
+    """The argument `wants` of a backward op: the last that is a list."""
+    lists = [a for a in args if isinstance(a, (list, tuple))]
+    wants: Sequence[bool] = options["wants"] if "wants" in options else lists[-1]
+    return wants
+
+
 def conv_flops(input: Shape, weight: Shape, *args: Any, out_shape: Shape, **options: Any) -> int:
     """FLOPs of `swatfx::conv`: what torch counts for the dense convolution."""
     out = _batched(out_shape, weight)
@@ -43,7 +50,7 @@ def conv_backward_flops(
     **options: Any,
 ) -> int:
     """FLOPs of `swatfx::conv_backward`: what torch counts for the gradients that are wanted."""
-    wants = options["wants"] if "wants" in options else args[-1]
+    wants = _wants(args, options)
     seen, grad = _batched(input_shape, weight), _batched(grad, weight)
     flops = 0
     if wants[0]:
@@ -64,9 +71,17 @@ def linear_backward_flops(
     grad: Shape, input: Shape | None, kept: Shape | None, weight: Shape, *args: Any, **options: Any
 ) -> int:
     """FLOPs of `swatfx::linear_backward`: as many again for each gradient that is wanted."""
-    wants = options["wants"] if "wants" in options else args[-1]
+    wants = _wants(args, options)
     products = int(wants[0]) + int(wants[1])
     return 2 * products * math.prod(grad[:-1]) * math.prod(weight)
+
+
+def no_flops(*args: Any, **options: Any) -> int:
+    """Norms, ReLU, pooling and dropout: torch counts products of matrices only."""
+    return 0
+
+
+_UNCOUNTED = ("batch_norm", "relu", "max_pool2d", "avg_pool2d", "dropout")
 
 
 def register_flops() -> None:
@@ -76,3 +91,5 @@ def register_flops() -> None:
     register_flop_formula(ops.conv_backward)(conv_backward_flops)
     register_flop_formula(ops.linear)(linear_flops)
     register_flop_formula(ops.linear_backward)(linear_backward_flops)
+    uncounted = [getattr(ops, name + end) for name in _UNCOUNTED for end in ("", "_backward")]
+    register_flop_formula(uncounted)(no_flops)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swatfx import layouts, selectors
 from swatfx.ops.autocast import register_autocast
-from swatfx.ops.conv import no_double_backward
+from swatfx.ops.conv import no_double_backward, stored_dtype
 from swatfx.ops.pack import unpack
 from swatfx.ops.where import (
     SWAT,
@@ -26,8 +26,7 @@ from swatfx.ops.where import (
 from swatfx.selectors import Axes
 
 
-@torch.library.custom_op("swatfx::linear", mutates_args=())
-def linear(
+def linear_reference(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -39,6 +38,8 @@ def linear(
     activation_selector: str = "nchw",
     gradient_density: str = "",
     gradient_selector: str = "nchw",
+    kept_dtype: torch.dtype | None = None,
+    sparse_kernels: bool = False,
 ) -> Tensor:
     """`F.linear` with Top-K weights.
 
@@ -55,6 +56,8 @@ def linear(
         activation_selector: name in `swatfx.selectors`.
         gradient_density: of the output gradient; "" keeps it dense.
         gradient_selector: name in `swatfx.selectors`.
+        kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
+        sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
 
     Returns:
         (*any, out).
@@ -68,6 +71,9 @@ def linear(
     if where.forward_weight:
         used = active_weight(weight, weight_state, weight_selector, input.dtype)
     return _run(input, used, bias)
+
+
+linear = torch.library.custom_op("swatfx::linear", linear_reference, mutates_args=())
 
 
 def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,8 +93,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options:
     return F.linear(input, as_seen(weight, input.dtype), bias)
 
 
-@torch.library.custom_op("swatfx::linear_backward", mutates_args=())
-def linear_backward(
+def linear_backward_reference(
     grad: Tensor,
     input: Tensor | None,
     kept: Tensor | None,
@@ -100,6 +105,8 @@ def linear_backward(
     gradient_density: str,
     gradient_selector: str,
     wants: Sequence[bool],
+    kept_dtype: torch.dtype | None = None,
+    sparse_kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::linear` for input, weight and bias; those not in `wants` are empty."""
     where = Where.parse(sparse)
@@ -118,12 +125,18 @@ def linear_backward(
     if wants[1]:
         if input is None:
             assert kept is not None  # setup_context saves one of the two
-            input = unpack(kept, tuple(input_shape), grad.dtype, layouts.ROW_MAJOR)
+            stored = stored_dtype(grad, kept_dtype)
+            input = unpack(kept, tuple(input_shape), stored, layouts.ROW_MAJOR).to(grad.dtype)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
         if where.active_only:
             active = weight_keep(weight, weight_state, weight_selector)
             weight_grad = kept_only(weight_grad, active)
     return input_grad, weight_grad, bias_grad
+
+
+linear_backward = torch.library.custom_op(
+    "swatfx::linear_backward", linear_backward_reference, mutates_args=()
+)
 
 
 @linear_backward.register_fake
@@ -139,6 +152,8 @@ def _(
     gradient_density: str,
     gradient_selector: str,
     wants: Sequence[bool],
+    kept_dtype: torch.dtype | None = None,
+    sparse_kernels: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         grad.new_empty(tuple(input_shape)) if wants[0] else grad.new_empty(0),
@@ -157,7 +172,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
-    sparse, weight_selector, _, _, gradient_density, gradient_selector = ctx.options
+    sparse, weight_selector, _, _, gradient_density, gradient_selector, *last = ctx.options
     wants = list(ctx.needs_input_grad[:3])
     grads = linear_backward(
         grad,
@@ -171,6 +186,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient_density,
         gradient_selector,
         wants,
+        *last,
     )
     wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
     return (*wanted, *[None] * (2 + len(ctx.options)))

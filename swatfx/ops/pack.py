@@ -9,8 +9,7 @@ from swatfx import bits, layouts, selectors
 from swatfx.selectors import Axes
 
 
-@torch.library.custom_op("swatfx::pack", mutates_args=())
-def pack(
+def pack_reference(
     x: Tensor, threshold: Tensor, spatial: int, selector: str, dtype: torch.dtype, layout: str = ""
 ) -> Tensor:
     """Keep the Top-K of an activation as a bitmask and its nonzero values.
@@ -30,6 +29,9 @@ def pack(
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)
     layout = layout or layouts.layout_of(x)
     return bits.pack(layouts.flat_view(x, layout), layouts.flat_view(keep, layout), dtype)
+
+
+pack = torch.library.custom_op("swatfx::pack", pack_reference, mutates_args=())
 
 
 @pack.register_fake

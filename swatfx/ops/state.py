@@ -20,6 +20,7 @@ from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import InputError
 from swatfx.selectors import Axes
+from swatfx.topk import holds_nan
 
 _Key = tuple[int, bool, int, tuple[int, ...]]  # (clock, of the root, data pointer, shape)
 
@@ -117,7 +118,7 @@ def check_rankable(x: Tensor, layer: str, is_weight: bool) -> None:
             value=str(x.dtype),
             remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
         )
-    if torch.isnan(x).any():
+    if holds_nan(x):
         raise InputError(
             f"Top-K met NaN in the {what} when thresholds were recomputed",
             layer=layer,
@@ -143,12 +144,16 @@ def compute_state(
     Raises:
         InputError: naming the layer.
     """
-    if not density.is_dense:  # else nothing is ranked, and NaN goes where eager lets it go
-        check_rankable(x, layer, is_weight)
     chosen = selectors.get(selector)
     axes = Axes.of(x.dim(), spatial, is_weight)
-    draw = draw_seed(seed, layer, iteration, is_weight)
     reduce = _sum_over_ranks if all_ranks and _has_ranks() else None
+    if reduce is None:
+        found = chosen.search(x, density, axes)
+        if found is not None and not found[1]:
+            return found[0]
+    if not density.is_dense:  # else nothing is ranked, and NaN goes where eager lets it go
+        check_rankable(x, layer, is_weight)
+    draw = draw_seed(seed, layer, iteration, is_weight)
     return chosen.state(x, density, axes, draw, reduce)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swatfx import selectors
 from swatfx.density import Density
+from swatfx.dispatch import Replaceable
 from swatfx.selectors import Axes, RandomSelector
 
 SWAT = "w/wa"
@@ -55,6 +56,12 @@ def kept_only(x: Tensor, keep: Tensor) -> Tensor:
     return x.clone().masked_fill_(keep.logical_not(), 0)
 
 
+@Replaceable
+def kept_top(x: Tensor, state: Tensor, selector: str, axes: Axes) -> Tensor:
+    """`x` where `selector` keeps it by `state`, else zero, in the memory format of `x`."""
+    return kept_only(x, selectors.get(selector).keep(x, state, axes))
+
+
 def weight_keep(weight: Tensor, state: Tensor, selector: str) -> Tensor:
     """Mask of active weights, broadcastable to `weight`."""
     return selectors.get(selector).keep(weight, state, Axes(0, 1))
@@ -75,7 +82,7 @@ def as_seen(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def active_weight(weight: Tensor, state: Tensor, selector: str, dtype: torch.dtype) -> Tensor:
     """Top-K weight as a dense tensor in the weight's memory format, as `dtype` sees it."""
-    return as_seen(kept_only(weight, weight_keep(weight, state, selector)), dtype)
+    return as_seen(kept_top(weight, state, selector, Axes(0, 1)), dtype)
 
 
 def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> Tensor:
@@ -90,7 +97,7 @@ def sparse_gradient(grad: Tensor, density: str, selector: str, spatial: int) -> 
         norm = grad.abs().sum(dtype=torch.float32).cpu()
         seed = int(norm.double().view(torch.int64).item()) & (2**53 - 1)
     state = chosen.state(grad, value, axes, seed)
-    return kept_only(grad, chosen.keep(grad, state, axes))
+    return kept_top(grad, state, selector, axes)
 
 
 def density_text(density: Density) -> str:

@@ -1,0 +1,338 @@
+"""A real training run, side by side: dense, reference kernels, fast kernels, smaller saves.
+
+    python -m benchmarks.accuracy --data DIR_OR_NPZ [--limit N] [--epochs N] [--seeds N] [--json]
+
+Trains cifar/resnet20 on the first `--limit` images of CIFAR-10, augmented, by the recipe of
+`swatfx.recipes` stretched to `--epochs`, and tests on all 10,000 test images. Runs of one seed
+start from the same weights and see the same batches. Beside the JSON file stands one in Markdown,
+and the loss curves as PNG where matplotlib is installed. Runs that are finished are kept in the
+file `--partial` until all are: started again with the same options, the runner takes them thence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+
+from benchmarks import common
+from benchmarks.sides import Network, StepSide, as_form, make_model
+from swatfx import datasets, kernels
+from swatfx.recipes import learning_rate, make_optimizer, recipe_for
+
+_POINTS = 10  # of a loss curve, an epoch
+_TEST_BATCH = 500
+# Option -> its default, and that of --quick.
+_DEFAULTS = {
+    "dataset": ("cifar10", "digits"),
+    "model": ("cifar/resnet20", "digits/cnn"),
+    "epochs": (12, 2),
+    "batch_size": (128, 32),
+    "limit": (20_000, 96),
+}
+_REFERENCE = "reference kernels"
+_FAST = "fast kernels"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train: a step's side, and whether the plain-torch kernels run it."""
+
+    step: StepSide
+    reference: bool = False
+
+    def missing(self) -> str | None:
+        """Why this side cannot run here, or None."""
+        if not self.reference and self.step.policy and not kernels.available():
+            return "no compiled kernels"
+        return self.step.missing()
+
+
+def sides(policy: str) -> dict[str, Side]:
+    """What is trained, by name."""
+    form = "channels_last"
+
+    def fast(**options: Any) -> Side:
+        return Side(StepSide(form, policy, options))
+
+    return {
+        "dense": Side(StepSide(form)),
+        _REFERENCE: Side(StepSide(form, policy), reference=True),
+        _FAST: fast(),
+        "int8 norms": fast(norm_saves="int8"),
+        "bf16 values": fast(value_dtype="bf16"),
+    }
+
+
+def train(
+    side: Side,
+    data: datasets.Dataset,
+    args: argparse.Namespace,
+    seed: int,
+    tick: Callable[[], object],
+    keep: Callable[[dict[str, Any]], object],
+) -> dict[str, Any]:
+    """One run; `keep` gets what there is after every epoch."""
+    torch.manual_seed(seed)
+    network = Network(args.model, args.batch_size)
+    recipe = recipe_for(args.model, args.dataset)
+    model = make_model(network, side.step)
+    optimizer = make_optimizer(recipe, model)
+    steps = data.train_batch_count(args.batch_size)
+    run: dict[str, Any] = {"losses": [], "epoch_losses": [], "accuracies": [], "seconds": 0.0}
+    for epoch in range(args.epochs):
+        start = time.perf_counter()
+        losses: list[float] = []
+        model.train()
+        batches = data.train_batches(args.batch_size, seed=seed, epoch=epoch, device="cpu")
+        with kernels.reference_only() if side.reference else nullcontext():
+            for index, (images, labels) in enumerate(batches):
+                rate = learning_rate(recipe, epoch, (index + 0.5) / steps, args.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(as_form(images, side.step.form)), labels)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+                tick()
+            accuracy = _test(model, data, side.step.form)
+        run["losses"] += _means(losses, _POINTS)
+        run["epoch_losses"].append(statistics.fmean(losses))
+        run["accuracies"].append(accuracy)
+        run["seconds"] += time.perf_counter() - start
+        keep(run)
+    return run
+
+
+def _test(model: torch.nn.Module, data: datasets.Dataset, form: str) -> float:
+    model.eval()
+    right = count = 0
+    with torch.no_grad():
+        for images, labels in data.test_batches(_TEST_BATCH, device="cpu"):
+            right += int((model(as_form(images, form)).argmax(dim=1) == labels).sum().item())
+            count += len(labels)
+    return right / count
+
+
+def _means(values: list[float], parts: int) -> list[float]:
+    """Means of `parts` (or fewer) stretches of almost equal length."""
+    parts = min(parts, len(values))
+    edges = [len(values) * i // parts for i in range(parts + 1)]
+    return [statistics.fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+class Partial:
+    """Runs so far, in a file, by (side, seed); those of other settings are not taken."""
+
+    def __init__(self, path: pathlib.Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.runs: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text())
+            if stored["settings"] == settings:
+                self.runs = {k: r for k, r in stored["runs"].items() if r["finished"]}
+
+    def keep(self, key: str, run: Mapping[str, Any], finished: bool) -> None:
+        """Note a run, and write the file."""
+        self.runs[key] = {**run, "finished": finished}
+        if self.path is not None:
+            common.write_result({"settings": self.settings, "runs": self.runs}, self.path)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All sides with all seeds."""
+    for key, (value, quick) in _DEFAULTS.items():
+        if getattr(args, key) is None:
+            setattr(args, key, quick if args.quick else value)
+    data = datasets.load(args.dataset, args.data)
+    limit = args.limit
+    data = replace(
+        data, train_images=data.train_images[:limit], train_labels=data.train_labels[:limit]
+    )
+    chosen = {name: side for name, side in sides(args.policy).items() if name in args.sides}
+    unavailable = {name: why for name, side in chosen.items() if (why := side.missing())}
+    names = [name for name in chosen if name not in unavailable]
+    keys = ("model", "dataset", "policy", "epochs", "batch_size")
+    settings: dict[str, Any] = {key: getattr(args, key) for key in keys}
+    settings |= {"train_images": len(data.train_images), "test_images": len(data.test_images)}
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    versions = common.versions() | {"kernels": kernels.instruction_set(), "allocator": tunables}
+    partial = Partial(args.partial, settings | versions)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    steps = data.train_batch_count(args.batch_size) * args.epochs
+    with common.progress(args.seeds * len(names) * steps, "accuracy") as bar:
+        for seed in range(args.seeds):
+            for name in names:
+                key = f"{name}, seed {seed}"
+                if key in partial.runs:
+                    bar.update(steps)
+                else:
+
+                    def keep(run: dict[str, Any], key: str = key) -> None:
+                        partial.keep(key, run, finished=False)
+
+                    run = train(chosen[name], data, args, seed, bar.update, keep)
+                    partial.keep(key, run, finished=True)
+                run = {k: v for k, v in partial.runs[key].items() if k != "finished"}
+                runs[name].append({"seed": seed, **run})
+    if args.partial is not None:
+        args.partial.unlink(missing_ok=True)
+    summary = {name: summarise(found) for name, found in runs.items()}
+    differences = {
+        name: compare(runs[name], runs[_REFERENCE])
+        for name in names
+        if _REFERENCE in runs and name != _REFERENCE
+    }
+    return {
+        "settings": settings,
+        "unavailable": unavailable,
+        "summary": summary,
+        "differences_to_reference_kernels": differences,
+        "runs": runs,
+    }
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Final accuracy over seeds, and time; the deviation is of the sample."""
+    final = [run["accuracies"][-1] for run in runs]
+    return {
+        "final_accuracy_mean": statistics.fmean(final),
+        "final_accuracy_std": statistics.stdev(final) if len(final) > 1 else None,
+        "final_loss_mean": statistics.fmean(run["epoch_losses"][-1] for run in runs),
+        "seconds_mean": statistics.fmean(run["seconds"] for run in runs),
+        "seeds": len(runs),
+    }
+
+
+def compare(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:
+    """How far `runs` are from `base`, seed by seed."""
+    pairs = list(zip(runs, base, strict=True))
+    gaps = [a["accuracies"][-1] - b["accuracies"][-1] for a, b in pairs]
+    curves = [abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True)]
+    return {
+        "final_accuracy_mean": statistics.fmean(gaps),
+        "final_accuracy_largest": max(abs(gap) for gap in gaps),
+        "first_loss_largest": max(abs(a["losses"][0] - b["losses"][0]) for a, b in pairs),
+        "loss_largest": max(curves),
+        "loss_mean": statistics.fmean(curves),
+    }
+
+
+def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
+    """One row a side."""
+    headers = ["side", "accuracy, mean", "std", "seeds", "loss", "seconds a run"]
+    headers.append("accuracy less reference")
+    rows: list[common.Row] = []
+    for name, summary in measured["summary"].items():
+        gap = measured["differences_to_reference_kernels"].get(name, {})
+        std = summary["final_accuracy_std"]
+        rows.append(
+            [
+                name,
+                f"{summary['final_accuracy_mean']:.2%}",
+                None if std is None else f"{std:.2%}",
+                summary["seeds"],
+                summary["final_loss_mean"],
+                f"{summary['seconds_mean']:.0f}",
+                f"{gap['final_accuracy_mean']:+.2%}" if gap else None,
+            ]
+        )
+    for name, reason in measured["unavailable"].items():
+        rows.append([name, reason, *[None] * 5])
+    return headers, rows
+
+
+def curves(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
+    """One row an epoch: training loss and test accuracy of every side, means over seeds."""
+    names = list(measured["runs"])
+    headers = ["epoch", *(f"{name}: loss" for name in names), *(f"{n}: accuracy" for n in names)]
+    rows: list[common.Row] = []
+    for epoch in range(measured["settings"]["epochs"]):
+        row: common.Row = [epoch + 1]
+        for key, form in (("epoch_losses", ".4f"), ("accuracies", ".2%")):
+            for name in names:
+                mean = statistics.fmean(run[key][epoch] for run in measured["runs"][name])
+                row.append(format(mean, form))
+        rows.append(row)
+    return headers, rows
+
+
+def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
+    """The Markdown file beside the JSON one, and the picture if it can be drawn."""
+    lines = [f"# {BENCHMARK.description}", "", f"{result['date']}: `{result['command']}`", ""]
+    described = {**result["machine"], **result["versions"]}
+    lines.append(", ".join(f"{k} {v}" for k, v in described.items() if v is not None))
+    for allocator, measured in result["allocators"].items():
+        settings = ", ".join(f"{k} {v}" for k, v in measured["settings"].items())
+        lines += ["", f"## Allocator: {allocator}", "", settings]
+        for headers, rows in (table(measured), curves(measured)):
+            cells = [[common.cell(value) for value in row] for row in rows]
+            text = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+            lines += ["", text]
+        picture = path.with_name(f"{path.stem}-{allocator}.png")
+        if _draw(measured, picture):
+            lines += ["", f"![training loss]({picture.name})"]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _draw(measured: Mapping[str, Any], path: pathlib.Path) -> bool:
+    """Loss curves, a line a run; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure  # type: ignore[import-not-found]
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    for index, (name, runs) in enumerate(measured["runs"].items()):
+        for run in runs:
+            points = len(run["losses"]) / measured["settings"]["epochs"]
+            xs = [(i + 1) / points for i in range(len(run["losses"]))]
+            label = name if run is runs[0] else None
+            axes.plot(xs, run["losses"], color=f"C{index}", label=label, linewidth=0.8)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = list(sides("dense"))
+    parser.add_argument("--data", metavar="PATH", help="folder or .npz that holds the data set")
+    parser.add_argument("--dataset", help="of swatfx.datasets (default: cifar10)")
+    parser.add_argument("--model", help="of swatfx.models.create (default: cifar/resnet20)")
+    parser.add_argument("--policy", default="swat-u:0.9", help="of all sides but the dense one")
+    parser.add_argument("--sides", nargs="+", choices=names, default=names, help="to train")
+    parser.add_argument("--seeds", type=common.positive, default=2, help="runs a side")
+    parser.add_argument("--epochs", type=common.positive, help="default: 12")
+    parser.add_argument("--batch-size", type=common.positive, help="default: 128")
+    parser.add_argument("--limit", type=common.positive, help="training images (default: 20000)")
+    parser.add_argument("--partial", type=pathlib.Path, metavar="FILE", help="runs so far")
+
+
+BENCHMARK = common.Benchmark(
+    "accuracy",
+    "training with fast and reference kernels, with smaller saves, and dense",
+    _add_arguments,
+    measure,
+    table,
+    (
+        "All sides of a seed start from the same weights and see the same batches. Accuracy is of",
+        "the last epoch, on all test images; std is of the sample of seeds.",
+    ),
+    allocator="tuned",
+    companions=write_companions,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(common.run(BENCHMARK))

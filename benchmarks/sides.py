@@ -1,0 +1,221 @@
+"""What is compared: one training step, or one inference, of a network, made in several ways.
+
+A side is a form of the dense model (memory format, torch.compile) or a policy in one of these
+forms. All sides of a network start from the same weights and see the same batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from swatfx import models
+from swatfx.graph_module import SwatModule
+
+FORMS = ("nchw", "channels_last", "compiled")
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained: a name of `swatfx.models.create`, images a step, their side."""
+
+    name: str
+    batch: int
+    side: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a batch."""
+        channels, *extent = models.default_input_shape(self.name)
+        return (self.batch, channels, *([self.side] * 2 if self.side else extent))
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are."""
+        return 10 if "/" in self.name else 1000
+
+    def __str__(self) -> str:
+        text = f"{self.name}:{self.batch}"
+        return f"{text}:{self.side}" if self.side else text
+
+
+def parse_network(text: str) -> Network:
+    """NAME, NAME:BATCH or NAME:BATCH:SIDE; without a batch 16 at 224 pixels, else 128."""
+    name, *rest = text.split(":")
+    try:
+        numbers = [int(word) for word in rest]
+    except ValueError:
+        numbers = [0]
+    if len(numbers) > 2 or any(n < 1 for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME[:BATCH[:SIDE]]")
+    batch = numbers[0] if numbers else (128 if "/" in name else 16)
+    return Network(name, batch, numbers[1] if len(numbers) > 1 else None)
+
+
+@dataclass(frozen=True)
+class StepSide:
+    """One way to make a step.
+
+    Attributes:
+        form: "nchw", "channels_last", or "compiled" (torch.compile of channels_last).
+        policy: None for the model as it is, else the policy it is compiled with.
+        options: further keywords of `swatfx.compile`.
+        budget: `activation_memory_budget` of torch.compile.
+    """
+
+    form: str
+    policy: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+
+    def missing(self) -> str | None:
+        """Why this side cannot be made with the swatfx that is installed, or None."""
+        known = inspect.signature(swatfx.compile).parameters
+        absent = [name for name in self.options if name not in known]
+        return f"swatfx.compile takes no {', '.join(absent)}" if absent else None
+
+
+DENSE = {f"dense {form}": StepSide(form) for form in FORMS}
+
+
+def policy_sides(policies: list[str], form: str) -> dict[str, StepSide]:
+    """A side a policy, under the policy's own text."""
+    return {policy: StepSide(form, policy) for policy in policies}
+
+
+class Trainer:
+    """One side of one network: its model, batch and optimizer."""
+
+    def __init__(self, network: Network, side: StepSide, model: nn.Module | None = None) -> None:
+        """Set up the side; `model` (made anew if None) is copied, not changed."""
+        torch.manual_seed(0)
+        self.side = side
+        self.model = make_model(network, side, model).train()
+        self.call = callable_of(self.model, side)
+        generator = torch.Generator().manual_seed(1)
+        self.x = as_form(torch.randn(network.shape, generator=generator), side.form)
+        self.y = torch.randint(network.classes, (network.batch,), generator=generator)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+
+    def loss(self) -> Tensor:
+        """Forward and loss."""
+        with _budget(self.side.budget):
+            return F.cross_entropy(self.call(self.x), self.y)
+
+    def step(self, phase: Callable[[str], object] = lambda name: None) -> float:
+        """One training step; its loss.
+
+        `phase` is called with "forward", "backward", "optimizer" as each begins.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        phase("forward")
+        loss = self.loss()
+        phase("backward")
+        loss.backward()
+        phase("optimizer")
+        self.optimizer.step()
+        return float(loss.item())
+
+    def refreshed_at(self) -> set[int]:
+        """The training iterations at which thresholds were last recomputed."""
+        if not isinstance(self.model, SwatModule):
+            return set()
+        return {int(module.stamp.item()) for _, module in self.model.swat.thresholds()}
+
+    def saved_bytes(self) -> dict[str, int]:
+        """Bytes of the distinct storages that autograd keeps for backward.
+
+        "saved_bytes" excludes parameters, "saved_bytes_with_parameters" does not. torch.compile's
+        functions save through the same hooks.
+        """
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, Any] = {}  # the storages themselves: an address must not be given out again
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        del loss
+        sizes = {address: storage.nbytes() for address, storage in kept.items()}
+        return {
+            "saved_bytes": sum(size for address, size in sizes.items() if address not in own),
+            "saved_bytes_with_parameters": sum(sizes.values()),
+        }
+
+
+class Predictor:
+    """One side of one network in evaluation."""
+
+    def __init__(self, network: Network, side: StepSide, model: nn.Module | None = None) -> None:
+        """Set up the side; `model` (made anew if None) is copied, not changed."""
+        torch.manual_seed(0)
+        self.model = make_model(network, side, model).eval()
+        self.call = callable_of(self.model, side)
+        generator = torch.Generator().manual_seed(1)
+        self.x = as_form(torch.randn(network.shape, generator=generator), side.form)
+
+    def predict(self) -> Tensor:
+        """Logits of the batch."""
+        with torch.no_grad():
+            logits: Tensor = self.call(self.x)
+        return logits
+
+
+def make_model(network: Network, side: StepSide, model: nn.Module | None = None) -> nn.Module:
+    """The side's model: in its memory format, and rewritten if it has a policy."""
+    made = models.create(network.name) if model is None else copy.deepcopy(model)
+    if side.form != "nchw":
+        made = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if side.policy is not None:
+        made = swatfx.compile(made, side.policy, **side.options)
+    return made
+
+
+def callable_of(model: nn.Module, side: StepSide) -> Callable[[Tensor], Tensor]:
+    """The model, or what torch.compile makes of it, for one shape of input."""
+    if side.form != "compiled":
+        return model
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
+    return compiled
+
+
+def as_form(x: Tensor, form: str) -> Tensor:
+    """An image batch in the memory format of `form`."""
+    return x if form == "nchw" else x.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _set_budget(budget: float) -> Iterator[None]:
+    config: Any = torch._functorch.config
+    with config.patch(activation_memory_budget=budget):
+        yield
+
+
+def _budget(budget: float | None) -> AbstractContextManager[None]:
+    return nullcontext() if budget is None else _set_budget(budget)
+
+
+def failure(run: Callable[[], object]) -> str | None:
+    """Run once; the first line of what it raised, or None.
+
+    For what depends on the machine, such as the C++ compiler that torch.compile calls.
+    """
+    try:
+        run()
+    except Exception as error:  # the compiler stack raises whatever its back ends raise
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None

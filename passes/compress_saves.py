@@ -1,0 +1,207 @@
+"""Let norms, ReLUs, pools and dropouts keep less for backward, where some layer's input is packed.
+
+Reads nodes, modules and LayerPlans; replaces batch norm (with the addition and the ReLU behind it,
+if nobody else reads what lies between), ReLU, 2d pooling and dropout by calls of leaves below
+`swat` (`swatfx.saves`), which the model's own modules go on to rule. Values stay what they are, and
+so do parameters and their names. What has hooks, is parametrized, or works in place on a tensor
+that others read, stays as it is. A second run finds nothing left and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from passes.aliasing import Versions
+from passes.saving_calls import Calls
+from passes.saving_leaves import Leaves
+from swatfx import meta
+from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.passing import Context, PassResult
+
+
+def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
+    """Rewrite the root graph and every part, if at least one layer packs its input."""
+    if not any(_packs(node) for _, part in all_parts(gm) for node in part.graph.nodes):
+        return PassResult(gm, False, ("no input is packed: every op keeps what it kept",))
+    leaves = Leaves(gm)
+    count = sum(_Rewriter(gm, part, prefix, leaves).run() for prefix, part in all_parts(gm))
+    return PassResult(gm, count > 0, (f"{count} calls keep less",))
+
+
+def _packs(node: fx.Node) -> bool:
+    record = meta.read(node)
+    if record.role != "op" or record.plan is None:
+        return False
+    return record.plan.backward_activation and not record.plan.activation_density.is_dense
+
+
+def _keeps_its_input(node: fx.Node) -> bool:
+    """Whether `node` is a layer that keeps its whole input for backward."""
+    record = meta.read(node)
+    if record.plan is None:
+        return False
+    return record.role != "op" or not record.plan.backward_activation
+
+
+class _Rewriter:
+    """Rewrites one graph.
+
+    All is decided on the graph as it was found, since positions and aliases are of that; arguments
+    are read when a node is replaced, since by then others may have been.
+    """
+
+    def __init__(self, gm: SwatModule, part: fx.GraphModule, prefix: str, leaves: Leaves) -> None:
+        self.part = part
+        self.prefix = prefix
+        self.leaves = leaves
+        eager = {
+            path.removeprefix(f"{prefix}.") if prefix else path: reason
+            for path, reason in gm.eager.items()
+        }
+        self.calls = Calls(part, eager)
+        self.versions = Versions(part, eager)
+        self.taken: set[fx.Node] = set()
+
+    def run(self) -> int:
+        """Rewrite what can be; return how many calls that made."""
+        nodes = list(self.part.graph.nodes)
+        found = [self._relu(node) for node in nodes]
+        found += [self._other(node) for node in nodes if node not in self.taken]
+        rewrites = [rewrite for rewrite in found if rewrite is not None]
+        for rewrite in rewrites:
+            rewrite()
+        if rewrites:
+            self.part.recompile()
+        return len(rewrites)
+
+    def _replace(
+        self, node: fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        with self.part.graph.inserting_before(node):
+            new = self.part.graph.create_node("call_module", target, args, kwargs)
+        new.meta.update(node.meta)
+        node.replace_all_uses_with(new)
+        self.part.graph.erase_node(node)
+        new.name = node.name
+
+    # ---- ReLU, alone or behind a norm ----
+
+    def _relu(self, node: fx.Node) -> Callable[[], None] | None:
+        call = self.calls.relu(node)
+        if call is None:
+            return None
+        source, inplace = call
+        norm: fx.Node | None = source
+        total: fx.Node | None = None
+        if self._is_alone(source) and self.calls.total(source) is not None:
+            norm, total = self._norm_of_sum(source, node), source
+        if norm is not None and self._can_wait(norm, node):
+            self.taken.add(norm)
+            return lambda: self._replace_norm(norm, node, total)
+        if inplace and not self._only_result_is_read(node, source):
+            return None
+        if any(_keeps_its_input(user) for user in node.users):
+            return None  # what a layer keeps anyway costs ReLU nothing
+        return lambda: self._replace_relu(node)
+
+    def _replace_relu(self, node: fx.Node) -> None:
+        call = self.calls.relu(node)
+        assert call is not None  # decided before
+        options = {"inplace": True} if call[1] else {}
+        self._replace(node, self.leaves.shared("relu"), call[:1], options)
+
+    def _is_alone(self, node: fx.Node) -> bool:
+        return len(node.users) == 1
+
+    def _norm_of_sum(self, total: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """A norm that a sum reads and that can wait for `reader`, as the other operand can."""
+        call = self.calls.total(total)
+        assert call is not None  # the caller has asked
+        one, other, writes = call
+        # The second if both are norms: that is mostly the shortcut's, and computed last.
+        pairs = [(one, other)] if writes else [(other, one), (one, other)]
+        for norm, residual in pairs:
+            settled = norm is not residual and self._unchanged(residual, total.next, reader)
+            if settled and self._can_wait(norm, reader):
+                return norm
+        return None
+
+    def _can_wait(self, norm: fx.Node, reader: fx.Node) -> bool:
+        """Whether `norm` is one that may as well be computed where `reader` is."""
+        args = self.calls.norm(norm)
+        if args is None or not self._is_alone(norm):
+            return False
+        state = self.calls.state_of_norm(norm)
+        node = norm.next
+        while node is not reader:  # the order in which calls move the running statistics counts
+            if state is not None and self.calls.state_of_norm(node) is state:
+                return False
+            node = node.next
+        return self._unchanged(args[0], norm, reader)
+
+    def _unchanged(self, tensor: fx.Node, first: fx.Node, then: fx.Node) -> bool:
+        """Whether nobody writes into `tensor` between two of its readers."""
+        return self.versions.of(tensor, first) == self.versions.of(tensor, then)
+
+    def _only_result_is_read(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether nobody sees `node` write into its input: no later node, and no caller."""
+        for other in self.versions.aliases(source):
+            if not self.versions.is_before(other, node):
+                continue
+            if other.op in ("placeholder", "get_attr"):
+                return False
+            if any(self.versions.is_before(node, user) for user in other.users):
+                return False
+        return True
+
+    def _replace_norm(self, norm: fx.Node, last: fx.Node, total: fx.Node | None) -> None:
+        """A call of a leaf in place of `last`; the norm and the sum before it go."""
+        args = self.calls.norm(norm)
+        assert args is not None  # decided before
+        options: dict[str, Any] = {}
+        if total is not None:
+            call = self.calls.total(total)
+            assert call is not None
+            options["residual"] = call[1] if call[0] is norm else call[0]
+        if last is not norm:
+            options["relu"] = True
+        if norm.op == "call_module":
+            target = self.leaves.norm(join(self.prefix, str(norm.target)))
+        else:
+            target = self.leaves.functional_norm()
+        self._replace(last, target, args, options)
+        for node in (total, norm):
+            if node is not None and node is not last:
+                self.part.graph.erase_node(node)
+
+    # ---- The rest ----
+
+    def _other(self, node: fx.Node) -> Callable[[], None] | None:
+        if self.calls.norm(node) is not None:
+            return lambda: self._replace_norm(node, node, None)
+        if self.calls.pool(node) is not None:
+            return lambda: self._replace_pool(node)
+        dropout = self.calls.dropout(node)
+        if dropout is None or (
+            dropout[1] and not self._only_result_is_read(node, node.all_input_nodes[0])
+        ):
+            return None
+        return lambda: self._replace_dropout(node)
+
+    def _replace_pool(self, node: fx.Node) -> None:
+        call = self.calls.pool(node)
+        assert call is not None  # decided before
+        args = (node.all_input_nodes[0], *call[1])
+        self._replace(node, self.leaves.shared(call[0]), args, {})
+
+    def _replace_dropout(self, node: fx.Node) -> None:
+        call = self.calls.dropout(node)
+        assert call is not None  # decided before
+        if node.op == "call_module":
+            target = self.leaves.dropout(join(self.prefix, str(node.target)))
+        else:
+            target = self.leaves.shared("dropout")
+        self._replace(node, target, call[0], {})

@@ -1,0 +1,127 @@
+/* Backward of batch normalisation: the sums of a channel, then its gradients, as in norm.c. */
+#include "norm_backward.h"
+
+static reader reader_of(const backward *b, const extent *e, int64_t channel) {
+    float weight = b->weight ? b->weight[channel] : 1, bias = b->bias ? b->bias[channel] : 0;
+    affine line = affine_of(b->mean[channel], b->invstd[channel], weight, bias);
+    reader how = {.scale = splat(line.scale),
+                  .shift = splat(line.shift),
+                  .mean = splat(b->mean[channel]),
+                  .up = at_least(splat(weight), splat(0))};
+    if (b->codes) {
+        how.step = splat(b->header[channel]);
+        how.low = splat(b->header[e->channels + channel]);
+        how.first = splat(b->header[2 * e->channels + channel]);
+    }
+    return how;
+}
+
+INLINE sums reduce_as(const backward *b, const extent *e, int64_t channel, int64_t from, int64_t to,
+                      const enum mask_from masks, const enum source from_what) {
+    reader how = reader_of(b, e, channel);
+    double g_sum = 0, gh_sum = 0;
+    for (int64_t part = from; part < to; part++) {
+        span all = part_of(e, channel, part);
+        for (int64_t begin = all.begin, end; begin < all.end; begin = end) {
+            end = min64(all.end, (begin / BLOCK + 1) * BLOCK);
+            wide g = splat(0), gh = g;
+            EACH_PIECE(begin, end - begin, {
+                wide h, found = read_gradient(b, &how, begin + i, count, &h, masks, from_what);
+                g = add(g, found);
+                gh = multiply_add(found, h, gh);
+            });
+            g_sum += lane_sum(g);
+            gh_sum += lane_sum(gh);
+        }
+    }
+    return (sums){g_sum, gh_sum};
+}
+
+INLINE void write_as(const backward *b, const extent *e, int64_t channel, int64_t from, int64_t to,
+                     plane to_dx, const enum mask_from masks, const enum source from_what) {
+    reader how = reader_of(b, e, channel);
+    wide of_g = splat(to_dx.a), of_h = splat(to_dx.b), rest = splat(to_dx.c);
+    for (int64_t part = from; part < to; part++) {
+        span all = part_of(e, channel, part);
+        int past = b->past && on_line(b->dx + all.begin) && on_line(b->dresidual + all.begin);
+        EACH_PIECE(all.begin, all.end - all.begin,
+                   write_gradient(b, &how, of_g, of_h, rest, all.begin + i, count, past, masks,
+                                  from_what));
+    }
+    settle();
+}
+
+static sums reduce(const backward *b, const extent *e, int64_t channel, int64_t from, int64_t to) {
+    sums found;
+#define REDUCE(masks, source) found = reduce_as(b, e, channel, from, to, masks, source)
+    EACH_WAY(b, REDUCE)
+    return found;
+}
+
+static void write(const backward *b, const extent *e, int64_t channel, int64_t from, int64_t to,
+                  plane to_dx) {
+#define WRITE(masks, source) write_as(b, e, channel, from, to, to_dx, masks, source)
+    EACH_WAY(b, WRITE)
+}
+
+plane finish_sums(const backward *b, const extent *e, int64_t channel, sums s) {
+    double invstd = b->invstd[channel], weight = b->weight ? b->weight[channel] : 1;
+    double unit = b->codes ? 1 : invstd; /* from h to normalised x */
+    double count = (double)(e->runs * e->length), a = weight * invstd;
+    if (b->dweight) b->dweight[channel] = (float)(s.gh * unit);
+    if (b->dbias) b->dbias[channel] = (float)s.g;
+    if (!b->training) return (plane){(float)a, 0, 0};
+    return (plane){(float)a, (float)(-a * unit * unit * s.gh / count), (float)(-a * s.g / count)};
+}
+
+/* bits is NULL unless they hold the mask; relu without bits takes it from codes, or from the sign of
+ * y. Gradients that are not wanted are NULL. Nothing may be empty. */
+EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
+                                 const float *bias, const float *mean, const float *invstd,
+                                 const uint8_t *bits, const uint8_t *codes, const float *header,
+                                 float *dx, float *dresidual, float *dweight, float *dbias,
+                                 int64_t channels, int64_t runs, int64_t length, int64_t run_step,
+                                 int64_t channel_step, int training, int relu, int threads) {
+    extent e = {channels, runs, length, run_step, channel_step, threads};
+    enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
+    backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,
+                  header, dx, dresidual, dweight, dbias, training, 0,    masks};
+    b.past = outgrows_cache(channels * runs * length);
+    if (is_last(&e)) {
+        norm_last_backward(&b, &e);
+        return;
+    }
+    int64_t parts = parts_of(&e);
+    int reduces = wants_sums(&b), writes = dx || dresidual;
+    if (!shares_channels(&e)) {
+#pragma omp parallel for schedule(dynamic, channels_a_task(&e)) num_threads(threads)
+        for (int64_t c = 0; c < channels; c++) {
+            sums s = reduces ? reduce(&b, &e, c, 0, parts) : (sums){0, 0};
+            plane to_dx = finish_sums(&b, &e, c, s);
+            if (writes) write(&b, &e, c, 0, parts, to_dx);
+        }
+        return;
+    }
+    sums partial[2][threads];
+    plane to_dx[2];
+#pragma omp parallel num_threads(threads)
+    {
+        int team = omp_get_num_threads(), me = omp_get_thread_num();
+        int64_t from = parts * me / team, to = parts * (me + 1) / team;
+        for (int64_t c = 0; c < channels; c++) {
+            /* Two rows in turn: nobody is a whole channel ahead of a barrier. */
+            partial[c % 2][me] = reduces ? reduce(&b, &e, c, from, to) : (sums){0, 0};
+#pragma omp barrier
+            if (me == 0) {
+                sums all = {0, 0};
+                for (int t = 0; t < team; t++) {
+                    all.g += partial[c % 2][t].g;
+                    all.gh += partial[c % 2][t].gh;
+                }
+                to_dx[c % 2] = finish_sums(&b, &e, c, all);
+            }
+#pragma omp barrier
+            if (writes) write(&b, &e, c, from, to, to_dx[c % 2]);
+        }
+    }
+}

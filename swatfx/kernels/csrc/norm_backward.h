@@ -1,0 +1,101 @@
+/* What both backwards of batch normalisation share; see norm.h. */
+#ifndef SWATFX_NORM_BACKWARD_H
+#define SWATFX_NORM_BACKWARD_H
+
+#include "norm.h"
+
+/* Where the ReLU let through: everywhere, or as say bits, codes, the sign of y computed again. */
+enum mask_from { ALL, BITS, CODES, SIGN };
+/* What normalised x is to be had from. */
+enum source { NOTHING, X, CODE };
+
+typedef struct {
+    const float *grad, *x, *weight, *bias, *mean, *invstd;
+    const uint8_t *bits, *codes; /* x, codes or both are NULL */
+    const float *header;
+    float *dx, *dresidual, *dweight, *dbias; /* NULL where not wanted */
+    int training, past;
+    enum mask_from masks;
+} backward;
+
+/* Of g, the gradient below the ReLU, and of g * h, where h is x - mean, or normalised x if that was
+ * what was kept. */
+typedef struct {
+    double g, gh;
+} sums;
+
+/* dx = g * a + h * b + c. */
+typedef struct {
+    float a, b, c;
+} plane;
+
+/* Keeps a channel's sums as gradients of weight and bias, and says what they make of dx. */
+plane finish_sums(const backward *b, const extent *e, int64_t channel, sums s);
+
+static inline int wants_sums(const backward *b) {
+    return b->dweight || b->dbias || (b->dx && b->training);
+}
+
+/* What elements are read with, as in norm.h: normalised x is low + code * step, and codes from `first`
+ * on lie where y is positive, or, where the weight is negative, below. */
+typedef struct {
+    wide scale, shift, mean, step, low, first;
+    mask up;
+} reader;
+
+/* g and h of `count` elements at `at`. */
+INLINE wide read_gradient(const backward *b, const reader *how, int64_t at, int count, wide *h,
+                          const enum mask_from masks, const enum source from_what) {
+    wide g = get_some(b->grad + at, count, 0), code = splat(0), x = code;
+    *h = x;
+    if (from_what == CODE) {
+        code = get_some_bytes(b->codes + at, count);
+        *h = multiply_add(code, how->step, how->low);
+    } else if (from_what == X) {
+        x = get_some(b->x + at, count, 0);
+        *h = sub(x, how->mean);
+    }
+    if (masks == SIGN) g = only(above_zero(multiply_add(x, how->scale, how->shift)), g);
+    if (masks == BITS) g = only(from_bits(get_bits(b->bits, at, count)), g);
+    if (masks == CODES) g = only(agree(at_least(code, how->first), how->up), g);
+    return g;
+}
+
+INLINE void write_gradient(const backward *b, const reader *how, wide of_g, wide of_h, wide rest,
+                           int64_t at, int count, int past, const enum mask_from masks,
+                           const enum source from_what) {
+    wide h, g = read_gradient(b, how, at, count, &h, masks, from_what);
+    if (b->dresidual) put_result(b->dresidual + at, g, count, past);
+    if (b->dx) {
+        wide d = multiply_add(g, of_g, multiply_add(h, of_h, rest));
+        put_result(b->dx + at, d, count, past);
+    }
+}
+
+/* One copy of a function for each way to read a gradient. */
+#define EACH_WAY(b, call)                                                                           \
+    switch ((b)->masks) {                                                                           \
+    case SIGN: call(SIGN, X); break;                                                                \
+    case CODES: call(CODES, CODE); break;                                                           \
+    case BITS:                                                                                      \
+        if ((b)->codes) {                                                                           \
+            call(BITS, CODE);                                                                       \
+        } else if ((b)->x) {                                                                        \
+            call(BITS, X);                                                                          \
+        } else {                                                                                    \
+            call(BITS, NOTHING);                                                                    \
+        }                                                                                           \
+        break;                                                                                      \
+    default:                                                                                        \
+        if ((b)->codes) {                                                                           \
+            call(ALL, CODE);                                                                        \
+        } else if ((b)->x) {                                                                        \
+            call(ALL, X);                                                                           \
+        } else {                                                                                    \
+            call(ALL, NOTHING);                                                                     \
+        }                                                                                           \
+    }
+
+void norm_last_backward(const backward *b, const extent *e);
+
+#endif

@@ -1,0 +1,258 @@
+/* Batch normalisation where channels lie side by side: a matrix of `runs` rows by `channels` columns,
+ * a multiple of sixteen.
+ *
+ * Threads divide the rows. No output can be had before all rows were seen, so the input is read twice.
+ * A block of rows is done by sixteen columns at a time, so that what belongs to their channels stays
+ * in registers; the block after it is fetched meanwhile. Both fit into the nearest cache.
+ */
+#include "norm_backward.h"
+
+#include <math.h>
+
+/* Threads' shares are multiples of ROWS, of which so many are added up in single precision. */
+enum { ROWS = 32, BLOCK_FLOATS = 2048 };
+
+/* Rows of a block: a power of two. */
+static inline int64_t block_rows(const extent *e) {
+    int64_t n = 2;
+    while (n < ROWS && 2 * n * e->channels <= BLOCK_FLOATS) n *= 2;
+    return n;
+}
+
+/* Do a statement for every block: rows [r, end) of a thread's share, channels from c on. */
+#define EACH_BLOCK(e, me, team, ...)                                                                \
+    do {                                                                                            \
+        int64_t share_end = part_begin((e)->runs, ROWS, (me) + 1, team), many = block_rows(e);      \
+        for (int64_t r = part_begin((e)->runs, ROWS, me, team), end; r < share_end; r = end) {      \
+            end = min64(share_end, r + many);                                                       \
+            for (int64_t c = 0; c < (e)->channels; c += LANES) {                                    \
+                __VA_ARGS__;                                                                        \
+            }                                                                                       \
+        }                                                                                           \
+    } while (0)
+
+/* Do a statement for every row of a block: `at` is where its sixteen elements begin. */
+#define EACH_ROW(e, r, end, c, ...)                                                                 \
+    for (int64_t at = (r) * (e)->channels + (c); at < (end) * (e)->channels;                        \
+         at += (e)->channels) {                                                                     \
+        __VA_ARGS__;                                                                                \
+    }
+
+/* Sums of sixteen channels, on their way to double precision. */
+static inline void keep_sums(float *narrow, double *to, wide v, int is_last_block) {
+    put(narrow, v);
+    if (!is_last_block) return;
+    for (int l = 0; l < LANES; l++) to[l] += narrow[l];
+    put(narrow, splat(0));
+}
+
+static inline int ends_sums(const extent *e, int64_t end) {
+    return end % ROWS == 0 || end == e->runs;
+}
+
+/* A thread's sums of a channel's elements, taken relative to `origin`, the mean of its first block. */
+typedef struct {
+    double *sum, *square;
+    float *origin, *low, *high, *narrow_sum, *narrow_square;
+} tally;
+
+static tally new_tally(int64_t channels) {
+    double *room = calloc((size_t)channels, 2 * sizeof(double) + 5 * sizeof(float));
+    float *floats = (float *)(room + 2 * channels);
+    return (tally){room,
+                   room + channels,
+                   floats,
+                   floats + channels,
+                   floats + 2 * channels,
+                   floats + 3 * channels,
+                   floats + 4 * channels};
+}
+
+static void tally_block(const float *x, const extent *e, const tally *t, int64_t r, int64_t end,
+                        int64_t c, int first) {
+    int64_t ahead = (end - r) * e->channels;
+    if (first) {
+        wide all = splat(0);
+        EACH_ROW(e, r, end, c, all = add(all, get(x + at)));
+        put(t->origin + c, mul(all, splat(1 / (float)(end - r))));
+        put(t->low + c, splat(INFINITY));
+        put(t->high + c, splat(-INFINITY));
+    }
+    wide s = get(t->narrow_sum + c), q = get(t->narrow_square + c);
+    wide origin = get(t->origin + c), low = get(t->low + c), high = get(t->high + c);
+    EACH_ROW(e, r, end, c, {
+        wide v = get(x + at), d = sub(v, origin);
+        __builtin_prefetch(x + at + ahead, 0, 3);
+        low = least(low, v);
+        high = most(high, v);
+        s = add(s, d);
+        q = multiply_add(d, d, q);
+    });
+    put(t->low + c, low);
+    put(t->high + c, high);
+    keep_sums(t->narrow_sum + c, t->sum + c, s, ends_sums(e, end));
+    keep_sums(t->narrow_square + c, t->square + c, q, ends_sums(e, end));
+}
+
+static moments moments_of(const tally *t, int64_t c, double count) {
+    double mean = count ? t->sum[c] / count : 0;
+    return (moments){count, t->origin[c] + mean, t->square[c] - t->sum[c] * mean, t->low[c],
+                     t->high[c]};
+}
+
+/* Rows of `channels` floats. */
+enum { SCALE, SHIFT, MEAN, INVSTD, TIE, INVERSE, FIRST, WRITER_ROWS };
+
+INLINE mask upwards(const float *weight, int64_t c) {
+    return at_least(weight ? get(weight + c) : splat(1), splat(0));
+}
+
+static void finish_forward(const forward *f, const extent *e, const tally *t, int team,
+                           float *table) {
+    for (int64_t c = 0; c < e->channels; c++) {
+        moments all = {0, 0, 0, INFINITY, -INFINITY};
+        for (int i = 0; i < team && t; i++) {
+            int64_t begin = part_begin(e->runs, ROWS, i, team);
+            double count = (double)(part_begin(e->runs, ROWS, i + 1, team) - begin);
+            all = combine_moments(all, moments_of(&t[i], c, count));
+        }
+        encoder k = finish_moments(f, e, c, all);
+        affine line = affine_of(f->mean[c], f->invstd[c], f->weight ? f->weight[c] : 1,
+                                f->bias ? f->bias[c] : 0);
+        float row[] = {line.scale, line.shift, k.mean, k.invstd, k.tie, k.inverse, k.first};
+        for (int i = 0; i < WRITER_ROWS; i++) table[i * e->channels + c] = row[i];
+    }
+}
+
+INLINE void write_block(const forward *f, const extent *e, const float *table, int64_t r,
+                        int64_t end, int64_t c, const int residual, const int relu, const int bits,
+                        const int codes) {
+    const float *at_c = table + c;
+    int64_t n = e->channels, ahead = (end - r) * n;
+    writer how = {get(at_c + SCALE * n),  get(at_c + SHIFT * n), get(at_c + MEAN * n),
+                  get(at_c + INVSTD * n), get(at_c + TIE * n),   get(at_c + INVERSE * n),
+                  get(at_c + FIRST * n),  upwards(f->weight, c)};
+    int past = f->past && on_line(f->y);
+    EACH_ROW(e, r, end, c, {
+        __builtin_prefetch(f->x + at + ahead, 0, 3);
+        if (residual) __builtin_prefetch(f->residual + at + ahead, 0, 3);
+        write_output(f, &how, at, LANES, past, residual, relu, bits, codes);
+    });
+}
+
+void norm_last(const forward *f, const extent *e) {
+    float *table = malloc((size_t)e->channels * WRITER_ROWS * sizeof *table);
+    int reduces = f->training || f->codes;
+    tally t[e->threads];
+#pragma omp parallel num_threads(e->threads)
+    {
+        int team = omp_get_num_threads(), me = omp_get_thread_num();
+        if (reduces) {
+            t[me] = new_tally(e->channels);
+            int64_t start = part_begin(e->runs, ROWS, me, team);
+            EACH_BLOCK(e, me, team, tally_block(f->x, e, &t[me], r, end, c, r == start));
+        }
+#pragma omp barrier
+        if (me == 0) finish_forward(f, e, reduces ? t : NULL, team, table);
+#pragma omp barrier
+#define WRITE(...) EACH_BLOCK(e, me, team, write_block(f, e, table, r, end, c, __VA_ARGS__))
+        EACH_OUTPUT(f, WRITE);
+        settle();
+        if (reduces) free(t[me].sum);
+    }
+    free(table);
+}
+
+/* ---- Backward ---- */
+
+INLINE reader reader_at(const backward *b, const float *lines, int64_t n, int64_t c) {
+    reader how = {.scale = get(lines + c),
+                  .shift = get(lines + n + c),
+                  .mean = get(b->mean + c),
+                  .up = upwards(b->weight, c)};
+    if (b->codes) {
+        how.step = get(b->header + c);
+        how.low = get(b->header + n + c);
+        how.first = get(b->header + 2 * n + c);
+    }
+    return how;
+}
+
+INLINE void fetch_gradient(const backward *b, int64_t at, const enum source from_what) {
+    __builtin_prefetch(b->grad + at, 0, 3);
+    if (from_what == X) __builtin_prefetch(b->x + at, 0, 3);
+    if (from_what == CODE) __builtin_prefetch(b->codes + at, 0, 3);
+}
+
+/* `sum` holds n doubles of g and n of gh, and as many floats for what is on its way there. */
+INLINE void sum_block(const backward *b, const extent *e, const float *lines, double *sum,
+                      int64_t r, int64_t end, int64_t c, const enum mask_from masks,
+                      const enum source from_what) {
+    int64_t n = e->channels, ahead = (end - r) * n;
+    float *narrow = (float *)(sum + 2 * n);
+    reader how = reader_at(b, lines, n, c);
+    wide g = get(narrow + c), gh = get(narrow + n + c);
+    EACH_ROW(e, r, end, c, {
+        wide h, found = read_gradient(b, &how, at, LANES, &h, masks, from_what);
+        fetch_gradient(b, at + ahead, from_what);
+        g = add(g, found);
+        gh = multiply_add(found, h, gh);
+    });
+    keep_sums(narrow + c, sum + c, g, ends_sums(e, end));
+    keep_sums(narrow + n + c, sum + n + c, gh, ends_sums(e, end));
+}
+
+INLINE void gradient_block(const backward *b, const extent *e, const float *lines,
+                           const float *planes, int64_t r, int64_t end, int64_t c,
+                           const enum mask_from masks, const enum source from_what) {
+    int64_t n = e->channels, ahead = (end - r) * n;
+    reader how = reader_at(b, lines, n, c);
+    wide of_g = get(planes + c), of_h = get(planes + n + c), rest = get(planes + 2 * n + c);
+    int past = b->past && on_line(b->dx) && on_line(b->dresidual);
+    EACH_ROW(e, r, end, c, {
+        fetch_gradient(b, at + ahead, from_what);
+        write_gradient(b, &how, of_g, of_h, rest, at, LANES, past, masks, from_what);
+    });
+}
+
+void norm_last_backward(const backward *b, const extent *e) {
+    int64_t n = e->channels;
+    float *lines = malloc((size_t)n * 5 * sizeof *lines), *planes = lines + 2 * n;
+    double *sum[e->threads];
+    for (int64_t c = 0; c < n; c++) {
+        affine line = affine_of(b->mean[c], b->invstd[c], b->weight ? b->weight[c] : 1,
+                                b->bias ? b->bias[c] : 0);
+        lines[c] = line.scale;
+        lines[n + c] = line.shift;
+    }
+#pragma omp parallel num_threads(e->threads)
+    {
+        int team = omp_get_num_threads(), me = omp_get_thread_num();
+        sum[me] = calloc((size_t)n, 2 * sizeof(double) + 2 * sizeof(float));
+        if (wants_sums(b)) {
+#define SUM(...) EACH_BLOCK(e, me, team, sum_block(b, e, lines, sum[me], r, end, c, __VA_ARGS__))
+            EACH_WAY(b, SUM)
+        }
+#pragma omp barrier
+#pragma omp for
+        for (int64_t c = 0; c < n; c++) {
+            sums all = {0, 0};
+            for (int i = 0; i < team; i++) {
+                all.g += sum[i][c];
+                all.gh += sum[i][n + c];
+            }
+            plane p = finish_sums(b, e, c, all);
+            planes[c] = p.a;
+            planes[n + c] = p.b;
+            planes[2 * n + c] = p.c;
+        }
+        if (b->dx || b->dresidual) {
+#define WRITE_BACK(...)                                                                             \
+    EACH_BLOCK(e, me, team, gradient_block(b, e, lines, planes, r, end, c, __VA_ARGS__))
+            EACH_WAY(b, WRITE_BACK)
+        }
+        settle();
+        free(sum[me]);
+    }
+    free(lines);
+}

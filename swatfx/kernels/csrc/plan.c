@@ -1,0 +1,83 @@
+/* Chooses tile, scratch and channel block; the measurements behind the numbers are of 3x3 and 1x1 layers. */
+#include "plan.h"
+
+#include <unistd.h>
+
+enum { CACHE_WAYS = 16 };
+
+int64_t cache_bytes(void) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return 512 * 1024;
+}
+
+/* Whether a pointwise product can read its input where it lies: a tile of all channels has to fit the
+ * second-level cache, also if planes are so far apart that they meet in few of its sets. */
+static int fits_in_place(const conv_problem *p, const plan *at) {
+    if (p->taps != 1 || p->height != 1 || p->step_x != 1 || p->batch != LANES || at->lanes != LANES) return 0;
+    const int64_t lines = at->kernel_cols, sets = cache_bytes() / sizeof(vec) / CACHE_WAYS;
+    int64_t spacing = p->width % sets;
+    for (int64_t a = sets, b = spacing; b;) spacing = b, b = a % b, a = spacing;
+    const int64_t reached = spacing ? sets / spacing * min64(lines, spacing) : lines;
+    return p->channels * lines <= reached * CACHE_WAYS && p->channels * p->width * LANES < INT32_MAX;
+}
+
+plan make_plan(const conv_problem *p, int64_t lanes) {
+    plan at = {.lanes = lanes};
+    int64_t max_dy = INT64_MIN, max_dx = INT64_MIN;
+    at.min_dy = at.min_dx = INT64_MAX;
+    for (int64_t t = 0; t < p->taps; t++) {
+        at.min_dy = min64(at.min_dy, p->tap[t].dy), max_dy = max64(max_dy, p->tap[t].dy);
+        at.min_dx = min64(at.min_dx, p->tap[t].dx), max_dx = max64(max_dx, p->tap[t].dx);
+    }
+    if (!p->taps) at.min_dy = at.min_dx = max_dy = max_dx = 0;
+    at.halo_y = max_dy - at.min_dy;
+    at.halo_x = max_dx - at.min_dx;
+
+    /* As many whole columns as registers hold, the same number in every call of a row. */
+    const int64_t most = MAX_TILE * LANES / lanes;
+    const int64_t calls = ceil_div(p->grid_width, max64(1, most));
+    at.kernel_cols = ceil_div(p->grid_width, calls);
+    at.kernel_vectors = ceil_div(at.kernel_cols * lanes, LANES);
+    at.kernel_rows = min64(min64(MAX_TILE_ROWS, p->grid_height), MAX_TILE / at.kernel_vectors);
+
+    at.tile_cols = at.kernel_cols;
+    at.tile_rows = at.kernel_rows;
+    /* Fewer channels make lists too short to be worth loading and storing a tile for. */
+    const int64_t least = p->taps > 1 ? 32 : 256;
+    at.block = min64(p->channels, p->taps > 1 ? 128 : 512);
+    const int64_t budget = cache_bytes() * 5 / 8 / (int64_t)sizeof(float);
+    for (;;) {
+        at.line = (ceil_div(at.halo_x + 1, p->step_x) + at.tile_cols) * lanes;
+        at.row = at.line * p->step_x;
+        at.plane = at.row * (at.halo_y + 1 + (at.tile_rows - 1) * p->step_y);
+        if (at.block * at.plane > budget && at.block > 16) {
+            at.block = max64(16, ceil_div(at.block, 2));
+            continue;
+        }
+        /* Taller, as long as every thread has tiles enough to share out evenly. */
+        const int64_t taller = at.tile_rows + at.kernel_rows;
+        const int64_t tiles = ceil_div(p->batch, lanes) * ceil_div(p->grid_height, taller) * calls;
+        if (at.tile_rows >= p->grid_height || tiles < 4 * p->threads) break;
+        const int64_t next = at.plane + at.row * p->step_y * at.kernel_rows;
+        if (at.block * next <= budget)
+            at.tile_rows = taller;
+        else if (at.block > least && at.tile_rows < 4 * (at.halo_y + 1))
+            at.block = max64(least, ceil_div(at.block, 2)); /* a low tile copies its halo too often */
+        else
+            break;
+    }
+    if (fits_in_place(p, &at)) {
+        at.in_place = 1;
+        at.block = p->channels;
+        at.plane = p->width * LANES;
+    }
+    at.blocks = ceil_div(p->channels, at.block);
+    for (int64_t t = 0; t < p->taps; t++) {
+        const int64_t y = p->tap[t].dy - at.min_dy, x = p->tap[t].dx - at.min_dx;
+        at.offset[t] = y * at.row + x % p->step_x * at.line + x / p->step_x * lanes;
+    }
+    return at;
+}

@@ -1,0 +1,27 @@
+/* How a product on image tiles is cut to fit registers and the second-level cache. */
+#ifndef SWATFX_PLAN_H
+#define SWATFX_PLAN_H
+
+#include "conv.h"
+
+/* Scratch: [channel of a block][row][phase of x][column][lane]. */
+typedef struct {
+    int in_place;               /* the input serves as the scratch: nothing to pad, and no conflicts */
+    int64_t lanes;              /* images of a block, at most LANES */
+    int64_t block, blocks;      /* input channels that are in the scratch at a time */
+    int64_t tile_rows, tile_cols; /* output positions that a scratch serves */
+    int64_t kernel_rows, kernel_vectors, kernel_cols; /* and a call of the inner loop */
+    int64_t min_dy, min_dx, halo_y, halo_x;
+    int64_t line, row, plane; /* floats: a phase's columns, all phases, a channel */
+    int64_t offset[MAX_TAPS];
+} plan;
+
+/* Size of the second-level cache. */
+int64_t cache_bytes(void);
+
+plan make_plan(const conv_problem *p, int64_t lanes);
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#endif

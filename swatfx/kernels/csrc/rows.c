@@ -1,0 +1,144 @@
+/* From a dense weight and a threshold to sparse rows, in a few passes at memory speed.
+ *
+ * First each filter's nonzeros are compressed in memory order. Forward then only translates positions
+ * into scratch offsets; the input gradient, whose rows are channels, sorts them by counting.
+ */
+#include "rows.h"
+
+#include <math.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+/* Keeps what the reference keeps: not below the threshold (NaN stays), and not zero. */
+static inline int kept(float x, float threshold) { return (!(fabsf(x) < threshold)) & (x != 0); }
+
+/* Nonzeros of n floats: how many; written to `index` and `value` unless those are NULL.
+ * Up to LANES - 1 elements past the last are written too. */
+static int64_t compress(const float *w, int64_t n, float threshold, int32_t *index, float *value) {
+    int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+    const __m512 least = _mm512_set1_ps(threshold), zero = _mm512_setzero_ps();
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i < n; i += LANES) {
+        const __mmask16 valid = n - i >= LANES ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        const __m512 x = _mm512_maskz_loadu_ps(valid, w + i);
+        const __mmask16 keep = _mm512_mask_cmp_ps_mask(valid, _mm512_abs_ps(x), least, _CMP_NLT_UQ) &
+                               _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_UQ);
+        if (value) {
+            _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, x));
+            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES));
+        }
+        count += __builtin_popcount(keep);
+    }
+#else
+    for (; i < n; i++) {
+        if (value) value[count] = w[i], index[count] = (int32_t)i;
+        count += kept(w[i], threshold);
+    }
+#endif
+    return count;
+}
+
+/* What a position within a filter, in memory order, stands for. */
+typedef struct {
+    int32_t channel;
+    int32_t offset; /* of its tap in the scratch; negative where this problem has no such tap */
+} position;
+
+static position *positions(const conv_problem *p, const plan *at, int64_t channels, int64_t stride,
+                           int64_t size) {
+    position *out = malloc(size * sizeof(position));
+    if (!out) return NULL;
+    for (int64_t i = 0; i < size; i++) out[i].offset = -1;
+    for (int64_t c = 0; c < channels; c++)
+        for (int64_t t = 0; t < p->taps; t++)
+            out[c * stride + p->tap[t].weight] = (position){(int32_t)c, (int32_t)at->offset[t]};
+    return out;
+}
+
+typedef struct {
+    int64_t filters, channels, size; /* size: elements of a filter, which lie together */
+    int64_t *begin;                  /* [filters + 1] */
+    int32_t *index;
+    float *value;
+} compressed;
+
+static int compress_filters(compressed *c, const float *weight, float threshold, int threads) {
+    const int64_t padding = LANES;
+    c->begin = calloc(c->filters + 1, sizeof(int64_t));
+    if (!c->begin) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t f = 0; f < c->filters; f++)
+        c->begin[f + 1] = compress(weight + f * c->size, c->size, threshold, NULL, NULL) + padding;
+    for (int64_t f = 0; f < c->filters; f++) c->begin[f + 1] += c->begin[f];
+    c->index = malloc((c->begin[c->filters] + 1) * sizeof(int32_t));
+    c->value = malloc((c->begin[c->filters] + 1) * sizeof(float));
+    if (!c->index || !c->value) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t f = 0; f < c->filters; f++)
+        compress(weight + f * c->size, c->size, threshold, c->index + c->begin[f], c->value + c->begin[f]);
+    return 0;
+}
+
+/* Counts (fill = 0) or places (fill = 1) one filter's nonzeros; `cursor` moves as they are placed. */
+static inline void sort_filter(const compressed *c, const position *where, int64_t f, int64_t count, int by_filter,
+                               const plan *at, int64_t rows, int64_t *cursor, sparse_rows *out, int fill) {
+    const int32_t *index = c->index + c->begin[f];
+    const float *value = c->value + c->begin[f];
+    for (int64_t i = 0; i < count; i++) {
+        const position q = where[index[i]];
+        if (q.offset < 0) continue;
+        const int64_t row = by_filter ? f : q.channel, channel = by_filter ? q.channel : f;
+        const int64_t block = channel / at->block;
+        int64_t *const to = cursor + block * rows + row;
+        if (fill) {
+            out->offset[*to] = (int32_t)((channel - block * at->block) * at->plane) + q.offset;
+            out->value[*to] = value[i];
+        }
+        ++*to;
+    }
+}
+
+sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold) {
+    const int by_filter = p->rows_are_filters;
+    const int threads = (int)p->threads;
+    const int64_t cells = at->blocks * p->rows;
+    compressed c = {by_filter ? p->rows : p->channels, by_filter ? p->channels : p->rows, 0, NULL, NULL, NULL};
+    c.size = c.channels * p->weight_taps;
+    position *where = positions(p, at, c.channels, p->weight_channel, c.size);
+    sparse_rows out = {calloc(cells + 1, sizeof(int64_t)), NULL, NULL};
+    int64_t *cursor = calloc(cells + 1, sizeof(int64_t));
+    int failed = !where || !out.begin || !cursor || compress_filters(&c, weight, threshold, threads);
+    /* Filters that share a cell go to one thread, in order: one filter, or a block of them. */
+    const int64_t unit = by_filter ? 1 : at->block;
+    for (int fill = 0; fill < 2 && !failed; fill++) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t u = 0; u < ceil_div(c.filters, unit); u++)
+            for (int64_t f = u * unit; f < min64(c.filters, (u + 1) * unit); f++)
+                sort_filter(&c, where, f, c.begin[f + 1] - c.begin[f] - LANES, by_filter, at, p->rows,
+                            fill ? cursor : out.begin + 1, &out, fill);
+        if (fill) break;
+        for (int64_t i = 0; i < cells; i++) out.begin[i + 1] += out.begin[i];
+        memcpy(cursor, out.begin, cells * sizeof(int64_t));
+        out.offset = malloc((out.begin[cells] + 1) * sizeof(int32_t));
+        out.value = malloc((out.begin[cells] + 1) * sizeof(float));
+        failed = !out.offset || !out.value;
+    }
+    free(where);
+    free(cursor);
+    free(c.begin);
+    free(c.index);
+    free(c.value);
+    if (failed) free_rows(&out);
+    return out;
+}
+
+void free_rows(sparse_rows *rows) {
+    free(rows->begin);
+    free(rows->offset);
+    free(rows->value);
+    *rows = (sparse_rows){NULL, NULL, NULL};
+}

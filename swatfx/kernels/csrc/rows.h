@@ -1,0 +1,17 @@
+/* Sparse weights in the form that the tile kernels read: for every block and row, offsets and values. */
+#ifndef SWATFX_ROWS_H
+#define SWATFX_ROWS_H
+
+#include "conv.h"
+#include "plan.h"
+
+typedef struct {
+    int64_t *begin; /* [blocks * rows + 1]; NULL if memory ran out */
+    int32_t *offset; /* in floats, into the scratch buffer */
+    float *value;
+} sparse_rows;
+
+sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold);
+void free_rows(sparse_rows *rows);
+
+#endif

@@ -1,0 +1,88 @@
+"""`swatfx::relu`, `swatfx::dropout` and their backward in C: csrc/elementwise.c.
+
+Fast are float32 tensors that are dense in some layout, whichever; all else runs the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swatfx import layouts
+from swatfx.kernels import library
+from swatfx.kernels.library import pointer, real, size
+from swatfx.ops.dropout import (
+    dropout,
+    dropout_backward,
+    dropout_backward_reference,
+    dropout_reference,
+)
+from swatfx.ops.layout import converted
+from swatfx.ops.relu import relu, relu_backward, relu_backward_reference, relu_reference
+from swatfx.ops.saved import bits_size, new_in_layout
+
+
+def _fits(x: Tensor) -> bool:
+    dense = x.is_contiguous() or layouts.layout_of(x) != layouts.ROW_MAJOR
+    return library.available() and dense and x.dtype == torch.float32
+
+
+def _bits_of(x: Tensor) -> Tensor:
+    return x.new_empty(bits_size(x.numel()), dtype=torch.uint8)
+
+
+@relu.register_kernel("cpu")
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    if not _fits(x):
+        return relu_reference(x)
+    y, bits = torch.empty_like(x), _bits_of(x)
+    library.function("swatfx_relu")(
+        pointer(x), pointer(y), pointer(bits), size(x.numel()), library.threads()
+    )
+    return y, bits
+
+
+@relu_backward.register_kernel("cpu")
+def _relu_backward(grad: Tensor, bits: Tensor, layout: str) -> Tensor:
+    if not library.available() or grad.dtype != torch.float32:
+        return relu_backward_reference(grad, bits, layout)
+    grad = converted(grad, layout)
+    dx = new_in_layout(grad.shape, layout, grad)
+    library.function("swatfx_relu_backward")(
+        pointer(grad), pointer(bits), pointer(dx), size(grad.numel()), library.threads()
+    )
+    return dx
+
+
+def _noise(p: float) -> float:
+    """What an element that is kept is multiplied by, rounded as torch rounds it."""
+    return float(torch.ones((), device="cpu").div_(1 - p))
+
+
+@dropout.register_kernel("cpu")
+def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    if not _fits(x):
+        return dropout_reference(x, p)
+    y = new_in_layout(x.shape, layouts.layout_of(x), x).bernoulli_(1 - p)
+    bits = _bits_of(x)
+    library.function("swatfx_dropout")(
+        pointer(x), pointer(y), pointer(bits), real(_noise(p)), size(x.numel()), library.threads()
+    )
+    return y, bits
+
+
+@dropout_backward.register_kernel("cpu")
+def _dropout_backward(grad: Tensor, bits: Tensor, p: float, layout: str) -> Tensor:
+    if not library.available() or grad.dtype != torch.float32:
+        return dropout_backward_reference(grad, bits, p, layout)
+    grad = converted(grad, layout)
+    dx = new_in_layout(grad.shape, layout, grad)
+    library.function("swatfx_dropout_backward")(
+        pointer(grad),
+        pointer(bits),
+        pointer(dx),
+        real(_noise(p)),
+        size(grad.numel()),
+        library.threads(),
+    )
+    return dx

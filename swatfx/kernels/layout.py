@@ -1,0 +1,45 @@
+"""`swatfx::to_layout` in C: csrc/layout.c. Fast from each layout to each, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from swatfx import layouts
+from swatfx.kernels import library
+from swatfx.kernels.library import pointer, size
+from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx.ops.layout import to_layout, to_layout_reference
+from swatfx.ops.saved import new_in_layout
+
+# A batch of transpositions for n images of c channels of s positions: matrices, rows, columns, then
+# the steps between rows and between matrices, in the input and in the output.
+_TRANSPOSITIONS: dict[tuple[str, str], Callable[[int, int, int], tuple[int, ...]]] = {
+    (ROW_MAJOR, BATCH_INNERMOST): lambda n, c, s: (1, n, c * s, c * s, n, 0, 0),
+    (BATCH_INNERMOST, ROW_MAJOR): lambda n, c, s: (1, c * s, n, n, c * s, 0, 0),
+    (CHANNELS_LAST, BATCH_INNERMOST): lambda n, c, s: (s, n, c, s * c, s * n, c, n),
+    (BATCH_INNERMOST, CHANNELS_LAST): lambda n, c, s: (s, c, n, s * n, s * c, n, c),
+    (ROW_MAJOR, CHANNELS_LAST): lambda n, c, s: (n, c, s, s, c, c * s, c * s),
+    (CHANNELS_LAST, ROW_MAJOR): lambda n, c, s: (n, s, c, c, s, c * s, c * s),
+}
+
+
+@to_layout.register_kernel("cpu")
+def _to_layout(x: Tensor, layout: str) -> Tensor:
+    found = layouts.layout_of(x)
+    if (
+        not library.available()
+        or x.dtype != torch.float32
+        or found == layout
+        or (found == ROW_MAJOR and not x.is_contiguous())
+    ):
+        return to_layout_reference(x, layout)
+    y = new_in_layout(x.shape, layout, x)
+    positions = torch.Size(x.shape[2:]).numel()
+    sizes = _TRANSPOSITIONS[found, layout](x.shape[0], x.shape[1], positions)
+    library.function("swatfx_transpose")(
+        pointer(x), pointer(y), *[size(n) for n in sizes], library.threads()
+    )
+    return y

@@ -1,0 +1,235 @@
+"""`swatfx::batch_norm` and its backward in C: csrc/norm*.c.
+
+Fast are float32 activations in "batch_innermost", in row-major order where an image's channel fills
+a vector, and in "channels_last" (or as a matrix) where the channels fill whole ones. All else runs
+the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swatfx import layouts
+from swatfx.kernels import library
+from swatfx.kernels.library import pointer, size
+from swatfx.ops import norm
+from swatfx.ops.layout import converted
+from swatfx.ops.saved import bits_size, new_in_layout
+
+LANES = 16
+
+
+class _Extent(NamedTuple):
+    """Where the channels of an activation lie; `extent` in csrc/norm.h."""
+
+    channels: int
+    runs: int
+    length: int
+    run_step: int
+    channel_step: int
+
+    @staticmethod
+    def of(shape: Sequence[int], layout: str) -> _Extent | None:
+        """None where vectors would not be filled."""
+        batch, channels = shape[:2]
+        length = torch.Size(shape[2:]).numel()
+        if layout == layouts.BATCH_INNERMOST:
+            return _Extent(channels, 1, batch * length, 0, batch * length)
+        if layout == layouts.CHANNELS_LAST or length == 1:
+            whole = channels % LANES == 0
+            return _Extent(channels, batch * length, 1, channels, 1) if whole else None
+        if layout == layouts.ROW_MAJOR and length >= LANES:
+            return _Extent(channels, batch, length, channels * length, length)
+        return None
+
+    def arguments(self) -> list[ctypes.c_int64]:
+        """As the C functions take it."""
+        return [size(n) for n in self]
+
+
+def _is_plain(*tensors: Tensor | None) -> bool:
+    """Whether C can read the elements of all: float32."""
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+@norm.batch_norm.register_kernel("cpu")
+def _batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    saves: str = norm.EXACT,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = layouts.layout_of(x)
+    extent = _Extent.of(x.shape, layout)
+    parameters = [_dense(p) for p in (weight, bias, running_mean, running_var)]
+    if (
+        not library.available()
+        or extent is None
+        or x.numel() == 0
+        or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
+        or not _is_plain(x, residual, *parameters)
+        # One value a channel has no variance, and no running statistics no eval mode: let aten say.
+        or (training and extent.runs * extent.length == 1)
+        or not (training or (running_mean is not None and running_var is not None))
+    ):
+        return norm.batch_norm_reference(
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training,
+            momentum,
+            eps,
+            relu,
+            saves,
+        )
+    if residual is not None:
+        residual = converted(residual, layout)
+    y = new_in_layout(x.shape, layout, x)
+    mean, invstd = x.new_empty(extent.channels), x.new_empty(extent.channels)
+    new_mean, new_var = (
+        torch.empty_like(p) if training and p is not None else x.new_empty(0)
+        for p in parameters[2:]
+    )
+    bits, codes, header, code = _room(x, residual, training, relu, saves)
+    library.function("swatfx_norm")(
+        pointer(x),
+        pointer(residual),
+        *[pointer(p) for p in parameters],
+        pointer(y),
+        pointer(mean),
+        pointer(invstd),
+        pointer(new_mean),
+        pointer(new_var),
+        pointer(bits),
+        pointer(codes),
+        pointer(header),
+        *extent.arguments(),
+        ctypes.c_double(momentum),
+        ctypes.c_double(eps),
+        ctypes.c_int(training),
+        ctypes.c_int(relu),
+        library.threads(),
+    )
+    return y, mean, invstd, new_mean, new_var, code
+
+
+def _room(
+    x: Tensor, residual: Tensor | None, training: bool, relu: bool, saves: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """(bits, codes, header, all of them as one): what `saves` asks for; views of the last."""
+    header = codes = 0
+    mask = relu and saves != norm.NOTHING
+    if saves == norm.INT8:
+        header, codes = norm.int8_header(x.shape[1]), x.numel()
+        mask = relu and residual is not None
+    elif residual is None and norm.recomputes(x, training):
+        mask = False
+    total = header + codes + (bits_size(x.numel()) if mask else 0)
+    code = x.new_empty(total, dtype=torch.uint8)
+    code[12 * x.shape[1] : header] = 0
+    return (
+        code[header + codes :] if mask else None,
+        code[header : header + codes] if codes else None,
+        code[:header] if codes else None,
+        code,
+    )
+
+
+@norm.batch_norm_backward.register_kernel("cpu")
+def _batch_norm_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    code: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    shape: Sequence[int],
+    layout: str,
+    training: bool,
+    relu: bool,
+    has_residual: bool,
+    saves: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    extent = _Extent.of(shape, layout)
+    elements = torch.Size(shape).numel()
+    if (
+        not library.available()
+        or extent is None
+        or elements == 0
+        or (x is not None and layout == layouts.ROW_MAJOR and not x.is_contiguous())
+        or not _is_plain(grad, x, weight, bias, mean, invstd)
+    ):
+        return norm.batch_norm_backward_reference(
+            grad,
+            x,
+            code,
+            weight,
+            bias,
+            mean,
+            invstd,
+            shape,
+            layout,
+            training,
+            relu,
+            has_residual,
+            saves,
+            wants,
+        )
+    grad = converted(grad, layout)
+    header = codes = None
+    bits = code
+    if saves == norm.INT8:
+        start = norm.int8_header(extent.channels)
+        header, codes = code[:start], code[start : start + elements]
+        bits = code[start + elements :]
+    given = (None, None, weight, bias)
+    room = [
+        new_in_layout(shape, layout, grad) if wanted and i < 2 else grad.new_empty(0)
+        for i, wanted in enumerate(wants)
+    ]
+    for i in (2, 3):
+        parameter = given[i]
+        if wants[i] and parameter is not None:
+            room[i] = torch.empty_like(parameter)
+    dx, dresidual, dweight, dbias = room
+    library.function("swatfx_norm_backward")(
+        pointer(grad),
+        pointer(x),
+        pointer(_dense(weight)),
+        pointer(_dense(bias)),
+        pointer(mean),
+        pointer(invstd),
+        pointer(bits if bits.numel() else None),
+        pointer(codes),
+        pointer(header),
+        pointer(dx),
+        pointer(dresidual),
+        pointer(dweight),
+        pointer(dbias),
+        *extent.arguments(),
+        ctypes.c_int(training),
+        ctypes.c_int(relu),
+        library.threads(),
+    )
+    return dx, dresidual, dweight, dbias

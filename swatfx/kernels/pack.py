@@ -1,0 +1,169 @@
+"""`swatfx::pack`, unpacking, masks and Top-K as a dense tensor, on CPUs.
+
+Kernels move values of 4 and of 2 bytes and convert none: where packed values are of another dtype,
+torch converts the few that are kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from swatfx import bits, layouts, selectors
+from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
+from swatfx.kernels.library import function, pointer, size, threads
+from swatfx.ops.layout import to_layout
+from swatfx.ops.pack import pack, pack_reference
+from swatfx.ops.where import kept_top
+from swatfx.selectors import Axes
+
+
+@pack.register_kernel("cpu")
+def _(
+    x: Tensor, threshold: Tensor, spatial: int, selector: str, dtype: torch.dtype, layout: str = ""
+) -> Tensor:
+    chosen = selectors.get(selector)
+    shape = chosen.state_shape(tuple(x.shape), Axes.of(x.dim(), spatial, False))
+    fits = chosen.ranks_magnitudes and rankable(x) and plain(threshold)
+    if fits and threshold.dtype == x.dtype and threshold.shape == shape:
+        packed = _pack_top(x, threshold, dtype, layout or layouts.layout_of(x))
+        if packed is not None:
+            return packed
+    return pack_reference(x, threshold, spatial, selector, dtype, layout)
+
+
+def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> Tensor | None:
+    if layouts.layout_of(x) != layout:
+        x = to_layout(x, layout)
+    elif layout == layouts.ROW_MAJOR:
+        x = x.contiguous()  # what lies in no known order counts as row-major
+    groups = matrices(x, threshold.shape)
+    if groups is None:
+        return None
+    mask = torch.empty(bits.header_bytes(x.numel()), dtype=torch.uint8)
+    # As large as x, but only as much of it is ever touched as is kept.
+    staged = torch.empty(x.numel(), dtype=x.dtype)
+    parts = torch.empty(2 * torch.get_num_threads(), dtype=torch.int64)
+    bounds = groups.gather(threshold)
+    count = function("swatfx_pack_top", ctypes.c_int64)(
+        pointer(x),
+        x.element_size(),
+        size(x.numel()),
+        pointer(bounds),
+        NAN_FROM[x.dtype],
+        size(groups.rows),
+        size(groups.columns),
+        pointer(mask),
+        pointer(staged),
+        pointer(parts),
+        threads(),
+    )
+    if count < 0:
+        raise MemoryError("packing an activation could not allocate its tables")
+    out, values = _room(mask, count, dtype)
+    kept = values if dtype == x.dtype else torch.empty(count, dtype=x.dtype)
+    function("swatfx_pack_join")(
+        pointer(staged), x.element_size(), pointer(parts), pointer(kept), threads()
+    )
+    if kept is not values:
+        values.copy_(kept)
+    return out
+
+
+def _room(mask: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A packed tensor with its mask, and the place for its `count` values."""
+    header = mask.numel()
+    out = torch.empty(header + count * dtype.itemsize, dtype=torch.uint8)
+    out[:header] = mask
+    return out, out[header:].view(dtype) if count else torch.empty(0, dtype=dtype)
+
+
+@bits.pack.register_kernel
+def _(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if not rankable(x) or not plain(keep):
+        return None
+    x, keep, elements = x.contiguous(), keep.contiguous(), x.numel()
+    mask = torch.zeros(bits.header_bytes(elements), dtype=torch.uint8)
+    count = _mask_to_bits(keep, mask)
+    out, values = _room(mask, count, dtype)
+    kept = values if dtype == x.dtype else torch.empty(count, dtype=x.dtype)
+    function("swatfx_gather", ctypes.c_int64)(
+        pointer(x),
+        x.element_size(),
+        size(elements),
+        pointer(mask),
+        pointer(kept),
+        size(count),
+        threads(),
+    )
+    if kept is not values:
+        values.copy_(kept)
+    return out
+
+
+@bits.unpack.register_kernel
+def _(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor | None:
+    if dtype not in NAN_FROM or not elements or not plain(packed) or not packed.is_contiguous():
+        return None
+    header = bits.header_bytes(elements)
+    count = (packed.numel() - header) // dtype.itemsize
+    if packed.data_ptr() % 8 or packed.numel() != header + count * dtype.itemsize:
+        return None
+    out = torch.empty(elements, dtype=dtype)
+    found = function("swatfx_scatter", ctypes.c_int64)(
+        pointer(out),
+        dtype.itemsize,
+        size(elements),
+        pointer(packed),
+        ctypes.c_void_p(packed.data_ptr() + header),
+        size(count),
+        threads(),
+    )
+    return out if found == count else None  # else it was packed otherwise: torch says what is wrong
+
+
+def _mask_to_bits(mask: Tensor, out: Tensor) -> int:
+    """Write the bits of `mask`, contiguous, to the beginning of `out`; how many are set."""
+    found: int = function("swatfx_bits_of_mask", ctypes.c_int64)(
+        pointer(mask), size(mask.numel()), pointer(out), threads()
+    )
+    return found
+
+
+@bits.mask_to_bits.register_kernel
+def _(mask: Tensor) -> Tensor | None:
+    if mask.dtype is not torch.bool or not plain(mask):
+        return None
+    out = torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    _mask_to_bits(mask.contiguous(), out)
+    return out
+
+
+@bits.bits_to_mask.register_kernel
+def _(bits: Tensor, elements: int) -> Tensor | None:
+    if bits.dtype is not torch.uint8 or bits.numel() != (elements + 7) // 8 or not plain(bits):
+        return None
+    out = torch.empty(elements, dtype=torch.bool)
+    bits = bits.contiguous()
+    function("swatfx_mask_of_bits")(pointer(bits), size(elements), pointer(out), threads())
+    return out
+
+
+@kept_top.register_kernel
+def _(x: Tensor, state: Tensor, selector: str, axes: Axes) -> Tensor | None:
+    fits = selectors.get(selector).ranks_magnitudes and rankable(x) and plain(state)
+    if not fits or state.dim() or state.dtype != x.dtype or matrices(x, ()) is None:
+        return None
+    out = torch.empty_like(x)
+    function("swatfx_keep_top")(
+        pointer(x),
+        x.element_size(),
+        size(x.numel()),
+        pointer(state),
+        NAN_FROM[x.dtype],
+        pointer(out),
+        threads(),
+    )
+    return out

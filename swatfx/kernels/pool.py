@@ -1,0 +1,102 @@
+"""`swatfx::max_pool2d` and its backward in C: csrc/pool.c and csrc/pool_backward.c.
+
+Fast are float32 tensors that are dense in their layout; all else runs the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swatfx import layouts
+from swatfx.kernels import library
+from swatfx.kernels.library import pointer
+from swatfx.ops.layout import converted
+from swatfx.ops.pool import (
+    MOST_CELLS,
+    max_pool2d,
+    max_pool2d_backward,
+    max_pool2d_backward_reference,
+    max_pool2d_reference,
+)
+from swatfx.ops.saved import new_in_layout
+
+
+def _sizes(
+    shape: Sequence[int], out: Sequence[int], layout: str, *options: Sequence[int]
+) -> ctypes.Array[ctypes.c_int64]:
+    """`pooling` of csrc/pool.h; options are kernel, stride, padding and dilation."""
+    batch, channels = shape[:2]
+    planes, inner = batch * channels, 1
+    if layout == layouts.BATCH_INNERMOST:
+        planes, inner = channels, batch
+    elif layout == layouts.CHANNELS_LAST:
+        planes, inner = batch, channels
+    values = [planes, inner, *shape[2:], *out[2:], *(n for pair in options for n in pair)]
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@max_pool2d.register_kernel("cpu")
+def _max_pool2d(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    saves: bool = True,
+) -> tuple[Tensor, Tensor]:
+    layout = layouts.layout_of(x)
+    if (
+        not library.available()
+        or x.dtype != torch.float32
+        or x.numel() == 0
+        or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
+        or kernel[0] * kernel[1] > MOST_CELLS
+    ):
+        return max_pool2d_reference(x, kernel, stride, padding, dilation, ceil_mode, saves)
+    # Torch knows how many outputs there are, and what it takes for a mistake.
+    out = torch.ops.aten.max_pool2d_with_indices(
+        torch.empty(x.shape, dtype=x.dtype, device="meta"),
+        list(kernel),
+        list(stride),
+        list(padding),
+        list(dilation),
+        ceil_mode,
+    )[0].shape
+    y = new_in_layout(out, layout, x)
+    index = x.new_empty(y.numel() if saves else 0, dtype=torch.uint8)
+    library.function("swatfx_max_pool")(
+        pointer(x),
+        pointer(y),
+        pointer(index),
+        _sizes(x.shape, out, layout, kernel, stride, padding, dilation),
+        library.threads(),
+    )
+    return y, index
+
+
+@max_pool2d_backward.register_kernel("cpu")
+def _max_pool2d_backward(
+    grad: Tensor,
+    index: Tensor,
+    shape: Sequence[int],
+    layout: str,
+    *options: Any,
+) -> Tensor:
+    if not library.available() or grad.dtype != torch.float32 or grad.numel() == 0:
+        return max_pool2d_backward_reference(grad, index, shape, layout, *options)
+    grad = converted(grad, layout)
+    dx = new_in_layout(shape, layout, grad)
+    library.function("swatfx_max_pool_backward")(
+        pointer(grad),
+        pointer(index),
+        pointer(dx),
+        _sizes(shape, grad.shape, layout, *options[:4]),
+        library.threads(),
+    )
+    return dx

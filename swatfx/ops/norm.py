@@ -1,0 +1,327 @@
+"""`swatfx::batch_norm` and its backward: batch norm, with the addition and the ReLU that follow it.
+
+Eager keeps the norm's input and ReLU's result. Here backward sees the input alone and finds ReLU's
+mask from it ("exact"), or a byte an element ("int8"). What is computed is what aten computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swatfx import layouts
+from swatfx.ops.conv import no_double_backward
+from swatfx.ops.norm_codes import decode, encode, int8_header, per_channel
+from swatfx.ops.saved import (
+    active_bits,
+    bits_size,
+    in_layout,
+    mask_from,
+    new_in_layout,
+    relu_gradient,
+)
+
+__all__ = [
+    "EXACT",
+    "INT8",
+    "NOTHING",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_reference",
+    "batch_norm_reference",
+    "int8_header",
+    "recomputes",
+]
+EXACT, INT8, NOTHING = "exact", "int8", "nothing"
+
+
+def recomputes(x: Tensor, training: bool) -> bool:
+    """Whether backward finds ReLU's mask anew from `x`, bit for bit: "exact" then keeps no mask."""
+    dense = x.is_contiguous() or layouts.layout_of(x) != layouts.ROW_MAJOR
+    wide = x.dtype in (torch.float32, torch.float64)
+    return training and x.device.type == "cpu" and wide and dense
+
+
+def batch_norm_reference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    saves: str = EXACT,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`[relu](batch_norm(x) [+ residual])`, which writes no running statistics.
+
+    Args:
+        x: (N, C, *any).
+        residual: of x's shape and dtype, or None.
+        weight: (C,) or None; so are bias, running_mean and running_var.
+        bias: likewise.
+        running_mean: likewise; wanted if not `training`.
+        running_var: likewise.
+        training: whether batch statistics are used.
+        momentum: of the running statistics.
+        eps: added to the variance.
+        relu: whether ReLU follows.
+        saves: "exact", "int8", or "nothing" where no gradient will be asked for.
+
+    Returns:
+        y: in the layout of x.
+        mean, invstd: (C,), those used.
+        new_mean, new_var: (C,), what the running statistics become; empty if they do not change.
+        code: uint8 [bytes] for backward. "exact": the bits of ReLU's mask, where `recomputes` is
+        false or there is a residual; else empty. "int8": `int8_header` bytes of step, low and first
+        as float32 (C,) each; a byte q an element, x-hat being low + q * step; the bits of ReLU's
+        mask if there is a residual. Without one it is q >= first, or q < first where the weight is
+        negative.
+    """
+    layout = layouts.layout_of(x)
+    seen = _for_aten(x, layout)
+    new_mean, new_var = x.new_empty(0), x.new_empty(0)
+    if x.numel() == 0:
+        y = torch.empty_like(x)
+        mean = x.new_zeros(x.shape[1], dtype=_stats_dtype(x, weight, bias, running_mean))
+        invstd = mean.clone()
+        if training and running_mean is not None and running_var is not None:
+            new_mean, new_var = running_mean.clone(), running_var.clone()
+    elif training:
+        old = [None if s is None else s.clone() for s in (running_mean, running_var)]
+        y, mean, invstd = torch.ops.aten.native_batch_norm(
+            seen, weight, bias, *old, True, momentum, eps
+        )
+        new_mean, new_var = (x.new_empty(0) if s is None else s for s in old)
+    else:
+        assert running_mean is not None and running_var is not None
+        y, _, _ = torch.ops.aten.native_batch_norm(
+            seen, weight, bias, running_mean, running_var, False, momentum, eps
+        )
+        invstd = _inverse_deviation(running_var, eps)
+        mean = running_mean.to(invstd.dtype, copy=True)
+    if residual is not None:
+        y = y.add_(residual)
+    if relu:
+        y = y.relu_()
+    y = in_layout(y, layout)
+    code = x.new_empty(0, dtype=torch.uint8)
+    if saves == INT8:
+        code = encode(seen, y, mean, invstd, weight, bias, relu, residual is not None, layout)
+    elif saves == EXACT and relu and (residual is not None or not recomputes(x, training)):
+        code = active_bits(y, layout)
+    return y, mean, invstd, new_mean, new_var, code
+
+
+batch_norm = torch.library.custom_op("swatfx::batch_norm", batch_norm_reference, mutates_args=())
+
+
+def _for_aten(x: Tensor, layout: str) -> Tensor:
+    """`x` where aten knows its layout, else a row-major copy: of others it has no fast way."""
+    return x.contiguous() if layout == layouts.BATCH_INNERMOST else x
+
+
+def _inverse_deviation(variance: Tensor, eps: float) -> Tensor:
+    # aten's backward forms it in double precision, which MPS does not have.
+    wide = variance if variance.device.type == "mps" else variance.double()
+    return (wide + eps).sqrt().reciprocal().to(torch.promote_types(variance.dtype, torch.float32))
+
+
+def _stats_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """Dtype in which aten keeps mean and invstd."""
+    mixed = any(p is not None and p.dtype != x.dtype for p in parameters)
+    narrow = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if narrow and (mixed or x.device.type != "cpu") else x.dtype
+
+
+@batch_norm.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    saves: str = EXACT,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = new_in_layout(x.shape, layouts.layout_of(x), x)
+    dtype = _stats_dtype(x, weight, bias, running_mean)
+    if not training and running_mean is not None:
+        dtype = torch.promote_types(running_mean.dtype, torch.float32)
+    mean, invstd = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
+    new_mean, new_var = (
+        x.new_empty(0) if s is None or not training else torch.empty_like(s)
+        for s in (running_mean, running_var)
+    )
+    size = 0
+    if saves == INT8:
+        size = int8_header(x.shape[1]) + x.numel()
+        size += bits_size(x.numel()) if relu and residual is not None else 0
+    elif saves == EXACT and relu and (residual is not None or not recomputes(x, training)):
+        size = bits_size(x.numel())
+    return y, mean, invstd, new_mean, new_var, x.new_empty(size, dtype=torch.uint8)
+
+
+def batch_norm_backward_reference(
+    grad: Tensor,
+    x: Tensor | None,
+    code: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    shape: Sequence[int],
+    layout: str,
+    training: bool,
+    relu: bool,
+    has_residual: bool,
+    saves: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `swatfx::batch_norm` for x, residual, weight and bias; those not wanted: empty.
+
+    `shape` and `layout` are x's. `x` is None with "int8", and where nothing of it is needed. The
+    first two gradients lie in `layout`.
+    """
+    wants_x, wants_residual, wants_weight, wants_bias = wants
+    elements, dims = torch.Size(shape).numel(), len(shape)
+    if elements == 0:
+        return _zero_gradients(grad, weight, bias, shape, layout, wants)
+    above: Tensor | None = None
+    if saves == INT8:
+        seen, above = decode(code, shape, layout, grad.dtype)
+        code = code[int8_header(shape[1]) + elements :]
+    elif x is not None:
+        seen = x
+    else:  # neither a batch's gradient nor a weight's is wanted
+        seen = layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
+    seen = _for_aten(seen, layout)
+    scale = invstd if weight is None else weight * invstd
+    if relu:
+        if code.numel():
+            active = mask_from(code, shape, layout)
+        elif above is not None:
+            active = above if weight is None else above == per_channel(weight >= 0, dims)
+        else:
+            # One for the deviation: weight * invstd is what aten's forward multiplied by, too.
+            ones = torch.ones_like(invstd)
+            active, _, _ = torch.ops.aten.native_batch_norm(
+                seen, scale, bias, mean, ones, False, 0.0, 0.0
+            )
+        grad = relu_gradient(grad, active)
+    moments = (mean, invstd)
+    if saves == INT8:  # what is normalised already has these
+        moments = torch.zeros_like(mean), torch.ones_like(invstd)
+        weight_seen: Tensor | None = scale
+    else:
+        weight_seen = weight
+    if weight_seen is not None:  # in half precision throughout, aten wants all of it so
+        moments = moments[0].to(weight_seen.dtype), moments[1].to(weight_seen.dtype)
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        _for_aten(grad, layout),
+        seen,
+        weight_seen,
+        None,
+        None,
+        *moments,
+        True,
+        0.0,
+        [wants_x and training, wants_weight, wants_bias],
+    )
+    if not training:
+        dx = grad.to(invstd.dtype) * per_channel(invstd, dims)
+        dx = (dx if weight is None else dx * per_channel(weight, dims)).to(grad.dtype)
+    empty = [grad.new_empty(0) for _ in range(4)]
+    residual_grad = empty[1]
+    if wants_residual:
+        residual_grad = in_layout(grad if relu else grad.clone(), layout)
+    return (
+        in_layout(dx, layout) if wants_x else empty[0],
+        residual_grad,
+        dweight.to(weight.dtype) if wants_weight and weight is not None else empty[2],
+        dbias.to(bias.dtype) if wants_bias and bias is not None else empty[3],
+    )
+
+
+def _zero_gradients(
+    grad: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    layout: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(owner: Tensor | None, wanted: bool) -> Tensor:
+        return torch.zeros_like(owner) if wanted and owner is not None else grad.new_empty(0)
+
+    dx, residual = (
+        new_in_layout(shape, layout, grad) if wanted else grad.new_empty(0) for wanted in wants[:2]
+    )
+    return dx, residual, like(weight, wants[2]), like(bias, wants[3])
+
+
+batch_norm_backward = torch.library.custom_op(
+    "swatfx::batch_norm_backward", batch_norm_backward_reference, mutates_args=()
+)
+
+
+@batch_norm_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor | None,
+    code: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    shape: Sequence[int],
+    layout: str,
+    training: bool,
+    relu: bool,
+    has_residual: bool,
+    saves: str,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _zero_gradients(grad, weight, bias, shape, layout, wants)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias = inputs[:4]
+    training, _, _, relu, saves = inputs[6:]
+    _, mean, invstd, new_mean, new_var, code = output
+    ctx.mark_non_differentiable(mean, invstd, new_mean, new_var, code)
+    ctx.set_materialize_grads(False)
+    ctx.options = (
+        tuple(x.shape),
+        layouts.layout_of(x),
+        training,
+        relu,
+        residual is not None,
+        saves,
+    )
+    wants_x, _, wants_weight, _ = ctx.needs_input_grad[:4]
+    masked = relu and residual is None and recomputes(x, training)
+    reads_x = saves == EXACT and ((training and wants_x) or wants_weight or masked)
+    ctx.save_for_backward(x if reads_x else None, code, weight, bias, mean, invstd)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
+    wants = list(ctx.needs_input_grad[:4])
+    grads = batch_norm_backward(grad, *ctx.saved_tensors, *ctx.options, wants)
+    wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
+    return (*wanted, *[None] * 7)
+
+
+batch_norm.register_autograd(_backward, setup_context=_setup_context)
+batch_norm_backward.register_autograd(no_double_backward)

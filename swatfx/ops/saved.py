@@ -1,0 +1,53 @@
+"""What ops that save less have in common: outputs in a layout, and masks as bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swatfx import bits, layouts
+from swatfx.ops.where import not_a_view
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """`x` in `layout`, as an op may return it: no view."""
+    if layouts.lies_in(x, layout):
+        return not_a_view(x)
+    # Not `as_layout`, then no view of it: for that, torch.export would fix a symbolic batch.
+    return new_in_layout(x.shape, layout, x).copy_(x)
+
+
+def new_in_layout(shape: Sequence[int], layout: str, like: Tensor) -> Tensor:
+    """An uninitialised tensor in `layout`, of the dtype and device of `like`; no view."""
+    return layouts.empty(shape, layout, dtype=like.dtype, device=like.device)
+
+
+def bits_size(elements: int) -> int:
+    """Bytes of a mask."""
+    return (elements + 7) // 8
+
+
+def active_bits(y: Tensor, layout: str) -> Tensor:
+    """Where ReLU, whose result is `y`, lets a gradient through: uint8 [bytes], order of `layout`.
+
+    NaN counts as active, as in torch.
+    """
+    return bits.mask_to_bits(layouts.flat_view(torch.logical_not(y <= 0), layout))
+
+
+def mask_from(packed: Tensor, shape: Sequence[int], layout: str) -> Tensor:
+    """Inverse of `active_bits`: bool of `shape`, in `layout`."""
+    elements = torch.Size(shape).numel()
+    return layouts.from_flat(bits.bits_to_mask(packed, elements), shape, layout)
+
+
+def relu_gradient(grad: Tensor, active: Tensor) -> Tensor:
+    """`grad` where `active` (ReLU's result, or its mask as bool), else zero.
+
+    By torch's own kernel, so that the result lies in memory as it would in the dense model.
+    """
+    seen = active.to(grad.dtype)
+    result: Tensor = torch.ops.aten.threshold_backward(grad, seen, 0)
+    return result
