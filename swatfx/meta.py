@@ -52,8 +52,8 @@ class LayerPlan:
         state: name of the layer's module under `swat.`, if it takes part.
         counted_activation_density: what the paper's accounting takes for the input of a layer that
             is itself dense (SWAT-U's first); None: the activation density.
-        kernels: "sparse", or "dense: " and why; "" where nothing was chosen. A matter of the machine,
-            not of the method: the values are the same.
+        kernels: "sparse", or "dense: " and why; "" where nothing was chosen. A matter of the
+            machine, not of the method: the values are the same.
     """
 
     name: str

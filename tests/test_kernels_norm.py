@@ -303,7 +303,7 @@ def test_statistics_survive_a_mean_far_from_zero() -> None:
         wide = x.double()
         assert_close(out[1], wide.mean((0, 2, 3)), 1e-7)
         variance = wide.var((0, 2, 3), correction=0)
-        torch.testing.assert_close(out[2].double(), (variance + 1e-5).rsqrt(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(out[2].double(), (variance + 1e-5).rsqrt(), rtol=3e-6, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -282,7 +282,7 @@ def test_empty_batch() -> None:
 
 
 def test_layers_run_in_the_layout() -> None:
-    """From the first sparse layer on every 4d tensor lies in it; on the way nothing is converted."""
+    """From the first sparse layer on every 4d tensor lies in it; nothing is converted after."""
     sparse = pair(residual)[0]
     seen: dict[str, str] = {}
 

@@ -19,8 +19,8 @@ def to_layout_reference(x: Tensor, layout: str) -> Tensor:
         layout: name in `swatfx.layouts`.
 
     Returns:
-        of x's shape and dtype, dense in `layout`; a tensor of its own. Its gradient goes back in the
-        layout of `x`, which is the one that the op that made `x` wants.
+        of x's shape and dtype, dense in `layout`; a tensor of its own. Its gradient goes back in
+        the layout of `x`, which is the one that the op that made `x` wants.
     """
     return new_in_layout(x.shape, layout, x).copy_(x)
 
