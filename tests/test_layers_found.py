@@ -37,6 +37,7 @@ class Fussy(nn.Conv2d):
 
 
 def test_subclasses_with_their_own_forward() -> None:
+    torch.manual_seed(0)  # a step of SGD moves some weights across the threshold
     head = nn.Sequential(nn.Flatten(), Scaled(4 * 36, 5))
     model = nn.Sequential(Standardised(3, 4, 3), nn.ReLU(), Fussy(4, 4, 1), *head)
     gm = assert_matches_at_density_1(model, X)
