@@ -73,7 +73,7 @@ def test_a_sparsity_out_of_range_is_refused(word: str) -> None:
         common.run(layers.BENCHMARK, ["--sparsities", word])
 
 
-def _close(a: torch.Tensor | None, b: torch.Tensor | None) -> None:
+def _assert_close(a: torch.Tensor | None, b: torch.Tensor | None) -> None:
     assert a is not None and b is not None
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -93,9 +93,9 @@ def test_the_sparse_side_does_what_a_compiled_graph_does(layout: str) -> None:
     inside, inside_grad = data.of(layout)
     found = ours(inside)
     found.backward(inside_grad)
-    _close(found, expected)
-    _close(inside.grad, wanted)
-    _close(ours.weight.grad, conv.weight.grad)
+    _assert_close(found, expected)
+    _assert_close(inside.grad, wanted)
+    _assert_close(ours.weight.grad, conv.weight.grad)
 
 
 def test_every_sparse_side_leaves_the_gradients_of_one_step() -> None:
@@ -117,7 +117,7 @@ def test_every_sparse_side_leaves_the_gradients_of_one_step() -> None:
     wanted = gradients("step")
     for side in ("kernels", "converted"):
         for found, expected in zip(gradients(side), wanted, strict=True):
-            _close(found, expected)
+            _assert_close(found, expected)
 
 
 def test_parts_are_all_measured_and_the_weight_changes_each_time() -> None:
