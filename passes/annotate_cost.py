@@ -14,6 +14,7 @@ from torch import fx
 
 from passes.trace_shapes import Run, Seen, is_batch_norm
 from swatfx import macs, meta
+from swatfx.density import Density
 from swatfx.graph_module import SwatModule, all_parts, join
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.macs import Macs
@@ -62,7 +63,7 @@ def _add(
         dense, sparse = _exact(plan, call, seen, layer)
     else:
         dense = macs.dense_macs(plan.weight_shape, seen.input_shape, seen.output_shape)
-        sparse = _scaled(dense, plan, layer)
+        sparse = _scaled(dense, plan, layer, plan.assumed_activation_density)
     call_cost = LayerCost(
         input_shape=seen.input_shape,
         output_shape=seen.output_shape,
@@ -72,6 +73,7 @@ def _add(
         sparse_input_gradient_macs=sparse.input_gradient,
         dense_weight_gradient_macs=dense.weight_gradient,
         sparse_weight_gradient_macs=sparse.weight_gradient,
+        inference_macs=_inference(dense.forward, sparse.forward, plan, layer),
     )
     return add_costs(cost, call_cost)
 
@@ -124,7 +126,20 @@ def add_costs(one: LayerCost | None, other: LayerCost) -> LayerCost:
     )
 
 
-def _scaled(dense: Macs, plan: LayerPlan, layer: SparseLayer | None) -> Macs:
+def _inference(dense: int, forward: int, plan: LayerPlan, layer: SparseLayer | None) -> int:
+    """MACs of the forward in evaluation: activations are dense there, zeroed weights are not."""
+    if layer is None or plan.kind.startswith("conv_transpose"):
+        return dense
+    if plan.forward_weight and not plan.forward_activation:
+        return forward
+    sparse = plan.forward_weight or plan.zeroed
+    return macs.scale(Macs(dense, 0, 0), layer.weight_density.value if sparse else 1, 1, 1).forward
+
+
+def _scaled(
+    dense: Macs, plan: LayerPlan, layer: SparseLayer | None, assumed: Density | None = None
+) -> Macs:
+    """Scaled by target densities; `assumed` is that of activations that are not sparsified."""
     if layer is None:
         return dense
     weight = layer.weight_density.value
@@ -133,7 +148,8 @@ def _scaled(dense: Macs, plan: LayerPlan, layer: SparseLayer | None) -> Macs:
     forward = weight if plan.forward_weight else 1.0
     forward *= activation if plan.forward_activation else 1.0
     backward = weight if plan.backward_weight else 1.0
-    kept = activation if plan.backward_activation else 1.0
+    natural = 1.0 if assumed is None else assumed.value
+    kept = activation if plan.backward_activation else natural
     return macs.scale(dense, forward, backward * gradient, kept * gradient)
 
 
@@ -180,4 +196,6 @@ def _exact(
         filters = plan.weight_shape[0] // (call.groups if kernel else 1)
         kept = macs.exact_activation_macs(seen.keep.cpu(), uses, filters)
         kept = math.ceil(kept * gradient - 1e-6)
+    if plan.update == "active":  # of inactive weights, no gradient is formed
+        kept = math.ceil(kept * weight / max(full, 1) - 1e-6)
     return dense, Macs(forward, math.ceil(backward * gradient - 1e-6) * wanted, kept)

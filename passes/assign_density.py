@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from swatfx import distributions, meta, selectors
+from swatfx import distributions, masks, meta, selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule, all_parts
@@ -66,6 +66,7 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
     shapes = [plan.weight_shape for plan in taking_part]
     if policy.distribution == "dense":
         return [replace(plan, skipped=skipped[plan.name], policy=policy.name) for plan in group]
+    masks.check_rules(policy)
     share = distributions.get(policy.distribution)
     weights = share(shapes, Density.from_sparsity(policy.sparsity))
     activations = weights
@@ -73,7 +74,9 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
         activations = share(shapes, Density.from_sparsity(policy.activation_sparsity))
     gradient = Density.from_sparsity(policy.gradient_sparsity)
     # The paper's SWAT-U rows count the input of the dense first layer as sparse (accounting).
-    counted = activations[0] if activations and policy.distribution == "uniform" else None
+    sees_activation = policy.forward_activation or policy.backward_activation
+    counts_first = policy.distribution == "uniform" and sees_activation
+    counted = activations[0] if activations and counts_first else None
     result = [
         replace(
             plan,
@@ -84,9 +87,13 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
         for plan in group
         if skipped[plan.name] is not None
     ]
+    held = policy.hold_from_epoch is not None
+    selector = selectors.HELD + policy.weight_selector if held else policy.weight_selector
+    zeroed = policy.zero_inactive != "never"
+    sees_weight = policy.forward_weight or policy.backward_weight or zeroed
+    assumed = policy.assumed_activation_density
     for plan, weight, activation in zip(taking_part, weights, activations, strict=True):
-        sees_weight = policy.forward_weight or policy.backward_weight
-        sees_activation = policy.forward_activation or policy.backward_activation
+        weight = selectors.get(selector).own_density(plan.weight_shape) or weight
         _check_selectors(policy, weight, plan.name)
         result.append(
             replace(
@@ -95,7 +102,7 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
                 weight_density=weight if sees_weight else DENSE,
                 activation_density=activation if sees_activation else DENSE,
                 gradient_density=gradient,
-                weight_selector=policy.weight_selector,
+                weight_selector=selector,
                 activation_selector=policy.activation_selector,
                 gradient_selector=policy.gradient_selector,
                 forward_weight=policy.forward_weight,
@@ -106,6 +113,10 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
                 period=policy.period,
                 global_threshold=policy.global_threshold,
                 seed=policy.seed,
+                held=policy.hold_from_epoch == 0,
+                starts_dense=policy.ramp != "none",
+                zeroed=zeroed,
+                assumed_activation_density=None if assumed is None else Density(assumed),
             )
         )
     return result

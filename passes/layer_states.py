@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swatfx.errors import InputError
+from swatfx.density import DENSE
+from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule
+from swatfx.learned import LearnedThreshold
 from swatfx.meta import LayerPlan
+from swatfx.ops.learned import is_learned
 from swatfx.state import (
     ActivationThreshold,
     LayerState,
@@ -78,6 +81,7 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
 
     Raises:
         InputError: NaN or complex weights; names the layer.
+        PolicyError: learned thresholds that no forward pass would see.
     """
     if weight.is_complex():
         raise InputError(
@@ -86,18 +90,40 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
             value=str(weight.dtype),
             remedy="keep the layer dense: swatfx.per_layer({name: 'dense'}, default=policy)",
         )
+    state = initial_state(weight, weight, plan.weight_selector, spatial, True)
+    if is_learned(plan.weight_selector):
+        return _learned_threshold(plan, spatial, weight, state)
     module = WeightThreshold(
         plan.name,
         plan.weight_selector,
-        plan.weight_density,
-        state=initial_state(weight, weight, plan.weight_selector, spatial, True),
+        DENSE if plan.starts_dense else plan.weight_density,
+        state=state,
         period=plan.period,
         spatial=spatial,
         is_weight=True,
         seed=plan.seed,
     )
     module.recompute(weight)
+    if plan.held:
+        module.hold()
     return module
+
+
+def _learned_threshold(
+    plan: LayerPlan, spatial: int, weight: Tensor, state: Tensor
+) -> LearnedThreshold:
+    if not plan.forward_weight:
+        raise PolicyError(
+            "learned thresholds are trained by the forward pass that sees them",
+            layer=plan.name,
+            value="forward_weight=False",
+            remedy="use forward_weight=True, or another weight selector",
+        )
+    # What is frozen is frozen with its threshold; of a computed weight nobody knows yet.
+    trains = weight.requires_grad or not isinstance(weight, nn.Parameter)
+    return LearnedThreshold(
+        plan.name, plan.weight_selector, state=state, spatial=spatial, requires_grad=trains
+    )
 
 
 def activation_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> ActivationThreshold:
@@ -105,7 +131,7 @@ def activation_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> Activ
     return ActivationThreshold(
         plan.name,
         plan.activation_selector,
-        plan.activation_density,
+        DENSE if plan.starts_dense else plan.activation_density,
         state=initial_state(None, weight, plan.activation_selector, spatial, False),
         period=plan.period,
         spatial=spatial,

@@ -2,26 +2,57 @@
 
 from swatfx import models
 from swatfx.checkpoint import load, save
+from swatfx.comparing import Comparison, compare
 from swatfx.density import Density
 from swatfx.errors import SwatError
 from swatfx.exporting import export, load_sparse
 from swatfx.observing import observe
 from swatfx.pipeline import compile, to_networkx
-from swatfx.policy import Policy, dense, meprop, per_layer, saw, swat_er, swat_erk, swat_m, swat_u
+from swatfx.policy import (
+    Policy,
+    dense,
+    dsr,
+    dst,
+    forward_activations,
+    forward_weights,
+    gradual_magnitude,
+    meprop,
+    per_layer,
+    rigl,
+    saw,
+    set_,
+    snfs,
+    soft_filter,
+    ssc,
+    static,
+    swat_active_update,
+    swat_er,
+    swat_erk,
+    swat_frozen,
+    swat_m,
+    swat_u,
+)
 from swatfx.reporting import Report, report
 from swatfx.training import Handle, attach, dense_state_dict, refresh
 
 __all__ = [
+    "Comparison",
     "Density",
     "Handle",
     "Policy",
     "Report",
     "SwatError",
     "attach",
+    "compare",
     "compile",
     "dense",
     "dense_state_dict",
+    "dsr",
+    "dst",
     "export",
+    "forward_activations",
+    "forward_weights",
+    "gradual_magnitude",
     "load",
     "load_sparse",
     "meprop",
@@ -30,10 +61,18 @@ __all__ = [
     "per_layer",
     "refresh",
     "report",
+    "rigl",
     "save",
     "saw",
+    "set_",
+    "snfs",
+    "soft_filter",
+    "ssc",
+    "static",
+    "swat_active_update",
     "swat_er",
     "swat_erk",
+    "swat_frozen",
     "swat_m",
     "swat_u",
     "to_networkx",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swatfx import learned
 from swatfx.errors import CheckpointError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import all_plans
@@ -131,6 +132,9 @@ def load(
     _check_plan(plan, _plan(gm))
     _check_state(content["state_dict"], gm)
     if optimizer is not None:
+        if content["optimizer"] is not None:
+            groups = content["optimizer"]["param_groups"]
+            learned.add_parameters(gm, optimizer, [len(group["params"]) for group in groups])
         _check_optimizer(content["optimizer"], optimizer)
     gm.load_state_dict(content["state_dict"])
     if optimizer is not None:

@@ -1,4 +1,4 @@
-"""The command line: `swatfx report | train | export | policies | models | demo`."""
+"""The command line: `swatfx report | train | compare | export | policies | models | demo`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from tabulate import tabulate
 
-from swatfx import cli_simulate, cli_train, demo, models, policy
+from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
 from swatfx.checkpoint import load, write_text
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
@@ -28,6 +28,7 @@ _EPILOG = """examples:
   swatfx report cifar/vgg16 --policy swat-erk --sparsity 0.95 --json
   swatfx report mypackage.nets:build --input-shape 3,64,64 --policy swat-u:0.9,period=100
   swatfx train --model cifar/resnet18 --data cifar10 --data-root DIR --policy swat-u:0.9 --epochs 30
+  swatfx compare resnet50 --policies swat-u:0.8,swat-erk:0.8,rigl:0.8,dense
   swatfx export resnet50 --policy swat-u:0.8 --output resnet50.pt2
 
 A model is a torchvision name, a cifar/ name (swatfx models lists them), or package.module:callable.
@@ -102,12 +103,19 @@ def _parser() -> argparse.ArgumentParser:
         "--step-ms", type=float, metavar="D", help="your dense step, for the Top-K overhead line"
     )
     command.add_argument("--topk-ms", type=float, metavar="K", help="your Top-K refresh")
+    command.add_argument("--norm-saves", choices=("exact", "int8"), default="exact")
+    command.add_argument("--value-dtype", choices=("bf16",), help="of packed values")
+    command.add_argument("--kernels", choices=("auto", "sparse", "dense"), default="auto")
     command.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
     command.add_argument("--json", action="store_true", help="the same as --format json")
     command.add_argument("--output", metavar="FILE", help="write there instead of printing")
 
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
     cli_train.add_arguments(command)
+
+    command = add("compare", _compare, "count what policies cost, and train them, side by side")
+    _add_model(command, with_policy=False)
+    cli_compare.add_arguments(command)
 
     command = add("export", _export, "write a model as .pt2, .onnx or .safetensors")
     _add_model(command)
@@ -121,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_simulate.add_arguments(command)
 
     command = add("policies", _policies, "list policies and the fields of one")
+    command.add_argument("--table1", action="store_true", help="the paper's table 1 instead")
     command.add_argument("--json", action="store_true")
     command = add("models", _models, "list model names")
     command.add_argument("--json", action="store_true")
@@ -133,15 +142,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser, default: str | None = None) -> None:
+def _add_model(
+    command: argparse.ArgumentParser, default: str | None = None, *, with_policy: bool = True
+) -> None:
     text = "e.g. resnet50, cifar/vgg16, package.module:callable"
     if default is None:
         command.add_argument("model", help=text)
     else:
         command.add_argument("model", nargs="?", default=default, help=f"{text} ({default})")
     command.add_argument("--num-classes", type=int, metavar="N", help="instead of the model's own")
-    command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
-    command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
+    if with_policy:
+        command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
+        command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
     command.add_argument("--batch-size", type=int, default=32, metavar="N")
     command.add_argument(
         "--input-shape", metavar="C,H,W", help="of one sample; needed for your own models"
@@ -186,7 +198,13 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
 def _report(args: argparse.Namespace) -> int:
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
-    gm = compile_model(models.resolve_on_meta(args.model, args.num_classes), chosen)
+    gm = compile_model(
+        models.resolve_on_meta(args.model, args.num_classes),
+        chosen,
+        norm_saves=args.norm_saves,
+        value_dtype=args.value_dtype,
+        kernels=args.kernels,
+    )
     options = {"step_ms": args.step_ms, "topk_ms": args.topk_ms}
     result = report(
         gm,
@@ -231,11 +249,23 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    text = cli_compare.run(args, read_shape)
+    if text is None:
+        return 130
+    _emit(text, args.output)
+    return 0
+
+
 def _simulate(args: argparse.Namespace) -> int:
     return cli_simulate.run(args, read_policy(args.policy, args.sparsity), read_shape(args))
 
 
 def _policies(args: argparse.Namespace) -> int:
+    if args.table1:
+        lines = table1.table1()
+        print(table1.to_json(lines) if args.json else table1.to_text(lines))
+        return 0
     known = {f.name: f.default for f in fields(Policy) if f.name not in ("name", "rules")}
     rows = [
         (name, (build.__doc__ or "").strip().splitlines()[0])

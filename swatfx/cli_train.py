@@ -8,7 +8,8 @@ import sys
 from dataclasses import asdict, fields
 
 from swatfx.errors import SwatError
-from swatfx.runs import RunConfig, RunResult, train_run
+from swatfx.run_config import RunConfig, RunResult
+from swatfx.runs import train_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-steps", type=int, metavar="N", help="stop after N steps, with a checkpoint")
     add("--threads", type=int, metavar="N", help="CPU threads")
     add("--workers", type=int, default=0, metavar="N", help="reader processes (imagenet)")
+    add("--norm-saves", choices=("exact", "int8"), default="exact", help="what batch norms keep")
+    add("--value-dtype", choices=("bf16",), help="of packed values (default: the layer's own)")
+    add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--tensorboard", action="store_true", help="write TensorBoard events, too")
     add("--json", action="store_true", help="print the result as JSON")

@@ -19,7 +19,7 @@ from swatfx import bits, meta
 from swatfx.checkpoint import write_atomically
 from swatfx.errors import ExportError, SwatError, UnknownNameError
 from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap
-from swatfx.layers import sparse_layers
+from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
 from swatfx.saves import AvgPool2d, Bound, Dropout, MaxPool2d, Norm, Relu, Saver
@@ -309,7 +309,7 @@ def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> N
                 remedy="export to .pt2, or remove the parametrization first",
             )
         for name in names:
-            if _read_dense(gm, name):
+            if read_dense(gm, name):
                 raise ExportError(
                     f"other code reads {name!r} dense, and a state dict cannot hold both",
                     layer=layer.plan.name,
@@ -331,22 +331,6 @@ def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> N
             raise OSError(str(error)) from error
 
     write_atomically(path, write)
-
-
-def _read_dense(gm: SwatModule, name: str) -> bool:
-    """Whether anything but sparse layers reads a weight: a tied embedding, say."""
-    owner = name.rpartition(".")[0]
-    plain = isinstance(gm.get_submodule(owner), (nn.modules.conv._ConvNd, nn.Linear))
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            target = join(prefix, str(node.target))
-            if node.op == "call_module" and target == owner and not plain:
-                return True
-            if node.op == "get_attr" and target == name:
-                users = [u for u in node.users if meta.read(u).role != "op"]
-                if not all(str(u.target).startswith("swat.") for u in users):
-                    return True
-    return not plain and any(owner.startswith(path) for path in gm.eager)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

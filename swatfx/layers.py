@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from swatfx import meta
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule, all_parts, evaluate
+from swatfx.graph_module import SwatModule, all_parts, evaluate, join
 from swatfx.meta import LayerPlan
 from swatfx.ops.state import read_density
 from swatfx.ops.where import weight_keep
@@ -91,3 +91,19 @@ def all_plans(gm: SwatModule) -> dict[str, LayerPlan]:
             if plan is not None:
                 plans.setdefault(plan.name, plan)
     return plans | gm.unreached
+
+
+def read_dense(gm: SwatModule, name: str) -> bool:
+    """Whether anything but sparse layers reads a weight: a tied embedding, say."""
+    owner = name.rpartition(".")[0]
+    plain = isinstance(gm.get_submodule(owner), (nn.modules.conv._ConvNd, nn.Linear))
+    for prefix, part in all_parts(gm):
+        for node in part.graph.nodes:
+            target = join(prefix, str(node.target))
+            if node.op == "call_module" and target == owner and not plain:
+                return True
+            if node.op == "get_attr" and target == name:
+                users = [u for u in node.users if meta.read(u).role != "op"]
+                if not all(str(u.target).startswith("swat.") for u in users):
+                    return True
+    return not plain and any(owner.startswith(path) for path in gm.eager)

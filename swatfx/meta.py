@@ -52,6 +52,11 @@ class LayerPlan:
         state: name of the layer's module under `swat.`, if it takes part.
         counted_activation_density: what the paper's accounting takes for the input of a layer that
             is itself dense (SWAT-U's first); None: the activation density.
+        held: the active set is held from the first step on, see `Policy.hold_from_epoch`.
+        starts_dense: densities begin at 1, whatever their target.
+        zeroed: inactive weights are zero, at least when training ends.
+        assumed_activation_density: what the paper's accounting takes in the weight gradient where
+            activations are dense; None: 1.
         kernels: "sparse", or "dense: " and why; "" where nothing was chosen. A matter of the
             machine, not of the method: the values are the same.
     """
@@ -80,6 +85,10 @@ class LayerPlan:
     seed: int = 0
     state: str = ""
     counted_activation_density: Density | None = None
+    held: bool = False
+    starts_dense: bool = False
+    zeroed: bool = False
+    assumed_activation_density: Density | None = None
     kernels: str = ""
 
     @property
@@ -138,7 +147,8 @@ class LayerCost:
     """What one call of a layer costs: MACs of the three passes and bytes kept for backward.
 
     `dense_` is the layer as it was, `sparse_` under its plan. `forward`, `input_gradient` and
-    `weight_gradient` are MACs (one multiplication and one addition).
+    `weight_gradient` are MACs (one multiplication and one addition). `inference_macs` are those of
+    a forward with the trained weights: what is zero then may have been dense in training.
     """
 
     input_shape: tuple[int, ...] = ()
@@ -149,6 +159,7 @@ class LayerCost:
     sparse_input_gradient_macs: int = 0
     dense_weight_gradient_macs: int = 0
     sparse_weight_gradient_macs: int = 0
+    inference_macs: int = 0
     dense_saved_bytes: int = 0
     sparse_saved_bytes: int = 0
 

@@ -52,6 +52,7 @@ class LayerRecord:
     sparse_input_gradient_macs: int
     dense_weight_gradient_macs: int
     sparse_weight_gradient_macs: int
+    inference_macs: int
     dense_saved_bytes: int
     sparse_saved_bytes: int
     skipped: str | None
@@ -273,7 +274,7 @@ def _totals(
     sparse = sum(v for k, v in totals.items() if k.startswith("sparse_"))
     totals["training_mac_reduction"] = _fraction(sparse, dense)
     totals["inference_mac_reduction"] = _fraction(
-        totals["sparse_forward_macs"], totals["dense_forward_macs"]
+        totals["inference_macs"], totals["dense_forward_macs"]
     )
     dropped, read = 0.0, 0
     for layer in layers:

@@ -18,8 +18,8 @@ from swatfx import ops, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
-from swatfx.ops.state import check_rankable, compute_state, read_density
-from swatfx.selectors import Axes
+from swatfx.ops.state import HELD, check_rankable, compute_state, read_density
+from swatfx.selectors import Axes, Selector
 
 _tokens = itertools.count()
 
@@ -46,7 +46,7 @@ class Clock(nn.Module):
             return self.iteration
         if self.optimizer_wanted_by is not None and not self.attached:
             raise AttachError(
-                f"policy {self.optimizer_wanted_by!r} reads the optimizer's momentum, but none is"
+                f"policy {self.optimizer_wanted_by!r} acts after the optimizer's steps, but none is"
                 " attached",
                 remedy="call swatfx.attach(gm, optimizer) before training",
             )
@@ -131,6 +131,11 @@ class Threshold(nn.Module):
             self._buffers[name] = fn(getattr(self, name))
         return self
 
+    @property
+    def chosen(self) -> Selector:
+        """The selector itself."""
+        return selectors.get(self.selector)
+
     def set_density(self, density: Density) -> None:
         """Change the target; it takes effect at the next refresh."""
         exact = density.exact
@@ -184,7 +189,19 @@ class Threshold(nn.Module):
 
 
 class WeightThreshold(Threshold):
-    """State of a weight; valid from the start, kept as it is in evaluation."""
+    """State of a weight; valid from the start, kept as it is in evaluation.
+
+    Once held, no forward refreshes it: what `swatfx.attach` hangs on the optimizer may change it.
+    """
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the state stays as it is."""
+        return int(self.stamp.item()) == HELD
+
+    def hold(self) -> None:
+        """Keep the state as it is from now on."""
+        self.stamp.fill_(HELD)
 
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""
@@ -252,12 +269,29 @@ class SwatState(nn.Module):
     """The child `swat` of a compiled model: a clock, and a LayerState a layer."""
 
     clock: Clock
+    memory: Tensor | None
 
     def __init__(self, optimizer_wanted_by: str | None) -> None:
         super().__init__()
         self.clock = Clock(optimizer_wanted_by)
         self.part_clock = PartClock(self.clock)
+        self.register_buffer("memory", None)
         self.stale = False  # a dense checkpoint was loaded: weight thresholds want recomputing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwatState:
+        memory = self.memory  # read by the host, and exact, as all numbers of the clock are
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["memory"] = memory
+        return self
+
+    def remember(self, count: int) -> None:
+        """Give each of `count` budgets a number that its drop rule may remember by."""
+        self._buffers["memory"] = torch.zeros(count, dtype=torch.float64, device="cpu")
+
+    def memory_of(self, budget: int) -> Tensor:
+        """float64 [1] of one budget, a view."""
+        assert self.memory is not None
+        return self.memory[budget : budget + 1]
 
     def thresholds(self) -> Iterator[tuple[str, Threshold]]:
         """(path below `swat`, module) of every threshold."""

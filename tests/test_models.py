@@ -22,6 +22,8 @@ PAPER = [
     ("wide_resnet50_2", 68_883_240, 53, 0),
     # not in the paper; counted by hand
     ("cifar/resnet20", 272_474, 21, 0),
+    ("cifar/resnet32", 466_906, 33, 0),
+    ("cifar/resnet32x2", 1_860_522, 33, 0),
     ("digits/cnn", 65_834, 4, 0),
 ]
 OWN = [row[0] for row in PAPER if "/" in row[0]]

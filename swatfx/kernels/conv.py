@@ -28,7 +28,7 @@ from swatfx.ops.conv import (
     stored_dtype,
 )
 from swatfx.ops.layout import converted
-from swatfx.ops.where import SWAT, Where, active_weight, kept_only, sparse_gradient, weight_keep
+from swatfx.ops.where import SWAT, Where, active_weight, reaching_gradient, sparse_gradient
 
 LARGEST_STRIDE = 16
 LARGEST_KERNEL = 64
@@ -297,8 +297,7 @@ def _(
         shapes = Shapes.of(input_shape, weight, stride, padding, dilation, groups)
         grads[1] = _weight_gradient(shapes, kept, stored is torch.bfloat16, grad, weight)
         if where.active_only:
-            keep = weight_keep(weight, weight_state, weight_selector)
-            grads[1] = kept_only(grads[1], keep)
+            grads[1] = reaching_gradient(grads[1], weight, weight_state, weight_selector)
     elif wants_weight:
         grads[1] = reference((False, True, False), grad, "")[1]
     return grads[0], grads[1], grads[2]

@@ -26,7 +26,7 @@ from swatfx.ops.linear import (
     linear_backward_reference,
     linear_reference,
 )
-from swatfx.ops.where import SWAT, Where, kept_only, sparse_gradient, weight_keep
+from swatfx.ops.where import SWAT, Where, kept_only, reaching_gradient, sparse_gradient
 from swatfx.selectors import Axes
 
 LEAST_ROWS = 16
@@ -160,7 +160,7 @@ def _(
     if wants[1] and input is None and kept is not None and stored in PACKED:
         weight_grad = _weight_gradient(rows, kept, weight, stored is torch.bfloat16)
         if where.active_only:
-            weight_grad = kept_only(weight_grad, weight_keep(weight, weight_state, weight_selector))
+            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
     elif wants[1]:
         weight_grad = reference((False, True, False), grad, "")[1]
     return input_grad, weight_grad, bias_grad

@@ -66,6 +66,8 @@ _OWN = MappingProxyType(
         "cifar/resnet50": _bottleneck(3, 4, 6, 3),
         "cifar/resnet101": _bottleneck(3, 4, 23, 3),
         "cifar/resnet20": _basic(3, 3, 3, stem=16, bias=False),
+        "cifar/resnet32": _basic(5, 5, 5, stem=16, bias=False),
+        "cifar/resnet32x2": _basic(5, 5, 5, stem=32, bias=False),
         "digits/cnn": _Entry(DigitsCNN, (1, 8, 8)),
     }
 )
@@ -135,9 +137,10 @@ def create(name: str, *, num_classes: int | None = None, **kwargs: Any) -> nn.Mo
     ==================  ==========  ============  ==================================================
 
     Beside them, not in the paper: ``cifar/resnet20`` (272,474 parameters, 21 convolutions without
-    biases, the two shortcuts that change shape being projections), ``digits/cnn`` (65,834 and 4)
-    for scikit-learn's digits, (N, 1, 8, 8) to (N, 10), and every classification or segmentation
-    network of torchvision under its name there.
+    biases, the two shortcuts that change shape being projections), ``cifar/resnet32`` (466,906 and
+    33) and ``cifar/resnet32x2`` (1,860,522 and 33; twice as wide, what SSC is measured on) of the
+    same form, ``digits/cnn`` (65,834 and 4) for scikit-learn's digits, (N, 1, 8, 8) to (N, 10), and
+    every classification or segmentation network of torchvision under its name there.
 
     `num_classes` is the width of the classifier; where None, the network's own default stands (10
     here, 1000 for torchvision's classifiers). `kwargs` go to the builder: `dropout` for

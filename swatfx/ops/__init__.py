@@ -8,6 +8,7 @@ from swatfx.ops.conv import conv, conv_backward
 from swatfx.ops.dropout import dropout, dropout_backward
 from swatfx.ops.flops import register_flops
 from swatfx.ops.layout import to_layout
+from swatfx.ops.learned import learned_gradient
 from swatfx.ops.linear import linear, linear_backward
 from swatfx.ops.norm import batch_norm, batch_norm_backward
 from swatfx.ops.pack import pack
@@ -26,6 +27,7 @@ __all__ = [
     "conv_backward",
     "dropout",
     "dropout_backward",
+    "learned_gradient",
     "linear",
     "linear_backward",
     "max_pool2d",

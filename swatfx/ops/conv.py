@@ -17,6 +17,7 @@ from swatfx import layouts, selectors
 from swatfx.errors import SwatError
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.autocast import register_autocast
+from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
 from swatfx.ops.saved import in_layout
 from swatfx.ops.where import (
@@ -26,8 +27,8 @@ from swatfx.ops.where import (
     as_seen,
     kept_only,
     not_a_view,
+    reaching_gradient,
     sparse_gradient,
-    weight_keep,
 )
 from swatfx.selectors import Axes
 
@@ -230,8 +231,7 @@ def conv_backward_reference(
     if wants_weight:
         weight_grad = weight_grad.to(weight.dtype)
         if where.active_only:
-            active = weight_keep(weight, weight_state, weight_selector)
-            weight_grad = kept_only(weight_grad, active)
+            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
     empty = grad.new_empty(0)
     return (
         input_grad if wants_input else empty,
@@ -328,15 +328,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = inputs[5:]
     ctx.input_shape = tuple(input.shape)
     ctx.layout = ctx.options[12] or layouts.layout_of(input)
-    saved = input if kept is None and ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
+    wants_weight = wants_weight_gradient(ctx)
+    saved = input if kept is None and wants_weight else None
+    ctx.save_for_backward(weight, weight_state, kept if wants_weight else None, saved)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
     (stride, padding, dilation, groups, pad, pad_mode, sparse, weight_selector) = ctx.options[:8]
     _, _, gradient_density, gradient_selector, _, kept_dtype = ctx.options[8:]
-    wants = list(ctx.needs_input_grad[:3])
+    wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     grads = conv_backward(
         grad,
         input,
@@ -358,8 +359,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants,
         kept_dtype,
     )
-    wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
-    return (*wanted, *[None] * (2 + len(ctx.options)))
+    wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
+    return (*wanted, *[None] * (1 + len(ctx.options)))
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -372,4 +373,5 @@ def no_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 conv.register_autograd(_backward, setup_context=_setup_context)
 conv_backward.register_autograd(no_double_backward)
+learned_gradient.register_autograd(no_double_backward)
 register_autocast("swatfx::conv", casts=(0, 2))

@@ -12,6 +12,7 @@ from torch import Tensor
 from swatfx import layouts, selectors
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.conv import no_double_backward, stored_dtype
+from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
 from swatfx.ops.where import (
     SWAT,
@@ -20,8 +21,8 @@ from swatfx.ops.where import (
     as_seen,
     kept_only,
     not_a_view,
+    reaching_gradient,
     sparse_gradient,
-    weight_keep,
 )
 from swatfx.selectors import Axes
 
@@ -129,8 +130,7 @@ def linear_backward_reference(
             input = unpack(kept, tuple(input_shape), stored, layouts.ROW_MAJOR).to(grad.dtype)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
         if where.active_only:
-            active = weight_keep(weight, weight_state, weight_selector)
-            weight_grad = kept_only(weight_grad, active)
+            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
     return input_grad, weight_grad, bias_grad
 
 
@@ -166,14 +166,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     ctx.options = inputs[5:]
     ctx.input_shape = tuple(input.shape)
-    saved = input if kept is None and ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(weight, weight_state, kept if ctx.needs_input_grad[1] else None, saved)
+    wants_weight = wants_weight_gradient(ctx)
+    saved = input if kept is None and wants_weight else None
+    ctx.save_for_backward(weight, weight_state, kept if wants_weight else None, saved)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
     sparse, weight_selector, _, _, gradient_density, gradient_selector, *last = ctx.options
-    wants = list(ctx.needs_input_grad[:3])
+    wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     grads = linear_backward(
         grad,
         input,
@@ -188,8 +189,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants,
         *last,
     )
-    wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
-    return (*wanted, *[None] * (2 + len(ctx.options)))
+    wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
+    return (*wanted, *[None] * (1 + len(ctx.options)))
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)

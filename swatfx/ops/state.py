@@ -22,6 +22,8 @@ from swatfx.errors import InputError
 from swatfx.selectors import Axes
 from swatfx.topk import holds_nan
 
+HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
+
 _Key = tuple[int, bool, int, tuple[int, ...]]  # (clock, of the root, data pointer, shape)
 
 
@@ -190,7 +192,8 @@ def refresh(
         x: weight (F, C, *kernel), or activation.
         threshold: state of the last refresh; `previous`: of the one before.
         previous: see `threshold`.
-        stamp: int64 0-dim, iteration of the last refresh, -1 before the first.
+        stamp: int64 0-dim, iteration of the last refresh, -1 before the first, HELD where the
+            state stays as it is.
         step: int64 [3] of `swatfx::step`.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
@@ -213,7 +216,9 @@ def refresh(
     batch_shaped = not is_weight and selectors.get(selector).groups != ()
     due = batch_shaped or iteration % period == 0 or last < 0
     use = threshold
-    if recomputing:
+    if last == HELD:
+        due = False
+    elif recomputing:
         if not batch_shaped and last == iteration:
             due = False  # the very threshold that the first pass computed
         elif not due and last > iteration:

@@ -1,0 +1,149 @@
+"""Selectors that keep a mask rather than a threshold: drawn, n of m, or held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swatfx import bits
+from swatfx.density import Density
+from swatfx.errors import PolicyError
+from swatfx.selectors.base import Axes, Selector
+from swatfx.topk import Reduce
+
+
+@dataclass(frozen=True)
+class RandomSelector(Selector):
+    """Keep each element with probability d, drawn anew at every refresh (the null hypothesis).
+
+    The state is int64 [2], the seed of the draw and the bits of the density as a float64; the mask
+    is drawn from it whenever it is used.
+    """
+
+    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """One (seed, density) pair."""
+        return (2,)
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Integers, so that no cast of the model changes the draw."""
+        return torch.int64
+
+    def state(
+        self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
+    ) -> Tensor:
+        """The seed of this refresh, and the density."""
+        value = torch.tensor([density.value], dtype=torch.float64).view(torch.int64)
+        return torch.cat([torch.tensor([seed]), value]).to(x.device)
+
+    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
+        """Draw the mask that `state` stands for."""
+        host = state.cpu()
+        density = host[1:].view(torch.float64).item()
+        generator = torch.Generator(device=x.device).manual_seed(int(host[0].item()))
+        return torch.rand(x.shape, generator=generator, device=x.device) < density
+
+
+@dataclass(frozen=True)
+class NofM(Selector):
+    """The n largest of every m consecutive weights along the input dimension.
+
+    The mask is kept between refreshes, since no threshold reproduces it on moved weights. A last
+    group of fewer than m keeps its n largest.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def check(self, density: Density, layer: str) -> None:
+        """The density is n/m, or 1."""
+        if not density.is_dense and abs(density.value - self.n / self.m) > 1e-9:
+            raise PolicyError(
+                f"selector {self.name!r} keeps {self.n}/{self.m} of the weights",
+                layer=layer,
+                value=f"sparsity {1 - density.value:g}",
+                remedy=f"use sparsity {1 - self.n / self.m:g}, or another selector",
+            )
+
+    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """A bit a weight."""
+        return ((torch.Size(shape).numel() + 7) // 8,)
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Bytes of the bitmask."""
+        return torch.uint8
+
+    def state(
+        self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
+    ) -> Tensor:
+        """Bitmask of the n largest of every m."""
+        if density.is_dense:
+            return bits.mask_to_bits(torch.ones(x.shape, dtype=torch.bool, device=x.device))
+        scores = x.abs().movedim(axes.channel, -1)
+        channels = scores.shape[-1]
+        scores = torch.nn.functional.pad(scores, (0, -channels % self.m), value=-1.0)
+        groups = scores.unflatten(-1, (-1, self.m))
+        top = groups.topk(self.n, dim=-1).indices
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True)
+        return bits.mask_to_bits(keep.flatten(-2)[..., :channels].movedim(-1, axes.channel))
+
+    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
+        """The stored mask."""
+        return bits.bits_to_mask(state, x.numel()).view(x.shape)
+
+
+@dataclass(frozen=True)
+class Held(Selector):
+    """What `base` selected once, kept as a bitmask: for masks that are pruned and regrown.
+
+    The state is uint8 [ceil(n / 8) + 1]: the mask, and a last byte that is 1 while inactive weights
+    receive their gradient although updates are masked (the steps at which RigL grows).
+    """
+
+    base: Selector = field(default=Selector("nchw"))
+
+    def check(self, density: Density, layer: str) -> None:
+        """As `base`."""
+        self.base.check(density, layer)
+
+    def own_density(self, shape: tuple[int, ...]) -> Density | None:
+        """As `base`."""
+        return self.base.own_density(shape)
+
+    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """A bit a weight, and a byte."""
+        return ((torch.Size(shape).numel() + 7) // 8 + 1,)
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Bytes of the bitmask."""
+        return torch.uint8
+
+    def state(
+        self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
+    ) -> Tensor:
+        """The mask that `base` selects now; a random one of exactly the density's count."""
+        if density.is_dense:
+            return self.from_mask(torch.ones(x.shape, dtype=torch.bool, device=x.device))
+        if not isinstance(self.base, RandomSelector):
+            state = self.base.state(x, density, axes, seed, reduce)
+            return self.from_mask(self.base.keep(x, state, axes).expand_as(x))
+        generator = torch.Generator(device=x.device).manual_seed(seed)
+        order = torch.randperm(x.numel(), generator=generator, device=x.device)
+        keep = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
+        keep[order[: density.count(x.numel())]] = True
+        return self.from_mask(keep)
+
+    @staticmethod
+    def from_mask(keep: Tensor) -> Tensor:
+        """The state that keeps what the bool tensor `keep` says."""
+        packed = bits.mask_to_bits(keep)
+        return torch.cat([packed, packed.new_zeros(1)])
+
+    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
+        """The stored mask."""
+        return bits.bits_to_mask(state[:-1], x.numel()).view(x.shape)
+
+    def passes_gradient(self, state: Tensor) -> bool:
+        """What the last byte says."""
+        return bool(state[-1].item())
