@@ -34,6 +34,7 @@ from swatfx.policy import (
 )
 from swatfx.reporting import Report, report
 from swatfx.training import Handle, attach, dense_state_dict, refresh
+from swatfx.tuning import tune
 
 __all__ = [
     "Comparison",
@@ -76,4 +77,5 @@ __all__ = [
     "swat_m",
     "swat_u",
     "to_networkx",
+    "tune",
 ]

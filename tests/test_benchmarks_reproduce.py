@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from benchmarks import common
 from benchmarks.reproduce import __main__, figures, plotting, running, tables
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.jobs import SCALES, Network
-from benchmarks.reproduce.table_rows import TABLES, TRAINING, Row
+from benchmarks.reproduce.table_rows import TABLES, TRAINING, WEIGHTS, Row
 from swatfx.runs import train_run
 
 
@@ -53,7 +54,9 @@ def test_rows_are_beside_the_figures_in_print() -> None:
         and abs(record["differences"][TRAINING]) < 0.5
     )
     summary = tables.summarise(records)
-    assert summary["figures"] == summary["within_half_a_point"] == 5
+    assert record["targets"] == ["weight_sparsity", "activation_sparsity"]
+    assert summary["figures"] == summary["within_half_a_point"] == 3
+    assert summary["by_natural_zeros"] == summary["rows_not_computed"] == 0
     headers, (cells,) = tables.table(records)
     assert len(headers) == len(cells) and cells[5].startswith("49.9 (49.8, +0.")
     panel = tables.picture(records)
@@ -77,7 +80,17 @@ def test_rows_without_accounting_say_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cells[0][3:] == ["- (60)", "90 (-1)", "moves"]
     assert cells[1][3] == "50.2 (52, -1.8)" and cells[1][-1].startswith("natural zeros 0.25; ")
     text = tables.sentence(tables.summarise(records))
-    assert "0 of 1 figures" in text and "(-1.75 points)" in text and "1 rows cannot" in text
+    assert "0 of 1 figures" in text and "(-1.75 points)" in text and "1 rows do not" in text
+    # Natural zeros bring the second row's figure within half a point.
+    close = tables.account([replace(rows[1], printed={TRAINING: 50.6})])
+    assert tables.summarise(close)["by_natural_zeros"] == 1
+    assert "1 of 1 figures come out within half a point of the one in print, 1 by" in (
+        tables.sentence(tables.summarise(close))
+    )
+    targets = tables.account([replace(rows[1], printed={WEIGHTS: 50.0})])
+    assert tables.sentence(tables.summarise(targets)) == (
+        "the table prints targets and accuracies only"
+    )
 
 
 def test_every_row_has_a_policy_or_a_reason() -> None:
@@ -157,7 +170,7 @@ def test_a_table_is_trained_only_when_asked(
     )
     words = ["appendix-table2", "--work", str(tmp_path / "w"), "--seeds", "1", "--epochs", "1"]
     assert run(*words) == 0 and trained == []
-    assert "4 of 12 figures come out within half a point" in capsys.readouterr().out
+    assert "the table prints targets and accuracies only" in capsys.readouterr().out
     assert run(*words, "--train") == 0
     assert trained == ["dense 0", *["swat-u 0"] * 3]
     out = capsys.readouterr().out

@@ -53,7 +53,7 @@ FLOORS = {
         "swatfx.tuning",
         "swatfx.tuning_knapsack",
         "swatfx.tuning_costs",
-        "swatfx.tuning_losses",
+        "swatfx.tuning_sensitivity",
         "swatfx.table1",
         "swatfx.comparing",
         "swatfx.comparing_runs",
