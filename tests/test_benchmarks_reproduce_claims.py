@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from reproducing import CASES, DIGITS, TINY, job, outcome
@@ -148,3 +149,12 @@ def test_numbers_of_a_page() -> None:
     text = writing.to_markdown(result, (), None)
     assert "| 80.05%     | 0.07% | +0.00" in text and "-10.00" in text
     assert "+15.00 points" in text and '- Rule "better"' in text and '"no harm"' not in text
+
+
+def test_runs_that_diverged_are_told() -> None:
+    found = outcome("figure7", CASES["figure7"][0])
+    arm, runs = list(found.runs.items())[0]
+    found.runs[arm] = [replace(run, diverged=True) for run in runs]
+    result = writing.result_of(EXPERIMENTS["figure7"], TINY, "a command", [], [found])
+    assert writing.sentence(result).endswith("2 runs diverged and count as guessing")
+    assert result["outcomes"][0]["points"][0]["diverged"] == 2

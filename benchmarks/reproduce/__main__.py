@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from benchmarks import common
 from benchmarks.reproduce import tables, writing
 from benchmarks.reproduce.experiments import EXPERIMENTS, Experiment
@@ -41,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{experiment.name:18}{experiment.title}")
         return 0
     chosen = _chosen(parser, args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     runner = Runner(
         args.work,
         data_root=args.data,
         device=args.device,
-        threads=args.threads,
         workers=args.workers,
     )
     scale = _scale(args)

@@ -89,7 +89,7 @@ class Runner:
     """Runs jobs in folders below `work`.
 
     `circumstances` are fields of `RunConfig` that a result does not depend on: data_root, device,
-    threads, workers.
+    workers.
     """
 
     def __init__(self, work: pathlib.Path, **circumstances: Any) -> None:

@@ -102,6 +102,9 @@ def sentence(result: Mapping[str, Any]) -> str:
         parts.append(tables.sentence(result["accounting_summary"]))
     if result["verdict"] is not None:
         parts.append(f"{result['claim']}: {result['verdict']}")
+    diverged = sum(run["diverged"] for record in result["outcomes"] for run in record["runs"])
+    if diverged:
+        parts.append(f"{diverged} runs diverged and count as guessing")
     return f"{result['name']}: " + ("; ".join(parts) or result["description"])
 
 
