@@ -173,7 +173,7 @@ def figure8(network: Network, scale: Scale) -> list[Arm]:
     """The active set frozen after some epochs, or never."""
     epochs = scale.epochs_of(network)
     shares = (0, 1 / 15, 1 / 5, 1 / 3, 2 / 3) if scale.whole_grid else (0, 1 / 12, 1 / 4, 1 / 2)
-    after = dict.fromkeys(round(share * epochs) for share in shares)
+    after = dict.fromkeys(int(share * epochs + 1e-9) for share in shares)
     arms = [Arm(_FROZEN, e, swat_frozen(0.9, hold_from_epoch=e)) for e in after]
     return [_baseline(), *arms, Arm(_FREE, None, swat_u(0.9))]
 
