@@ -125,7 +125,7 @@ def test_a_figure_from_the_command_line(
     assert run("figure8", "figure4", *folders, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert trained == [] and not output.exists() and "of 8 runs to train: about" in printed
-    assert "frozen after epoch x 1: swat-frozen:0.9,hold_from_epoch=1, 2 epochs" in printed
+    assert "frozen after epoch x 0: swat-frozen:0.9,hold_from_epoch=0, 2 epochs" in printed
 
     assert run("figure8", "figure4", *folders) == 0
     assert len(trained) == 8 and trained.count("swat-u 0") == 1  # shared by the two figures

@@ -18,7 +18,7 @@ from benchmarks.reproduce.jobs import SCALES, Arm, Network, fitted, jobs_of, tol
 from benchmarks.reproduce.recording import Recorded, read
 from benchmarks.reproduce.running import Runner
 from swatfx.errors import InputError, SwatError
-from swatfx.policy import dense, per_layer, swat_u
+from swatfx.policy import as_policy, dense, per_layer, swat_u
 from swatfx.runs import train_run
 
 
@@ -75,6 +75,22 @@ def test_policies_take_the_seed_and_the_period_of_the_recipe() -> None:
     )
     assert first.policy.period == 1000 and first.epochs == 90
     assert told(first.policy) == "swat-u:0.5,period=1000" and told(dense()) == "dense"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dense",
+        "set:0.8",
+        "dst",
+        "meprop:0.5",
+        "swat-u:0.9,period=100",
+        "swat-frozen:0.9,hold_from_epoch=3",
+        "saw:0.5,weight_selector=chw,activation_selector=chw",
+    ],
+)
+def test_a_policy_is_told_as_the_string_that_makes_it(text: str) -> None:
+    assert told(fitted(as_policy(text), 3, 1)) == text
 
 
 def test_all_arms_of_a_seed_come_before_the_next_seed() -> None:

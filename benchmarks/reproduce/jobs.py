@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from swatfx.policy import Policy
+from swatfx.errors import SwatError
+from swatfx.policy import Policy, as_policy
 from swatfx.recipes import Recipe, recipe_for
 from swatfx.runs import RunConfig
 
@@ -136,11 +137,16 @@ class Job:
 
 
 def told(policy: Policy) -> str:
-    """A policy in a few words: its name, its sparsity, and what it was given beside."""
-    shown = {"weight_selector", "activation_selector", "period", "hold_from_epoch", "update"}
+    """A policy as the string that makes it (its seed and rules left out)."""
     sparsity = policy.gradient_sparsity or policy.sparsity
-    name = policy.name if not sparsity else f"{policy.name}:{sparsity:g}"
-    return ",".join([name, *(f"{k}={v}" for k, v in _told(policy).items() if k in shown)])
+    name = f"{policy.name}:{sparsity:g}" if sparsity else policy.name
+    try:
+        base = as_policy(name)
+    except SwatError:  # it has parts that no string gives
+        base = Policy(policy.name, policy.sparsity)
+    own, usual = asdict(policy), asdict(base)
+    given = {k: v for k, v in own.items() if v != usual[k] and k not in ("seed", "rules")}
+    return ",".join([name, *(f"{k}={v}" for k, v in given.items())])
 
 
 def _told(policy: Policy) -> dict[str, Any]:
