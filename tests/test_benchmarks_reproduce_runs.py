@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -127,6 +128,33 @@ def test_runs_are_kept_and_a_run_broken_off_goes_on(
 
 def _interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(running.fcntl is None, reason="no file locks")
+def test_commands_side_by_side_share_the_work(
+    tmp_path: pathlib.Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine, other = Runner(tmp_path), Runner(tmp_path)
+    jobs = [job(0), job(1)]
+    usual = running.train_run
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mine._claimed(jobs[0]))
+        assert other._taken(jobs[0]) and not other._taken(jobs[1])
+
+        def train(config: Any) -> Any:
+            result = usual(config)
+            if config.seed == 1:  # while `other` trains the second job, the first is finished
+                mine._train(jobs[0])
+                stack.close()
+            return result
+
+        monkeypatch.setattr(running, "train_run", train)
+        runs = other.run_all(jobs)
+    assert trained == ["swat-u 1", "swat-u 0"] and list(runs) == [jobs[1], jobs[0]]
+    assert not other._taken(jobs[0]) and "[2/2]" in capsys.readouterr().err
 
 
 def test_a_recorded_run_serves_who_wants_no_recording(

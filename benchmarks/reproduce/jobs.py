@@ -64,7 +64,7 @@ SCALES = {
     scale.name: scale
     for scale in (
         Scale("tiny", Network("digits/cnn", "digits"), 160, 2, 32, 2, 1),
-        Scale("small", Network("cifar/resnet20", "cifar10"), 10_000, 15, None, 2, 4),
+        Scale("small", Network("cifar/resnet20", "cifar10"), 8_000, 10, None, 2, 4),
         Scale("paper", None, None, None, None, 3, 100, whole_grid=True),
     )
 }

@@ -2,7 +2,8 @@
 
 A job's folder is named after all that decides its result, so that figures share runs. It holds what
 `swatfx.runs.train_run` writes, the recording where one is asked for, and, at the end, `done.json`;
-the checkpoint is deleted then.
+the checkpoint is deleted then. Commands that run side by side share the work: each leaves a job
+that another is training for later, and finds it finished then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +28,11 @@ from swatfx.datasets import open_data
 from swatfx.errors import SwatError
 from swatfx.run_folder import CHECKPOINT, CONFIG, METRICS
 from swatfx.runs import train_run
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there, side by side, a job may be trained twice
+    fcntl = None  # type: ignore[assignment]
 
 DONE = "done.json"
 _TRIED_BATCHES = 4
@@ -127,12 +134,40 @@ class Runner:
         Raises:
             SwatError: the configuration does not hold together.
         """
-        run = self.finished(job)
-        if run is None:
-            self._train(job)
+        with self._claimed(job):
             run = self.finished(job)
-            assert run is not None
+            if run is None:
+                self._train(job)
+                run = self.finished(job)
+                assert run is not None
         return run
+
+    @contextlib.contextmanager
+    def _claimed(self, job: Job) -> Iterator[None]:
+        """Hold `job` against other processes; waits for the one that holds it.
+
+        The lock goes with the process, however it ends. Its file stays: who deleted it could
+        delete another's.
+        """
+        with self._lock_file(job).open("w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _taken(self, job: Job) -> bool:
+        """Whether another process is training `job`."""
+        if fcntl is None:
+            return False
+        with self._lock_file(job).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def _lock_file(self, job: Job) -> pathlib.Path:
+        self.work.mkdir(parents=True, exist_ok=True)
+        return self.work / f"{job.folder}.lock"
 
     def _train(self, job: Job) -> None:
         folder = self.work / job.folder
@@ -164,15 +199,19 @@ class Runner:
     def run_all(self, jobs: Sequence[Job]) -> dict[Job, Run]:
         """All of them, with a line on standard error for each that had to be trained."""
         runs = {job: run for job in jobs if (run := self.finished(job)) is not None}
-        waiting = [job for job in dict.fromkeys(jobs) if job not in runs]
+        waiting = deque(job for job in dict.fromkeys(jobs) if job not in runs)
+        count = len(waiting)
         started = time.perf_counter()
-        for index, job in enumerate(waiting, 1):
+        while waiting:
+            while self._taken(waiting[0]) and not all(map(self._taken, waiting)):
+                waiting.rotate(-1)
+            job = waiting.popleft()
             run = runs[job] = self.run(job)
             spent = time.perf_counter() - started
-            left = spent / index * (len(waiting) - index)
+            left = spent / (count - len(waiting)) * len(waiting)
             print(
-                f"[{index}/{len(waiting)}] {job}: {run.accuracy:.2%} in {run.seconds:.0f} s,"
-                f" {minutes(left)} left",
+                f"[{count - len(waiting)}/{count}] {job}: {run.accuracy:.2%} in"
+                f" {run.seconds:.0f} s, {minutes(left)} left",
                 file=sys.stderr,
                 flush=True,
             )
