@@ -50,7 +50,7 @@ def python(
     )
 
 
-def pytest_on(kernels: str | os.PathLike[str], tests: Sequence[str]) -> None:
+def assert_passes_on(kernels: str | os.PathLike[str], tests: Sequence[str]) -> None:
     """Run tests in a process of its own on other kernels; fail if they do, or if they skip."""
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers -m 'not slow'"]
     result = python("-m", "pytest", *options, "-rs", *tests, kernels=kernels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from kernel_builds import build, pytest_on, python
+from kernel_builds import assert_passes_on, build, python
 from torch.backends import cpu
 
 from swatfx import kernels
@@ -109,7 +109,7 @@ def test_training_is_the_references(name: str) -> None:
 @pytest.mark.parametrize("name", BEST[1:])
 def test_the_lesser_library_is_the_reference(name: str) -> None:
     """What runs here by itself, the other files test."""
-    pytest_on(name, ["tests/test_kernels_conv.py::test_kernel_equals_reference"])
+    assert_passes_on(name, ["tests/test_kernels_conv.py::test_kernel_equals_reference"])
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_the_lesser_library_is_the_reference(name: str) -> None:
 def test_all_of_the_lesser_library(name: str) -> None:
     tests = sorted(pathlib.Path(__file__).parent.glob("test_kernels_*.py"))
     heavy = ("library", "sanitizer", "training")
-    pytest_on(name, [str(p) for p in tests if p.stem.rpartition("_")[2] not in heavy])
+    assert_passes_on(name, [str(p) for p in tests if p.stem.rpartition("_")[2] not in heavy])
 
 
 @pytest.mark.slow
@@ -129,4 +129,4 @@ def test_a_build_for_no_machine_in_particular(tmp_path: pathlib.Path, flags: lis
         pytest.skip("another processor")
     library = build(tmp_path, *flags)
     tests = ["conv", "linear", "norm", "pool", "pack", "topk"]
-    pytest_on(library, [f"tests/test_kernels_{part}.py" for part in tests])
+    assert_passes_on(library, [f"tests/test_kernels_{part}.py" for part in tests])

@@ -278,7 +278,7 @@ def test_export_computes_what_eval_does(name: str, tmp_path: pathlib.Path) -> No
     torch.testing.assert_close(torch.export.load(program).module()(x), expected)
 
 
-def _compiles_once(name: str) -> None:
+def _assert_compiles_once(name: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     (gm, optimizer), (reference, other) = attached(POLICIES[name]), attached(POLICIES[name])
@@ -298,7 +298,7 @@ COMPILED = ["rigl", "snfs", "swat-frozen-active"]
 )
 def test_no_recompile_when_masks_change(name: str) -> None:
     """Masks, flags and densities are data: one graph, and the result of the uncompiled model."""
-    _compiles_once(name)
+    _assert_compiles_once(name)
 
 
 def test_what_a_drop_rule_remembers_keeps_its_precision() -> None:

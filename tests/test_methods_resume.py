@@ -63,7 +63,9 @@ def _train(gm: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> 
     return losses
 
 
-def _resumes(policy: swatfx.Policy, cuts: list[int], folder: pathlib.Path, kind: str) -> None:
+def _assert_resumes(
+    policy: swatfx.Policy, cuts: list[int], folder: pathlib.Path, kind: str
+) -> None:
     gm, optimizer = attached(policy, _net, OPTIMIZERS[kind])
     losses, before = [], 0
     for cut in [*cuts, TOTAL]:
@@ -90,12 +92,12 @@ def test_every_method_is_here() -> None:
 
 @pytest.mark.parametrize("name", CUTS)
 def test_save_and_load_go_on_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
-    _resumes(POLICIES[name], CUTS[name], tmp_path, "sgd")
+    _assert_resumes(POLICIES[name], CUTS[name], tmp_path, "sgd")
 
 
 @pytest.mark.parametrize("name", ["rigl", "snfs", "gradual-magnitude"])
 def test_so_do_the_moments_of_adam(name: str, tmp_path: pathlib.Path) -> None:
-    _resumes(POLICIES[name], CUTS[name], tmp_path, "adamw")
+    _assert_resumes(POLICIES[name], CUTS[name], tmp_path, "adamw")
 
 
 @pytest.mark.slow
@@ -104,13 +106,13 @@ def test_so_do_the_moments_of_adam(name: str, tmp_path: pathlib.Path) -> None:
 def test_every_step_of_every_method(name: str, kind: str, tmp_path: pathlib.Path) -> None:
     if name in ("snfs", "swat-m") and kind in ("adagrad", "sgd without momentum"):
         pytest.skip("reads momentum")
-    _resumes(POLICIES[name], list(range(1, TOTAL)), tmp_path, kind)
+    _assert_resumes(POLICIES[name], list(range(1, TOTAL)), tmp_path, kind)
 
 
 @pytest.mark.parametrize("name", ["set", "rigl", "dsr", "swat-frozen"])
 def test_two_methods_in_one_network(name: str, tmp_path: pathlib.Path) -> None:
     policy = swatfx.per_layer({"2": POLICIES[name]}, default=POLICIES["gradual-magnitude"])
-    _resumes(policy, [1, 3, 6], tmp_path, "sgd")
+    _assert_resumes(policy, [1, 3, 6], tmp_path, "sgd")
 
 
 def test_the_state_dict_of_an_attached_model_goes_on() -> None:

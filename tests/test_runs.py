@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swatfx import cli_train, models, runs
+from swatfx import models, runs
 from swatfx.checkpoint import load
 from swatfx.errors import InputError, SwatError, UnknownNameError
 from swatfx.run_folder import CHECKPOINT, CONFIG, METRICS
@@ -349,56 +348,6 @@ def test_models_by_name_and_by_import(my_models: str) -> None:
 def test_a_model_that_returns_no_logits_is_refused(my_models: str) -> None:
     with pytest.raises(InputError, match="returns no logits"):
         train_run(replace(BASE, model=f"{my_models}:Pair", policy="dense"))
-
-
-def _main(*options: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli_train.add_arguments(parser)
-    always = ["--model", "digits/cnn", "--data", "digits", "--policy", "swat-u:0.9"]
-    always += ["--device", "cpu", "--threads", "1", "--limit", "64", "--epochs", "1"]
-    return cli_train.main(parser.parse_args([*always, *options]))
-
-
-def test_the_command_prints_its_result_and_no_progress_bar(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert _main() == 0
-    printed = capsys.readouterr()
-    assert "test accuracy" in printed.out and printed.err == ""
-    assert _main("--json", "--quiet") == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 1
-    assert _main("--quiet") == 0
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "")
-
-
-def test_a_terminal_gets_a_progress_bar_unless_quiet(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert _main() == 0
-    assert "1/1" in capsys.readouterr().err
-    assert _main("--quiet") == 0
-    assert capsys.readouterr().err == ""
-
-
-def test_the_command_refuses_a_folder_in_use(
-    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
-) -> None:
-    (tmp_path / "precious").write_text("")
-    assert _main("--output-dir", str(tmp_path)) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and "not empty" in printed.err and "--resume" in printed.err
-    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
-
-
-def test_the_command_interrupted_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _raise_at(monkeypatch, "learning_rate", 1, KeyboardInterrupt)
-    assert _main("--output-dir", str(tmp_path / "run")) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert _main("--output-dir", str(tmp_path / "run"), "--resume") == 0
 
 
 @pytest.mark.slow

@@ -163,3 +163,6 @@ def test_fields_that_make_no_schedule_are_refused() -> None:
     for change in ({"drop": "magnitude"}, {"grow": "random"}, {"ramp": "cubic"}):
         with pytest.raises(PolicyError, match="hold_from_epoch=0"):
             replace(swatfx.swat_u(0.9), **change)
+    for when in ("updates", "always"):
+        with pytest.raises(PolicyError, match=f"zero_inactive='{when}'.*hold_from_epoch"):
+            replace(swatfx.swat_u(0.9), zero_inactive=when)

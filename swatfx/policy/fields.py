@@ -48,7 +48,8 @@ class Policy:
         hold_from_epoch: None: the active set is selected anew at every refresh. n: from the start
             of epoch n on it is held; 0 is from the first step, n figure 8's freezing. What is held
             changes by `drop` and `grow` alone.
-        zero_inactive: inactive weights are set to zero "never", at mask "updates", or "always".
+        zero_inactive: inactive weights of a held mask are set to zero "never", at mask "updates",
+            or "always".
         drop: which active weights a mask update drops: a name in `swatfx.masks.DROPS`.
         grow: which weights it makes active: a name in `swatfx.masks.GROWS`.
         grow_share: how the grown weights are shared over layers: a name in `swatfx.masks.SHARES`.
@@ -137,6 +138,13 @@ class Policy:
                 "learned thresholds move at every step, a held mask does not",
                 value=f"hold_from_epoch={self.hold_from_epoch}",
                 remedy="use another weight_selector, or leave hold_from_epoch out",
+            )
+        if self.zero_inactive != "never" and self.hold_from_epoch is None:
+            raise PolicyError(
+                "only the inactive weights of a held mask can be set to zero: where the active set"
+                " is selected anew, zeros would never come back",
+                value=f"zero_inactive={self.zero_inactive!r}",
+                remedy="say with hold_from_epoch since when it is held, or leave zero_inactive out",
             )
         if self.updates_masks and self.hold_from_epoch != 0:
             raise PolicyError(
