@@ -3,7 +3,7 @@
 Accuracies are fractions of 1. Each side of a comparison is a list of *arms*, each arm a list with
 one accuracy a seed; a side's value is the mean of its arms' means. The noise of a difference is
 `STANDARD_ERRORS` standard errors of it, from the standard deviation over seeds, pooled over all
-arms that are compared.
+arms that are compared, or over more where a rule is given a `pool`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 SHOWS = "shows"
 SHOWS_NOT = "does not show"
+PARTLY = "shows in part"
 UNDECIDED = "not decided (difference within seed noise)"
 DISAGREE = "not decided (seeds disagree)"
 ONE_SEED = "not decided (one seed has no noise to compare with)"
@@ -26,7 +27,7 @@ TOLERANCE = 0.02  # loss of accuracy that "no harm" allows: two points
 RULES = {
     "better": "A is better than B if mean(A) - mean(B) exceeds the noise, worse if it falls below"
     " minus the noise. Noise: two standard errors of the difference, from the standard deviation"
-    " over seeds pooled over the arms compared.",
+    " over seeds pooled over the arms compared (figure 1: over all its arms).",
     "at least": "A is at least as good as B unless mean(B) - mean(A) exceeds the noise.",
     "no harm": "A does no harm if its mean loss against B plus the noise stays within two points of"
     " accuracy; it harms if the loss exceeds two points and the noise.",
@@ -60,11 +61,14 @@ class Finding:
         return asdict(self)
 
 
-def contrast(plus: Arms, minus: Arms) -> tuple[float, float | None]:
-    """(difference, noise) of two sides; the noise is None where no arm has two seeds."""
-    arms = [*plus, *minus]
-    if not plus or not minus or not all(arms):
+def contrast(plus: Arms, minus: Arms, pool: Arms = ()) -> tuple[float, float | None]:
+    """(difference, noise) of two sides; the noise is None where no arm has two seeds.
+
+    The deviation is that over `pool`, by default the arms of both sides.
+    """
+    if not plus or not minus or not all([*plus, *minus]):
         raise ValueError("a comparison wants arms with runs on both sides")
+    arms = pool or [*plus, *minus]
     difference = _side(plus) - _side(minus)
     freedom = sum(len(arm) - 1 for arm in arms)
     if freedom == 0:
@@ -78,9 +82,9 @@ def _side(arms: Arms) -> float:
     return statistics.fmean(statistics.fmean(arm) for arm in arms)
 
 
-def better(what: str, plus: Arms, minus: Arms) -> Finding:
+def better(what: str, plus: Arms, minus: Arms, pool: Arms = ()) -> Finding:
     """Whether `plus` is better than `minus`."""
-    difference, noise = contrast(plus, minus)
+    difference, noise = contrast(plus, minus, pool)
     if noise is None:
         verdict = ONE_SEED
     elif abs(difference) <= noise:
@@ -123,9 +127,11 @@ def every_seed(what: str, values: Sequence[float], bound: float) -> Finding:
 
 
 def combine(findings: Sequence[Finding]) -> str:
-    """A claim shows if all its findings do, and does not if one of them does not."""
+    """A claim shows if all its findings do, and in part if some do and others do not."""
     verdicts = [finding.verdict for finding in findings]
-    for verdict in (SHOWS_NOT, ONE_SEED, DISAGREE, UNDECIDED):
+    if SHOWS in verdicts and SHOWS_NOT in verdicts:
+        return PARTLY
+    for verdict in (PARTLY, SHOWS_NOT, ONE_SEED, DISAGREE, UNDECIDED):
         if verdict in verdicts:
             return verdict
     return SHOWS
