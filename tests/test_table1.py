@@ -72,7 +72,11 @@ def test_other_policies(text: str, cells: tuple[str, ...]) -> None:
         ({"backward_activation": False}, "weight_gradient", "No"),
         ({"backward_activation": False, "gradient_sparsity": 0.5}, "weight_gradient", "Yes"),
         ({"forward_weight": False}, "unstructured", "No"),
-        ({"forward_weight": False, "zero_inactive": "updates"}, "unstructured", "Yes"),
+        (
+            {"forward_weight": False, "zero_inactive": "updates", "hold_from_epoch": 0},
+            "unstructured",
+            "Yes",
+        ),
         ({"weight_selector": "channel"}, "unstructured", "No"),
         ({"weight_selector": "channel"}, "structured", "Yes"),
     ],
