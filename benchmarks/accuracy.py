@@ -12,35 +12,34 @@ file `--partial` until all are: started again with the same options, the runner 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tabulate import tabulate
 
 from benchmarks import common
-from benchmarks.sides import Network, StepSide, as_form, make_model
+from benchmarks.sides import Network, StepSide, make_model
+from benchmarks.training_runs import (
+    Partial,
+    accuracy_of,
+    add_arguments,
+    as_text,
+    fill,
+    heading,
+    load_data,
+    train_epoch,
+)
 from swatfx import datasets, kernels
-from swatfx.recipes import learning_rate, make_optimizer, recipe_for
+from swatfx.recipes import make_optimizer, recipe_for
 
+_EPOCHS = (12, 2)  # the second with --quick
 _POINTS = 10  # of a loss curve, an epoch
-_TEST_BATCH = 500
-# Option -> its default, and that of --quick.
-_DEFAULTS = {
-    "dataset": ("cifar10", "digits"),
-    "model": ("cifar/resnet20", "digits/cnn"),
-    "epochs": (12, 2),
-    "batch_size": (128, 32),
-    "limit": (20_000, 96),
-}
 _REFERENCE = "reference kernels"
 _FAST = "fast kernels"
 
@@ -85,45 +84,21 @@ def train(
 ) -> dict[str, Any]:
     """One run; `keep` gets what there is after every epoch."""
     torch.manual_seed(seed)
-    network = Network(args.model, args.batch_size)
-    recipe = recipe_for(args.model, args.dataset)
-    model = make_model(network, side.step)
-    optimizer = make_optimizer(recipe, model)
-    steps = data.train_batch_count(args.batch_size)
+    form = side.step.form
+    model = make_model(Network(args.model, args.batch_size), side.step)
+    optimizer = make_optimizer(recipe_for(args.model, args.dataset), model)
     run: dict[str, Any] = {"losses": [], "epoch_losses": [], "accuracies": [], "seconds": 0.0}
     for epoch in range(args.epochs):
         start = time.perf_counter()
-        losses: list[float] = []
-        model.train()
-        batches = data.train_batches(args.batch_size, seed=seed, epoch=epoch, device="cpu")
         with kernels.reference_only() if side.reference else nullcontext():
-            for index, (images, labels) in enumerate(batches):
-                rate = learning_rate(recipe, epoch, (index + 0.5) / steps, args.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(as_form(images, side.step.form)), labels)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                tick()
-            accuracy = _test(model, data, side.step.form)
+            losses = train_epoch(model, optimizer, data, args, seed, epoch, form, tick)
+            accuracy = accuracy_of(model, data, form)
         run["losses"] += _means(losses, _POINTS)
         run["epoch_losses"].append(statistics.fmean(losses))
         run["accuracies"].append(accuracy)
         run["seconds"] += time.perf_counter() - start
         keep(run)
     return run
-
-
-def _test(model: torch.nn.Module, data: datasets.Dataset, form: str) -> float:
-    model.eval()
-    right = count = 0
-    with torch.no_grad():
-        for images, labels in data.test_batches(_TEST_BATCH, device="cpu"):
-            right += int((model(as_form(images, form)).argmax(dim=1) == labels).sum().item())
-            count += len(labels)
-    return right / count
 
 
 def _means(values: list[float], parts: int) -> list[float]:
@@ -133,34 +108,10 @@ def _means(values: list[float], parts: int) -> list[float]:
     return [statistics.fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-class Partial:
-    """Runs so far, in a file, by (side, seed); those of other settings are not taken."""
-
-    def __init__(self, path: pathlib.Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self.runs: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            stored = json.loads(path.read_text())
-            if stored["settings"] == settings:
-                self.runs = {k: r for k, r in stored["runs"].items() if r["finished"]}
-
-    def keep(self, key: str, run: Mapping[str, Any], finished: bool) -> None:
-        """Note a run, and write the file."""
-        self.runs[key] = {**run, "finished": finished}
-        if self.path is not None:
-            common.write_result({"settings": self.settings, "runs": self.runs}, self.path)
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All sides with all seeds."""
-    for key, (value, quick) in _DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, quick if args.quick else value)
-    data = datasets.load(args.dataset, args.data)
-    limit = args.limit
-    data = replace(
-        data, train_images=data.train_images[:limit], train_labels=data.train_labels[:limit]
-    )
+    fill(args, epochs=_EPOCHS)
+    data = load_data(args)
     chosen = {name: side for name, side in sides(args.policy).items() if name in args.sides}
     unavailable = {name: why for name, side in chosen.items() if (why := side.missing())}
     names = [name for name in chosen if name not in unavailable]
@@ -185,10 +136,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
                     run = train(chosen[name], data, args, seed, bar.update, keep)
                     partial.keep(key, run, finished=True)
-                run = {k: v for k, v in partial.runs[key].items() if k != "finished"}
-                runs[name].append({"seed": seed, **run})
-    if args.partial is not None:
-        args.partial.unlink(missing_ok=True)
+                runs[name].append({"seed": seed, **partial.run(key)})
+    partial.remove()
     summary = {name: summarise(found) for name, found in runs.items()}
     differences = {
         name: compare(runs[name], runs[_REFERENCE])
@@ -271,16 +220,11 @@ def curves(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
 
 def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """The Markdown file beside the JSON one, and the picture if it can be drawn."""
-    lines = [f"# {BENCHMARK.description}", "", f"{result['date']}: `{result['command']}`", ""]
-    described = {**result["machine"], **result["versions"]}
-    lines.append(", ".join(f"{k} {v}" for k, v in described.items() if v is not None))
+    lines = heading(result)
     for allocator, measured in result["allocators"].items():
         settings = ", ".join(f"{k} {v}" for k, v in measured["settings"].items())
         lines += ["", f"## Allocator: {allocator}", "", settings]
-        for headers, rows in (table(measured), curves(measured)):
-            cells = [[common.cell(value) for value in row] for row in rows]
-            text = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
-            lines += ["", text]
+        lines += ["", as_text(*table(measured)), "", as_text(*curves(measured))]
         picture = path.with_name(f"{path.stem}-{allocator}.png")
         if _draw(measured, picture):
             lines += ["", f"![training loss]({picture.name})"]
@@ -308,16 +252,9 @@ def _draw(measured: Mapping[str, Any], path: pathlib.Path) -> bool:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = list(sides("dense"))
-    parser.add_argument("--data", metavar="PATH", help="folder or .npz that holds the data set")
-    parser.add_argument("--dataset", help="of swatfx.datasets (default: cifar10)")
-    parser.add_argument("--model", help="of swatfx.models.create (default: cifar/resnet20)")
     parser.add_argument("--policy", default="swat-u:0.9", help="of all sides but the dense one")
     parser.add_argument("--sides", nargs="+", choices=names, default=names, help="to train")
-    parser.add_argument("--seeds", type=common.positive, default=2, help="runs a side")
-    parser.add_argument("--epochs", type=common.positive, help="default: 12")
-    parser.add_argument("--batch-size", type=common.positive, help="default: 128")
-    parser.add_argument("--limit", type=common.positive, help="training images (default: 20000)")
-    parser.add_argument("--partial", type=pathlib.Path, metavar="FILE", help="runs so far")
+    add_arguments(parser, seeds=2, epochs=_EPOCHS[0])
 
 
 BENCHMARK = common.Benchmark(

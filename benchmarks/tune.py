@@ -19,34 +19,32 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import swatfx
 from benchmarks import common
-from benchmarks.accuracy import Partial
+from benchmarks.sides import as_form
+from benchmarks.training_runs import (
+    Partial,
+    accuracy_of,
+    add_arguments,
+    as_text,
+    fill,
+    heading,
+    load_data,
+    train_epoch,
+)
 from swatfx import datasets, models
 from swatfx.policy import Policy
-from swatfx.recipes import learning_rate, make_optimizer, recipe_for
+from swatfx.recipes import make_optimizer, recipe_for
 from swatfx.tuning import cost, tune
 
-_TEST_BATCH = 500
 _WARM_UP_SEED = 1000  # beyond those of the runs that are compared
-# Option -> its default, and that of --quick.
-_DEFAULTS = {
-    "dataset": ("cifar10", "digits"),
-    "model": ("cifar/resnet20", "digits/cnn"),
-    "epochs": (15, 2),
-    "batch_size": (128, 32),
-    "limit": (20_000, 96),
-    "warm_up": (150, 3),
-}
+_EPOCHS, _WARM_UP = (15, 2), (150, 3)  # the second with --quick
+_FORM = "channels_last"
 TUNED, UNIFORM, ERK = "tuned", "uniform", "erk"
 
 
@@ -70,43 +68,15 @@ def train(
     steps: int | None = None,
 ) -> list[float]:
     """Train in place, the recipe's whole schedule or the first `steps`; mean losses of epochs."""
-    recipe = recipe_for(args.model, args.dataset)
-    optimizer = make_optimizer(recipe, model)
+    optimizer = make_optimizer(recipe_for(args.model, args.dataset), model)
     count = data.train_batch_count(args.batch_size)
     left = args.epochs * count if steps is None else steps
     means = []
     for epoch in range(math.ceil(left / count)):
-        losses: list[float] = []
-        model.train()
-        batches = data.train_batches(args.batch_size, seed=seed, epoch=epoch, device="cpu")
-        for index, (images, labels) in enumerate(islice(batches, left)):
-            rate = learning_rate(recipe, epoch, (index + 0.5) / count, args.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(_as_channels_last(images)), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-            tick()
+        losses = train_epoch(model, optimizer, data, args, seed, epoch, _FORM, tick, left)
         left -= len(losses)
         means.append(statistics.fmean(losses))
     return means
-
-
-def _as_channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def test_accuracy(model: nn.Module, data: datasets.Dataset) -> float:
-    """Fraction of the test images that are classified rightly."""
-    model.eval()
-    right = count = 0
-    with torch.no_grad():
-        for images, labels in data.test_batches(_TEST_BATCH, device="cpu"):
-            right += int((model(_as_channels_last(images)).argmax(dim=1) == labels).sum().item())
-            count += len(labels)
-    return right / count
 
 
 def tuned_policy(args: argparse.Namespace, data: datasets.Dataset) -> Policy:
@@ -121,7 +91,7 @@ def tuned_policy(args: argparse.Namespace, data: datasets.Dataset) -> Policy:
     )
     return tune(
         gm,
-        ((_as_channels_last(images), labels) for images, labels in unseen),
+        ((as_form(images, _FORM), labels) for images, labels in unseen),
         args.objective,
         budget=swatfx.compile(model, f"swat-u:{args.sparsity}"),
         batches=args.batches,
@@ -162,14 +132,8 @@ def described(policy: Policy, args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All policies with all seeds."""
-    for key, (value, quick) in _DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, quick if args.quick else value)
-    data = datasets.load(args.dataset, args.data)
-    chosen = slice(args.limit)
-    data = replace(
-        data, train_images=data.train_images[chosen], train_labels=data.train_labels[chosen]
-    )
+    fill(args, epochs=_EPOCHS, warm_up=_WARM_UP)
+    data = load_data(args)
     keys = ("model", "dataset", "sparsity", "objective", "separate", "epochs", "batch_size")
     settings: dict[str, Any] = {key: getattr(args, key) for key in keys}
     settings |= {"warm_up_steps": args.warm_up, "tuning_batches": args.batches}
@@ -183,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         found = {name: described(policy, args) for name, policy in chosen_policies.items()}
         partial.keep("policies", found, finished=True)
-    policies = {k: v for k, v in partial.runs["policies"].items() if k != "finished"}
+    policies = partial.run("policies")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in policies}
     steps = data.train_batch_count(args.batch_size) * args.epochs
     with common.progress(args.seeds * len(policies) * steps, "tune") as bar:
@@ -197,13 +161,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     torch.manual_seed(seed)
                     gm = swatfx.compile(new_model(args), Policy.from_json(policy["policy"]))
                     losses = train(gm, data, args, seed, bar.update)
-                    run = {"losses": losses, "accuracy": test_accuracy(gm, data)}
+                    run = {"losses": losses, "accuracy": accuracy_of(gm, data, _FORM)}
                     run["seconds"] = time.perf_counter() - start
                     partial.keep(key, run, finished=True)
-                run = {k: v for k, v in partial.runs[key].items() if k != "finished"}
-                runs[name].append({"seed": seed, **run})
-    if args.partial is not None:
-        args.partial.unlink(missing_ok=True)
+                runs[name].append({"seed": seed, **partial.run(key)})
+    partial.remove()
     return {
         "settings": settings,
         "policies": policies,
@@ -277,22 +239,14 @@ def densities(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]
 
 def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """The Markdown file beside the JSON one."""
-    lines = [f"# {BENCHMARK.description}", "", f"{result['date']}: `{result['command']}`", ""]
-    described_as = {**result["machine"], **result["versions"]}
-    lines.append(", ".join(f"{k} {v}" for k, v in described_as.items() if v is not None))
-    lines += ["", *BENCHMARK.notes]
+    lines = [*heading(result), "", *BENCHMARK.notes]
     for measured in result["allocators"].values():
         lines += ["", ", ".join(f"{k} {v}" for k, v in measured["settings"].items())]
-        for headers, rows in (table(measured), densities(measured)):
-            cells = [[common.cell(value) for value in row] for row in rows]
-            lines += ["", tabulate(cells, headers, tablefmt="github", disable_numparse=True)]
+        lines += ["", as_text(*table(measured)), "", as_text(*densities(measured))]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="PATH", help="folder or .npz that holds the data set")
-    parser.add_argument("--dataset", help="of swatfx.datasets (default: cifar10)")
-    parser.add_argument("--model", help="of swatfx.models.create (default: cifar/resnet20)")
     parser.add_argument("--sparsity", type=float, default=0.95, help="of SWAT-U, whose cost is met")
     parser.add_argument("--objective", default="macs", help="what the budget counts")
     parser.add_argument(
@@ -300,11 +254,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--warm-up", type=common.positive, help="dense steps (default: 150)")
     parser.add_argument("--batches", type=common.positive, default=16, help="that tune looks at")
-    parser.add_argument("--seeds", type=common.positive, default=3, help="runs a policy")
-    parser.add_argument("--epochs", type=common.positive, help="default: 15")
-    parser.add_argument("--batch-size", type=common.positive, help="default: 128")
-    parser.add_argument("--limit", type=common.positive, help="training images (default: 20000)")
-    parser.add_argument("--partial", type=pathlib.Path, metavar="FILE", help="runs so far")
+    add_arguments(parser, seeds=3, epochs=_EPOCHS[0])
 
 
 BENCHMARK = common.Benchmark(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from runners import run_quick, spare_time
 
-from benchmarks import accuracy
+from benchmarks import accuracy, training_runs
 from swatfx import kernels
 
 
@@ -81,12 +81,12 @@ def test_runs_that_ended_are_not_repeated(
 
 def test_runs_of_other_settings_and_unfinished_ones_are_not_taken(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "p.json"
-    first = accuracy.Partial(path, {"epochs": 2})
+    first = training_runs.Partial(path, {"epochs": 2})
     first.keep("a", {"losses": [1.0]}, finished=True)
     first.keep("b", {"losses": [2.0]}, finished=False)
-    assert set(accuracy.Partial(path, {"epochs": 2}).runs) == {"a"}
-    assert accuracy.Partial(path, {"epochs": 3}).runs == {}
-    assert accuracy.Partial(None, {"epochs": 2}).runs == {}
+    assert set(training_runs.Partial(path, {"epochs": 2}).runs) == {"a"}
+    assert training_runs.Partial(path, {"epochs": 3}).runs == {}
+    assert training_runs.Partial(None, {"epochs": 2}).runs == {}
 
 
 @pytest.mark.usefixtures("_compiled")
