@@ -29,7 +29,6 @@ from benchmarks.training_runs import (
     Partial,
     accuracy_of,
     add_arguments,
-    as_text,
     fill,
     heading,
     load_data,
@@ -224,7 +223,12 @@ def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
     for allocator, measured in result["allocators"].items():
         settings = ", ".join(f"{k} {v}" for k, v in measured["settings"].items())
         lines += ["", f"## Allocator: {allocator}", "", settings]
-        lines += ["", as_text(*table(measured)), "", as_text(*curves(measured))]
+        lines += [
+            "",
+            common.as_markdown(*table(measured)),
+            "",
+            common.as_markdown(*curves(measured)),
+        ]
         picture = path.with_name(f"{path.stem}-{allocator}.png")
         if _draw(measured, picture):
             lines += ["", f"![training loss]({picture.name})"]

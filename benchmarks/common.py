@@ -308,6 +308,12 @@ def render(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_markdown(headers: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    cells = [[cell(value) for value in row] for row in rows]
+    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+
+
 def cell(value: Any) -> str:
     """A table's cell as text."""
     if value is None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import nn
 
 from benchmarks import common
@@ -132,9 +131,3 @@ def heading(result: Mapping[str, Any]) -> list[str]:
     described = {**result["machine"], **result["versions"]}
     told = ", ".join(f"{k} {v}" for k, v in described.items() if v is not None)
     return [f"# {result['description']}", "", f"{result['date']}: `{result['command']}`", "", told]
-
-
-def as_text(headers: list[str], rows: list[common.Row]) -> str:
-    """A table in Markdown."""
-    cells = [[common.cell(value) for value in row] for row in rows]
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)

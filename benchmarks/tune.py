@@ -31,7 +31,6 @@ from benchmarks.training_runs import (
     Partial,
     accuracy_of,
     add_arguments,
-    as_text,
     fill,
     heading,
     load_data,
@@ -242,7 +241,12 @@ def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
     lines = [*heading(result), "", *BENCHMARK.notes]
     for measured in result["allocators"].values():
         lines += ["", ", ".join(f"{k} {v}" for k, v in measured["settings"].items())]
-        lines += ["", as_text(*table(measured)), "", as_text(*densities(measured))]
+        lines += [
+            "",
+            common.as_markdown(*table(measured)),
+            "",
+            common.as_markdown(*densities(measured)),
+        ]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 

@@ -6,8 +6,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from benchmarks import common
 from benchmarks.reproduce import claims, recorded_claims, tables
 from benchmarks.reproduce.experiments import Experiment
@@ -120,25 +118,20 @@ def to_markdown(result: Mapping[str, Any], rows: Sequence[Row], picture: str | N
     lines += [f"**{sentence(result)}.**", ""]
     if result["accounting"]:
         lines += ["Ours (in print, difference), percent:", ""]
-        lines += [_table(*tables.table(result["accounting"])), ""]
+        lines += [common.as_markdown(*tables.table(result["accounting"])), ""]
     for record in result["outcomes"]:
         lines += [f"## {record['model']} on {record['data']}", ""]
-        lines += [_table(*_findings(record)), ""] if record["findings"] else []
-        lines += [_table(*_points(record, rows)), ""]
+        lines += [common.as_markdown(*_findings(record)), ""] if record["findings"] else []
+        lines += [common.as_markdown(*_points(record, rows)), ""]
         for part in record.get("quarters", []):
             lines += [f"Mean {part['kind']} by quarter of training, seed {part['seed']}:", ""]
             rows_of = [[name, *map("{:.4g}".format, v)] for name, v in part["layers"].items()]
-            lines += [_table(_QUARTERS, rows_of), ""]
+            lines += [common.as_markdown(_QUARTERS, rows_of), ""]
     for name, rule in result["rules"].items():
         lines += [f'- Rule "{name}": {rule}']
     if picture is not None:
         lines += ["", f"![{result['description']}]({picture})"]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(headers: Sequence[str], rows: Sequence[common.Row]) -> str:
-    cells = [[common.cell(value) for value in row] for row in rows]
-    return tabulate(cells, headers, tablefmt="github", disable_numparse=True)
 
 
 def _findings(record: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
