@@ -205,8 +205,9 @@ class _Rewriter:
         a_t = self._call(target, (site.input, self.step), "a_t")
         if not plan.backward_activation:
             return _Shared(a_t, None, {})
-        # Backward pads what it unpacks, and the padded tensor may lie otherwise than the core.
-        layout = ROW_MAJOR if call.pad else ""
+        # A linear layer reads rows, however its input lies. And backward pads what it unpacks: the
+        # padded tensor may lie otherwise than the core.
+        layout = ROW_MAJOR if call.pad or not site.spatial else ""
         pack = Pack(plan.name, plan.activation_selector, site.spatial, layout, self.value_dtype)
         target = self.states.add(plan.name, "pack", pack, self.taken)
         kept = self._call(target, (site.input, a_t), "kept")

@@ -26,7 +26,14 @@ from swatfx.ops.linear import (
     linear_backward_reference,
     linear_reference,
 )
-from swatfx.ops.where import SWAT, Where, kept_only, reaching_gradient, sparse_gradient
+from swatfx.ops.where import (
+    SWAT,
+    Where,
+    kept_only,
+    not_a_view,
+    reaching_gradient,
+    sparse_gradient,
+)
 from swatfx.selectors import Axes
 
 LEAST_ROWS = 16
@@ -86,8 +93,15 @@ def _(
     used, threshold = sparse_weight(weight, weight_state, weight_selector)
     problem = forward_problem(_shapes(rows, weight), (inputs, 1, 1, 1))
     out = rows.new_empty(outputs, rows.shape[0])
-    run_problem(problem, _transposed(rows), used, bias, out, threshold)
-    return _transposed(out).view(*input.shape[:-1], outputs)
+    run_problem(
+        problem,
+        _transposed(rows),
+        used,
+        None if bias is None else bias.contiguous(),
+        out,
+        threshold,
+    )
+    return not_a_view(_transposed(out).view(*input.shape[:-1], outputs))
 
 
 def _shapes(rows: Tensor, weight: Tensor) -> Shapes:
@@ -153,7 +167,7 @@ def _(
         out = rows.new_empty(inputs, rows.shape[0])
         for problem in input_gradient_problems(_shapes(rows, weight), (inputs, 1, 1, 1)):
             run_problem(problem, _transposed(rows), used, None, out, threshold)
-        input_grad = _transposed(out).view(tuple(input_shape))
+        input_grad = not_a_view(_transposed(out).view(tuple(input_shape)))
     elif wants[0]:
         input_grad = reference((True, False, False), grad, "")[0]
     stored = stored_dtype(grad, kept_dtype)

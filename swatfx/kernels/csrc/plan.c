@@ -13,10 +13,16 @@ int64_t cache_bytes(void) {
     return 512 * 1024;
 }
 
+/* Whether each output position reads the one input position of its own, and all lie in one row. */
+static int is_one_row(const conv_problem *p) {
+    return p->taps == 1 && p->tap[0].dy == 0 && p->tap[0].dx == 0 && p->step_x == 1 && p->height == 1 &&
+           p->grid_height == 1 && p->grid_width == p->width;
+}
+
 /* Whether a pointwise product can read its input where it lies: a tile of all channels has to fit the
  * second-level cache, also if planes are so far apart that they meet in few of its sets. */
 static int fits_in_place(const conv_problem *p, const plan *at) {
-    if (p->taps != 1 || p->height != 1 || p->step_x != 1 || p->batch != LANES || at->lanes != LANES) return 0;
+    if (!is_one_row(p) || p->batch != LANES || at->lanes != LANES) return 0;
     const int64_t lines = at->kernel_cols, sets = cache_bytes() / sizeof(vec) / CACHE_WAYS;
     int64_t spacing = p->width % sets;
     for (int64_t a = sets, b = spacing; b;) spacing = b, b = a % b, a = spacing;
