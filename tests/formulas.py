@@ -1,7 +1,7 @@
 """What a sparse layer computes, in plain torch and float64, and one call of it to compare.
 
-Masks are taken from the float32 tensors as they are; sums are then formed in float64 from explicitly
-masked weights and activations, by autograd of `F.conv1d`, `F.conv2d` and `F.linear`.
+Masks are taken from the float32 tensors as they are; sums are then formed in float64 from
+explicitly masked weights and activations, by autograd of `F.conv1d`, `F.conv2d` and `F.linear`.
 """
 
 from __future__ import annotations

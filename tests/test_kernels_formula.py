@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import formulas
 import pytest
 import torch
-from torch import Tensor
 
 from swatfx import kernels, layouts
 from swatfx.layouts import BATCH_INNERMOST
