@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
+import io
 import json
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 from swatfx import bits, meta
 from swatfx.checkpoint import write_atomically
-from swatfx.errors import ExportError, SwatError, UnknownNameError
+from swatfx.errors import ExportError, UnknownNameError
+from swatfx.export_program import Example, exported
 from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap
 from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
@@ -40,22 +41,26 @@ _OPS = ("swatfx.conv.default", "swatfx.linear.default")
 def export(
     gm: nn.Module,
     path: str | os.PathLike[str],
-    example_inputs: Sequence[Any] | Tensor | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
     *,
+    dynamic_shapes: Any = None,
     training: bool = False,
 ) -> None:
     """Write `gm` for use elsewhere; the suffix of `path` says how.
 
     `.pt2`: torch.export with exact Top-K weights and plain aten ops; loads without swatfx.
     `.onnx`: likewise for ONNX runtimes (extra `onnx`). `.safetensors`: every weight, sparse ones
-    packed (extra `safetensors`); read it with `load_sparse`. Dimension 0 of every input is dynamic.
-    What is written computes what `gm.eval()` computes after `swatfx.refresh(gm)`; `gm` itself is
-    not changed.
+    packed (extra `safetensors`); read it with `load_sparse`. What is written computes what
+    `gm.eval()` computes after `swatfx.refresh(gm)`; `gm` itself and the example inputs are not
+    changed.
 
     Args:
         gm: a compiled model.
         path: file to write; replaced in one move.
-        example_inputs: positional inputs; needed but for `.safetensors`.
+        example_inputs: positional inputs, or a dict of inputs by name; needed but for
+            `.safetensors`.
+        dynamic_shapes: which dimensions may differ from the example's, as torch.export takes it.
+            None: dimension 0 of every input for which the model leaves it open.
         training: write the rewritten training graph itself (`.pt2` only): our ops with their
             metadata; it loads after `import swatfx`.
 
@@ -73,15 +78,15 @@ def export(
         raise UnknownNameError("export format", suffix or str(path), writers)
     if training and suffix != ".pt2":
         raise ExportError("a training graph is written as .pt2", value=str(path))
-    inputs: tuple[Any, ...] = ()
-    if suffix != ".safetensors":
-        if example_inputs is None:
-            raise ExportError(
-                f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))"
-            )
-        one = isinstance(example_inputs, Tensor)
-        inputs = (example_inputs,) if one else tuple(example_inputs)  # type: ignore[assignment, arg-type]
-    writers[suffix](root, Path(path), inputs)
+    example = Example()
+    if suffix == ".safetensors":
+        if dynamic_shapes is not None:
+            raise ExportError("weights alone have no inputs", value="dynamic_shapes")
+    elif example_inputs is None:
+        raise ExportError(f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))")
+    else:
+        example = Example.of(example_inputs, dynamic_shapes)
+    writers[suffix](root, Path(path), example)
 
 
 def inference_module(gm: SwatModule) -> SwatModule:
@@ -161,43 +166,6 @@ def _make_plain(gm: SwatModule, part: fx.GraphModule, node: fx.Node) -> None:
         part.graph.erase_node(weight_node)
 
 
-def _dynamic(
-    module: nn.Module, inputs: tuple[Any, ...]
-) -> tuple[tuple[Any, ...], tuple[Any, ...] | dict[str, Any]]:
-    """(inputs with a batch that torch.export will not take for a constant, dynamic shapes)."""
-
-    def widen(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] > 1:
-            return x
-        # A batch of 0 or 1 would be specialised.
-        return torch.cat([x, x]) if x.shape[0] else x.new_zeros((2, *x.shape[1:]))
-
-    def shape(x: Any) -> Any:
-        return {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() else None
-
-    tree = torch.utils._pytree.tree_map
-    wide, shapes = tree(widen, inputs), tree(shape, inputs)
-    names = list(inspect.signature(module.forward).parameters.values())
-    if names and names[0].kind is inspect.Parameter.VAR_POSITIONAL:
-        return wide, {names[0].name: shapes}
-    return wide, shapes
-
-
-def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram:
-    wide, shapes = _dynamic(module, inputs)
-    try:
-        return torch.export.export(module, wide, dynamic_shapes=shapes, strict=False)
-    except SwatError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ExportError(
-            f"torch.export cannot follow the model: {type(error).__name__}: {first}",
-            value=[tuple(x.shape) for x in inputs if isinstance(x, Tensor)],
-            remedy="export the parts that it can follow, or write .safetensors",
-        ) from error
-
-
 def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
     """Replace a leaf that keeps less for backward by what it stands for."""
     graph = node.graph
@@ -217,19 +185,29 @@ def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _write_pt2(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
-    program = _exported(inference_module(gm), inputs)
-    write_atomically(path, lambda temporary: torch.export.save(program, temporary))
+def _write_pt2(gm: SwatModule, path: Path, example: Example) -> None:
+    _save_program(exported(inference_module(gm), example), path)
 
 
-def _write_training(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+def _write_training(gm: SwatModule, path: Path, example: Example) -> None:
     twin = private_copy(gm)
     twin.swat.clock.optimizer_wanted_by = None
     twin.train()
     with torch.enable_grad():
-        program = _exported(twin, inputs)
+        program = exported(twin, example)
     annotate_exported(program, gm)
-    write_atomically(path, lambda temporary: torch.export.save(program, temporary))
+    _save_program(program, path)
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    # By way of memory: torch's own writer ends the process where the disk is full.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(buffer.getbuffer())
+
+    write_atomically(path, write)
 
 
 def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> None:
@@ -258,14 +236,11 @@ def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> 
         meta.write(node, meta.read(source))
 
 
-def _write_onnx(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+def _write_onnx(gm: SwatModule, path: Path, example: Example) -> None:
     _need("onnxscript", "onnx")
-    module = inference_module(gm)
-    wide, shapes = _dynamic(module, inputs)
+    exported_program = exported(inference_module(gm), example)
     try:
-        program = torch.onnx.export(module, wide, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    except SwatError:
-        raise
+        program = torch.onnx.export(exported_program, dynamo=True, verbose=False)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(
@@ -284,7 +259,7 @@ def _need(package: str, extra: str) -> Any:
         ) from error
 
 
-def _write_safetensors(gm: SwatModule, path: Path, inputs: tuple[Any, ...]) -> None:
+def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
     _need("safetensors", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -36,6 +36,7 @@ from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
 from swatfx.training import after_load
+from swatfx.wrappers import watch_wrappers
 
 __all__ = [
     "Measured",
@@ -115,6 +116,7 @@ def compile(
         )
     if "swat" in model._modules:
         raise InputError("the model has a child named 'swat'", remedy="rename it")
+    watch_wrappers()
     with _collector_paused():
         twin = mirror(model)
         gm = trace_model(twin, example_inputs)
@@ -200,7 +202,6 @@ def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModu
         seconds = time.perf_counter() - start
         records.append(PassRecord(name, seconds, before, _count(gm), result.notes))
     gm.__dict__["pass_records"] = records
-    _ignore_in_ddp(gm)
     return gm
 
 
@@ -293,12 +294,6 @@ def simulate_cycles(
 
 def _count(gm: SwatModule) -> int:
     return sum(len(part.graph.nodes) for _, part in all_parts(gm))
-
-
-def _ignore_in_ddp(gm: SwatModule) -> None:
-    """DistributedDataParallel would broadcast rank 0's thresholds over each rank's own."""
-    names = [name for name, _ in gm.named_buffers() if name.startswith("swat.")]
-    gm.__dict__["_ddp_params_and_buffers_to_ignore"] = names
 
 
 def as_fx_pass(function: Pass, policy: Policy | str) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small_nets import assert_same, batches, loss_of, plain, sgd, snapshot, train
+from small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snapshot, train
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
@@ -23,27 +24,47 @@ def _compiled(policy: swatfx.Policy) -> SwatModule:
     return swatfx.compile(plain(), policy)
 
 
-def _worker(rank: int, folder: str, policy: swatfx.Policy, compiled: bool) -> None:
+class Outer(nn.Module):
+    """Somebody else's module around the compiled model, with a buffer that is to be broadcast."""
+
+    mine: torch.Tensor
+
+    def __init__(self, net: nn.Module, rank: int) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mine", torch.tensor(float(rank)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net(x)
+        return y
+
+
+def _worker(rank: int, folder: str, policy: swatfx.Policy, compiled: bool, outer: bool) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     gm = _compiled(policy)
-    wrapped: Any = DistributedDataParallel(gm)
+    around = Outer(gm, rank) if outer else gm
+    wrapped: Any = DistributedDataParallel(around)
     optimizer = sgd(gm)
-    swatfx.attach(wrapped, optimizer)
+    swatfx.attach(gm if outer else wrapped, optimizer)
     run = torch.compile(wrapped, backend="aot_eager") if compiled else wrapped
     mine = [x[rank * SIZE : (rank + 1) * SIZE] for x in batches(STEPS, 2 * SIZE)]
     losses = train(run, optimizer, mine)
     if rank == 0:
-        swatfx.save(wrapped, f"{folder}/saved.ckpt", optimizer=optimizer)
+        swatfx.save(gm, f"{folder}/saved.ckpt", optimizer=optimizer)
+    if isinstance(around, Outer):
+        assert around.mine == 0  # rank 0's
     torch.save((losses, snapshot(gm)), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def _spawn(folder: pathlib.Path, policy: swatfx.Policy, compiled: bool = False) -> list[Any]:
-    mp.spawn(_worker, (str(folder), policy, compiled), nprocs=2)
+def _spawn(
+    folder: pathlib.Path, policy: swatfx.Policy, compiled: bool = False, outer: bool = False
+) -> list[Any]:
+    mp.spawn(_worker, (str(folder), policy, compiled, outer), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -77,10 +98,11 @@ def test_two_processes_equal_one(tmp_path: pathlib.Path, kind: str) -> None:
     assert_same(ranks[0][1], ranks[1][1])
 
 
-def test_each_rank_keeps_its_own_thresholds(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("outer", [False, True])
+def test_each_rank_keeps_its_own_thresholds(tmp_path: pathlib.Path, outer: bool) -> None:
     """Without the option, activation thresholds are a rank's own; DDP does not overwrite them."""
     policy = swatfx.swat_u(0.8, period=2)
-    first, second = (state for _, state in _spawn(tmp_path, policy))
+    first, second = (state for _, state in _spawn(tmp_path, policy, outer=outer))
     for name, value in first.items():
         own = "activation_threshold.threshold" in name or "activation_threshold.previous" in name
         assert torch.equal(value, second[name]) != own, name
@@ -125,5 +147,22 @@ def test_only_counts_travel(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.P
         for (name, p), q in zip(gm.named_parameters(), alone.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
             assert torch.equal(p.grad, q.grad), name
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [lambda gm: gm, lambda gm: Outer(gm, 0), torch.compile])
+def test_no_buffer_of_ours_is_broadcast(tmp_path: pathlib.Path, wrap: Any) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        around = wrap(swatfx.compile(Residual(), swatfx.swat_u(0.8)))
+        wrapped = DistributedDataParallel(around)
+        ours = {name for name, _ in around.named_buffers() if "swat." in name}
+        theirs = {name for name, _ in around.named_buffers()} - ours
+        assert ours and ours <= wrapped.parameters_to_ignore
+        assert theirs and not theirs & wrapped.parameters_to_ignore
+        assert len(wrapped.modules_buffers) == len(theirs)
     finally:
         torch.distributed.destroy_process_group()
