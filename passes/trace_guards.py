@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import fx, nn
+from torch import fx
 from torch.fx.proxy import TraceError
 
 from passes.guard_clauses import find_guard, refuse
@@ -31,10 +31,11 @@ _CHECKPOINTS = (  # what activation checkpointing runs through, by version of to
     "_checkpoint_without_reentrant_generator_impl",
 )
 _MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+_OWN = ("tracer", "node", "root", "attr", "_node")  # what fx itself sets on a proxy
+_OF_DICTS = ("get", "pop", "setdefault", "keys", "items")
 refusals: list[str] = []  # reasons given so far: a user's `except` may have swallowed one
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
-_MISSING = object()
 
 
 class Refusal(TraceError):
@@ -61,10 +62,23 @@ class TrainingFlag:
 
 
 class WatchedProxy(fx.Proxy):
-    """A proxy that says no to a user's isinstance, whose answer would be frozen.
+    """A proxy that refuses assignments, and isinstance, whose answer would be frozen.
 
     In an assertion, or a condition that guards a raise, it lets the model go on and leaves a check.
     """
+
+    def __getattr__(self, name: str) -> WatchedAttribute:
+        if name in _OF_DICTS and _asks(sys._getframe(1)):
+            raise Refusal(f".{name} of an input: whether it is there is known only when it runs")
+        return WatchedAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:
+            raise Refusal(f"forward sets .{name} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise Refusal(f"forward deletes .{name} of a tensor")
 
     def __bool__(self) -> bool:
         guard = find_guard(sys._getframe(1))
@@ -88,6 +102,15 @@ class WatchedProxy(fx.Proxy):
         if _asks(sys._getframe(1)):
             raise Refusal("isinstance on an input of the graph")
         return WatchedProxy
+
+
+class WatchedAttribute(WatchedProxy, fx.proxy.Attribute):
+    """An attribute of a traced value, watched likewise."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        fx.proxy.Attribute.__init__(self, root, attr)
+
+    node = fx.proxy.Attribute.node  # type: ignore[assignment]
 
 
 def _asks(frame: Any) -> bool:
@@ -196,46 +219,3 @@ def restore_random_state(before: tuple[Any, ...]) -> bool:
         if before[2] is not None:
             sys.modules["numpy"].random.set_state(before[2])
     return drawn
-
-
-class Attributes:
-    """The plain attributes of a module, to see what a forward sets."""
-
-    def __init__(self, m: nn.Module) -> None:
-        self._module = m
-        self._before = {k: (v, _contents(v)) for k, v in m.__dict__.items() if k != "training"}
-
-    def restore(self) -> str | None:
-        """Put them back; the name of one that had changed, or None."""
-        table = self._module.__dict__
-        changed = None
-        for name in [*table, *self._before]:
-            if name == "training" or name.startswith("_tensor_constant"):
-                continue
-            value, contents = self._before.get(name, (_MISSING, None))
-            if value is _MISSING:
-                changed = name
-                del table[name]
-            elif table.get(name, _MISSING) is not value or not _same(_contents(value), contents):
-                changed = name
-                table[name] = value
-                if isinstance(value, (list, dict)):
-                    value.clear()
-                    value.extend(contents) if isinstance(value, list) else value.update(contents)
-        return changed
-
-
-def _contents(value: Any) -> Any:
-    if isinstance(value, (list, dict)):
-        return value.copy()
-    return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return a is b
-    if len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(a[k] is b[k] for k in a)
-    return all(x is y for x, y in zip(a, b, strict=True))

@@ -20,7 +20,6 @@ from passes.module_kinds import LAYERS, has_layers, is_script, opaque_reason
 from passes.trace_guards import (
     ON_LOOP,
     ON_TENSOR,
-    Attributes,
     Refusal,
     TrainingFlag,
     WatchedProxy,
@@ -30,6 +29,8 @@ from passes.trace_guards import (
     refusals,
     restore_random_state,
 )
+from passes.trace_state import State
+from passes.trace_tensors import RealTensors
 from swatfx.graph_module import SwatModule, join
 
 
@@ -54,15 +55,15 @@ class Tracer(fx.Tracer):
                     self._tensors.setdefault(id(tensor), join(name, key))
         modules = [(n, m) for n, m in root.named_modules() if not is_script(m)]
         with _training_flags(modules, self.prefix), _without_parts(modules), guarded():
-            before = [(name, Attributes(module)) for name, module in modules]
+            state = State(modules)
             self._ambient = ambient()
             try:
-                graph = self.trace(root)
+                with RealTensors(set(self._tensors)):
+                    graph = self.trace(root)
             finally:
-                changed = {name: attributes.restore() for name, attributes in before}
-            for name, attribute in changed.items():
-                if attribute is not None:
-                    raise fx.proxy.TraceError(f"forward sets {join(name, attribute)}")
+                changed = state.restore()
+            if changed is not None:
+                raise fx.proxy.TraceError(f"forward sets {join(*changed)}")
         return graph
 
     def is_leaf_module(self, m: nn.Module, path: str) -> bool:
@@ -131,18 +132,18 @@ class Tracer(fx.Tracer):
         if not self.is_leaf_module(m, path):
             last = self.graph._root._prev
             expand = composites.find(m)
-            attributes = Attributes(m)
+            state = State(m.named_modules())
             noted, known = dict(self.eager), len(refusals)
             try:
                 if expand is not None:
                     return expand(self, m, *args, **kwargs)
                 result = self._watched(lambda: forward(*args, **kwargs))
-                if changed := attributes.restore():
-                    raise fx.proxy.TraceError(f"forward sets {changed}")
+                if changed := state.restore():
+                    raise fx.proxy.TraceError(f"forward sets {join(*changed)}")
                 return result
             except Exception as error:  # a user's forward may fail on a proxy in any way
                 del refusals[known:]
-                attributes.restore()
+                state.restore()
                 self._roll_back(last)
                 self.eager = noted | {path: reason_of(error)}
         return self.create_proxy("call_module", path, args, kwargs)
