@@ -100,9 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         help="natural activation sparsity",
     )
     command.add_argument(
-        "--step-ms", type=float, metavar="D", help="your dense step, for the Top-K overhead line"
+        "--topk-cost",
+        metavar="D,K",
+        help="ms of your dense step and of a Top-K refresh: what Top-K leaves of the speedup;"
+        " 'paper' takes its table 4",
     )
-    command.add_argument("--topk-ms", type=float, metavar="K", help="your Top-K refresh")
+    command.add_argument("--device", default="cpu", help="whose kernels to tell (default: cpu)")
     command.add_argument("--norm-saves", choices=("exact", "int8"), default="exact")
     command.add_argument("--value-dtype", choices=("bf16",), help="of packed values")
     command.add_argument("--kernels", choices=("auto", "sparse", "dense"), default="auto")
@@ -205,13 +208,14 @@ def _report(args: argparse.Namespace) -> int:
         value_dtype=args.value_dtype,
         kernels=args.kernels,
     )
-    options = {"step_ms": args.step_ms, "topk_ms": args.topk_ms}
+    cost = args.topk_cost
     result = report(
         gm,
         (torch.empty(shape, device="meta"),),
         accounting=args.accounting,
         activation_floor=args.activation_floor,
-        **{k: v for k, v in options.items() if v is not None},
+        topk_cost=cost if cost in (None, "paper") else tuple(cost.split(",")),
+        device=args.device,
     )
     _emit(_formatted(result, "json" if args.json else args.format), args.output)
     return 0

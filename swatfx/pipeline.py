@@ -16,7 +16,7 @@ from torch import fx, nn
 from passes.annotate_cost import activation_density, add_costs, annotate_cost, other_saves
 from passes.annotate_cycles import SimulationOptions, annotate_cycles
 from passes.assign_density import assign_density
-from passes.choose_kernels import choose_kernels
+from passes.choose_kernels import choose_kernels, kernels_on
 from passes.compress_saves import compress_saves
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
@@ -44,6 +44,7 @@ __all__ = [
     "SimulationOptions",
     "compile",
     "default_passes",
+    "kernels_on",
     "measure",
     "run_passes",
     "to_networkx",

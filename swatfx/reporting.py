@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -19,12 +20,12 @@ from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.norm import EXACT
-from swatfx.pipeline import Measured, SimulationOptions, measure
+from swatfx.pipeline import Measured, SimulationOptions, kernels_on, measure
 from swatfx.policy import Policy
 from swatfx.simulation import Simulation, simulate
 
-PAPER_STEP_MS = 147.0  # appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
-PAPER_TOPK_MS = 470.0
+PAPER = "paper"
+PAPER_TOPK_COST = (147.0, 470.0)  # ms, appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Report:
 
     Attributes:
         layers: one record a layer, in graph order.
-        totals: fractions of 1, MACs, bytes, and the Top-K overhead line.
+        totals: fractions of 1, MACs, bytes, and the Top-K overhead line where it was asked for.
         others: what else keeps bytes, in graph order.
         norm_saves: what batch norms keep, as given to `compile`.
         value_dtype: what packed values are stored as, likewise.
@@ -177,8 +178,8 @@ def report(
     *,
     accounting: str = "paper",
     activation_floor: float = 0.0,
-    step_ms: float = PAPER_STEP_MS,
-    topk_ms: float = PAPER_TOPK_MS,
+    topk_cost: str | tuple[float, float] | None = None,
+    device: str | torch.device | None = None,
     accelerators: Sequence[Accelerator | str] = (),
     simulation_options: SimulationOptions | None = None,
 ) -> Report:
@@ -191,16 +192,20 @@ def report(
         accounting: "paper" (appendix A.3, the tables' conventions) or "exact" (products that a
             kernel skipping every zero would form).
         activation_floor: natural activation sparsity, in [0, 1), that a layer has at least.
-        step_ms: a dense training step, for the Top-K overhead line; the paper's by default.
-        topk_ms: one Top-K refresh of all layers; the paper's by default.
+        topk_cost: adds a line that weighs Top-K: (milliseconds of a dense training step, of one
+            refresh of all layers), or "paper" for those of its table 4 (ResNet-50 on a GPU).
+        device: tell the kernels that would run there, such as "cuda"; None: on the model's own
+            device, or on this machine's CPU where the model is on meta.
         accelerators: designs to simulate the step on, such as `SCNN()` or "bit-tactical"; slow for
             large inputs, one sample of which is simulated.
         simulation_options: samples, where masks come from, memory.
 
     Raises:
-        InputError: no inputs, or inputs that do not fit; names the layer.
+        InputError: no inputs, inputs that do not fit (it names the layer), or unknown options.
     """
     root = unwrap(gm)
+    costs = _topk_cost(topk_cost)
+    kernels = None if device is None else kernels_on(root, known_device(device))
     if accounting not in ("paper", "exact"):
         raise InputError("accounting is 'paper' or 'exact'", value=accounting)
     if not 0 <= activation_floor < 1:
@@ -212,8 +217,8 @@ def report(
         )
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     measured = measure(root, inputs, accounting)
-    layers = tuple(_record(root, measured))
-    totals = _totals(root, layers, measured, activation_floor, step_ms, topk_ms)
+    layers = tuple(_record(root, measured, kernels))
+    totals = _totals(root, layers, measured, activation_floor, costs)
     policy = Policy.from_json(root.meta["policy"])
     simulated = None
     if accelerators:
@@ -231,7 +236,40 @@ def report(
     )
 
 
-def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
+def known_device(device: str | torch.device) -> str:
+    """The device by torch's name for it; it need not be on this machine.
+
+    Raises:
+        InputError: torch knows none of that name.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError("unknown device", value=device, remedy="use cpu or cuda") from error
+    return "cpu" if found.type == "meta" else str(found)
+
+
+def _topk_cost(asked: Any) -> tuple[float, float] | None:
+    if asked is None:
+        return None
+    if asked == PAPER:
+        return PAPER_TOPK_COST
+    try:
+        step, refresh = (float(x) for x in asked)
+    except (TypeError, ValueError):
+        step = refresh = math.nan
+    if not (0 < step < math.inf and 0 <= refresh < math.inf):
+        raise InputError(
+            "topk_cost is milliseconds of a dense step and of one Top-K refresh",
+            value=asked,
+            remedy='write (147, 470), or "paper" for those of its table 4',
+        )
+    return step, refresh
+
+
+def _record(
+    gm: SwatModule, measured: Measured, kernels: Mapping[str, str] | None
+) -> Iterator[LayerRecord]:
     sparse = {layer.plan.name: layer for layer in sparse_layers(gm)}
     for name, plan in measured.plans.items():
         layer = sparse.get(name)
@@ -252,7 +290,7 @@ def _record(gm: SwatModule, measured: Measured) -> Iterator[LayerRecord]:
             parameters=plan.parameters,
             # What eager code computes with a weight by itself, no graph can see.
             skipped=plan.skipped or (None if cost.output_shape else "not called by these inputs"),
-            kernels=plan.kernels,
+            kernels=plan.kernels if kernels is None else kernels.get(name, ""),
             **asdict(cost),
         )
 
@@ -262,8 +300,7 @@ def _totals(
     layers: Sequence[LayerRecord],
     measured: Measured,
     floor: float,
-    step_ms: float,
-    topk_ms: float,
+    topk_cost: tuple[float, float] | None,
 ) -> dict[str, Any]:
     totals: dict[str, Any] = {
         key: sum(getattr(layer, key) for layer in layers)
@@ -291,16 +328,23 @@ def _totals(
     totals["weight_sparsity"] = 1 - active / max(weights, 1)
     totals["dense_saved_bytes"] = measured.dense_saved_bytes
     totals["saved_bytes"] = measured.saved_bytes
-    period = max((plan.period for plan in measured.plans.values() if plan.takes_part), default=1)
-    reduction = totals["training_mac_reduction"]
-    totals["topk_speedup"] = macs.topk_speedup(reduction, period, step_ms, topk_ms)
-    source = (step_ms, topk_ms) == (PAPER_STEP_MS, PAPER_TOPK_MS)
-    totals["topk_overhead"] = (
-        f"Top-K every {period} iterations, dense step {step_ms:g} ms, one refresh {topk_ms:g} ms"
-        f"{' (the paper, table 4)' if source else ''}:"
-        f" modelled speedup {totals['topk_speedup']:.2f}x"
-    )
+    if topk_cost is not None:
+        totals |= _topk_overhead(measured, totals["training_mac_reduction"], *topk_cost)
     return totals
+
+
+def _topk_overhead(
+    measured: Measured, reduction: float, step_ms: float, topk_ms: float
+) -> dict[str, Any]:
+    period = max((plan.period for plan in measured.plans.values() if plan.takes_part), default=1)
+    speedup = macs.topk_speedup(reduction, period, step_ms, topk_ms)
+    paper = (step_ms, topk_ms) == PAPER_TOPK_COST
+    line = (
+        f"Top-K every {period} iterations, dense step {step_ms:g} ms, one refresh {topk_ms:g} ms"
+        f"{' (the paper, table 4: ResNet-50, batch 32, on its GPU)' if paper else ''}:"
+        f" modelled speedup {speedup:.2f}x"
+    )
+    return {"topk_speedup": speedup, "topk_overhead": line}
 
 
 def _summary(result: Report) -> list[str]:
@@ -319,7 +363,7 @@ def _summary(result: Report) -> list[str]:
         f"activation sparsity {t['activation_sparsity']:.1%}",
         f"kept for backward by the whole graph: {_engineering(saved)}B,"
         f" dense {_engineering(dense_saved)}B ({change}), parameters not counted",
-        str(t["topk_overhead"]),
+        *([t["topk_overhead"]] if "topk_overhead" in t else []),
     ]
 
 

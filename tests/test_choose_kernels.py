@@ -54,16 +54,16 @@ def test_a_chain_of_convolutions_runs_sparse() -> None:
         "1.0": SPARSE,
         "3.0": SPARSE,
         "4": SPARSE,
-        "8": "dense: 10 filters a group",
+        "8": "dense: too few outputs (10)",
     }
 
 
 def test_layers_that_share_an_input_run_alike() -> None:
-    assert set(choices(residual).values()) == {SPARSE, "dense: 10 filters a group"}
+    assert set(choices(residual).values()) == {SPARSE, "dense: too few outputs (10)"}
     net = nn.Sequential(block(3, 16), _Fork(), nn.Conv2d(32, 16, 1))
     assert choices(lambda: net, "swat-u:0.8") == {
-        "1.wide": "dense: shares its input with 1.narrow",
-        "1.narrow": "dense: 8 filters a group",
+        "1.wide": "dense: shares its input with 1.narrow, which is",
+        "1.narrow": "dense: too few filters (8)",
         "1.apart": SPARSE,
         "2": SPARSE,
     }
@@ -82,7 +82,7 @@ class _Fork(nn.Module):
 
 def test_groups_are_counted_one_by_one() -> None:
     found = choices(Separable)
-    assert found["depthwise.0"] == "dense: 1 filters a group"
+    assert found["depthwise.0"] == "dense: depthwise"
     assert found["pointwise.0"] == found["grouped.0"] == found["excite"] == SPARSE
     assert choices(Separable, kernels="sparse")["depthwise.0"] == SPARSE
 
@@ -93,9 +93,9 @@ def test_what_no_sparse_kernel_can_run() -> None:
         "dilated.0": SPARSE,
         "reflect": "dense: reflect padding",
         "uneven": SPARSE,
-        "same": "dense: constant padding",
+        "same": "dense: uneven padding",
     }
-    assert choices(ThreeDimensional) == {"b": "dense: 3d"}
+    assert choices(ThreeDimensional) == {"b": "dense: 3d convolution"}
     assert choices(OneDimensional) == {"b": SPARSE, "c": SPARSE}
     large = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 17), nn.Conv2d(16, 16, (1, 65)))
     assert set(choices(lambda: large, kernels="sparse").values()) == {"dense: kernel too large"}
@@ -115,10 +115,22 @@ def test_densities_decide() -> None:
 
 
 def test_methods_that_are_not_sparse_in_every_product_run_dense() -> None:
-    only_backward = Policy("only-backward", 0.9, backward_weight=False, first_dense=True)
-    for policy in ("saw:0.9", "meprop:0.9", "swat-u:0.9,backward_activation=False", only_backward):
+    only_forward = Policy("only-forward", 0.9, backward_weight=False, first_dense=True)
+    held = {"hold_from_epoch": 0, "update": "active"}
+    for policy, reason in (
+        ("saw:0.9", "SAW runs forward on dense weights"),
+        ("meprop:0.9", "meProp runs forward on dense weights"),
+        (only_forward, "only-forward takes input gradients from dense weights"),
+        ("rigl:0.9", "masks of RigL need dense weight gradients"),
+        ("snfs:0.9", "masks of SNFS need dense weight gradients"),
+        ("set:0.9", "SET leaves activations dense, and so weight gradients"),
+        ("static:0.9", "static leaves activations dense, and so weight gradients"),
+        ("swat-u:0.9,backward_activation=False", "swat-u leaves activations dense, and so weight"),
+        (swatfx.per_layer({"*": "rigl:0.9"}, default="swat-u:0.9"), "masks of RigL need dense"),
+        (Policy("mine", 0.9, backward_activation=False, **held), "mine leaves activations dense"),
+    ):
         found = choices(chain, policy, kernels="sparse")
-        assert set(found.values()) == {"dense: not sparse in every product"}, policy
+        assert all(kind.startswith(f"dense: {reason}") for kind in found.values()), (policy, found)
     for policy in ("swat-u:0.9,forward_activation=True", "swat-u:0.9,gradient_sparsity=0.5"):
         assert choices(chain, policy)["1.0"] == SPARSE
 
@@ -144,7 +156,7 @@ def test_a_mixture_of_densities() -> None:
 
 def test_half_of_the_convolutions_are_enough() -> None:
     net = nn.Sequential(block(3, 16), block(16, 16), block(16, LEAST_FILTERS - 1))
-    assert list(choices(lambda: net).values()) == [SPARSE, "dense: 15 filters a group"]
+    assert list(choices(lambda: net).values()) == [SPARSE, "dense: too few filters (15)"]
     net.append(block(LEAST_FILTERS - 1, 8))
     found = choices(lambda: net)
     assert found["1.0"] == "dense: most convolutions run dense"
@@ -153,7 +165,7 @@ def test_half_of_the_convolutions_are_enough() -> None:
 
 def test_dense_is_dense() -> None:
     gm = swatfx.compile(chain(), "swat-u:0.9", kernels="dense")
-    assert set(chosen(gm).values()) == {"dense: as asked"}
+    assert set(chosen(gm).values()) == {"dense: asked for"}
     assert "layout" not in gm.code and not conversions(gm)
 
 
@@ -168,7 +180,7 @@ def test_weights_from_elsewhere() -> None:
 def test_other_dtypes_run_dense(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     found = choices(lambda: build().to(dtype))
-    assert set(found.values()) == {f"dense: {name} on cpu"}
+    assert set(found.values()) == {f"dense: weights are {name}, sparse kernels float32"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -182,10 +194,47 @@ def test_a_model_converted_later_still_runs(dtype: torch.dtype) -> None:
     loss_of(one).backward()
 
 
-def test_on_meta() -> None:
+@pytest.mark.parametrize("build", [chain, residual, Separable, Functional, OneDimensional])
+def test_a_model_on_meta_is_told_as_on_this_cpu(build: Callable[[], nn.Module]) -> None:
+    """Its shapes are known, its device is not: kernels are those of the CPU, for whoever loads."""
     with torch.device("meta"):
+        model = build()
+    assert choices(lambda: model) == choices(build)
+    images = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    x = torch.empty(16, 3, *((8, 8) if images else (8,)), device="meta")
+    one = swatfx.report(swatfx.compile(model, "swat-u:0.8"), x)
+    other = swatfx.report(swatfx.compile(build(), "swat-u:0.8"), x)
+    assert one.totals == other.totals and one.others == other.others
+    assert [layer.kernels for layer in one.layers] == [layer.kernels for layer in other.layers]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), "mps"])
+@pytest.mark.parametrize("meta", [False, True])
+def test_report_for_another_device(device: str | torch.device, meta: bool) -> None:
+    """Nothing of the model changes, and there need be no such device here."""
+    with torch.device("meta" if meta else "cpu"):
         model = chain()
-    assert set(choices(lambda: model).values()) == {"dense: float32 on meta"}
+    gm = swatfx.compile(model, "swat-u:0.8")
+    before = chosen(gm)
+    x = torch.empty(16, 3, 8, 8, device="meta")
+    there = [layer.kernels for layer in swatfx.report(gm, x, device=device).layers]
+    kind = torch.device(device).type
+    assert there == ["", *[f"dense: GPUs run reference kernels ({kind})"] * 4]
+    here = [layer.kernels for layer in swatfx.report(gm, x, device="cpu").layers]
+    assert here == [layer.kernels for layer in swatfx.report(gm, x).layers]
+    assert chosen(gm) == before and set(before.values()) == {SPARSE, "dense: too few outputs (10)"}
+
+
+def test_report_for_no_device() -> None:
+    gm = swatfx.compile(chain(), "swat-u:0.8")
+    with pytest.raises(swatfx.errors.InputError, match="unknown device"):
+        swatfx.report(gm, torch.empty(16, 3, 8, 8, device="meta"), device="gpu7")
+
+
+def test_passes_tell_why() -> None:
+    gm = swatfx.compile(Separable(), "swat-u:0.8")
+    notes = next(r.notes for r in gm.__dict__["pass_records"] if r.name == "choose_kernels")
+    assert any(note.startswith("dense: depthwise") for note in notes), notes
 
 
 def test_choosing_leaves_spectral_norm_alone() -> None:
@@ -225,10 +274,10 @@ def test_report_tells() -> None:
     assert [layer.kernels for layer in report.layers] == [
         "",  # the first layer takes no part
         *[SPARSE] * 3,
-        "dense: 10 filters a group",
+        "dense: too few outputs (10)",
     ]
     for text in (report.to_text(), report.to_markdown()):
-        assert "kernels" in text and "10 filters a group" in text
+        assert "kernels" in text and "too few outputs (10)" in text
     assert report.to_csv().splitlines()[0].endswith(",kernels")
     assert json.loads(report.to_json())["layers"][1]["kernels"] == SPARSE
 

@@ -97,9 +97,19 @@ def test_report_options(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Pa
     exact = json.loads(_out(capsys, *REPORT, "--json", "--accounting", "exact"))
     assert exact["accounting"] == "exact"
     assert exact["totals"]["dense_forward_macs"] < 32 * one["dense_forward_macs"]
-    own = _out(capsys, *REPORT, "--step-ms", "10", "--topk-ms", "2")
+    own = _out(capsys, *REPORT, "--topk-cost", "10,2")
     assert "dense step 10 ms, one refresh 2 ms:" in own
-    short = _out(capsys, "report", "digits/cnn", "--policy", "swat-u,period=7", "--sparsity", "0.8")
+    short = _out(
+        capsys,
+        "report",
+        "digits/cnn",
+        "--policy",
+        "swat-u,period=7",
+        "--sparsity",
+        "0.8",
+        "--topk-cost",
+        "paper",
+    )
     assert "Top-K every 7 iterations" in short
     classes = json.loads(_out(capsys, *REPORT, "--json", "--num-classes", "3"))["layers"]
     assert classes[-1]["weight_shape"] == [3, 64]

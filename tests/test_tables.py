@@ -98,14 +98,24 @@ def test_equation_4_in_the_report() -> None:
     with torch.device("meta"):
         model = models.create("resnet50")
     gm = swatfx.compile(model, "swat-u:0.8,period=1000")
-    text = swatfx.report(gm, _inputs("resnet50")).to_text()
+    text = swatfx.report(gm, _inputs("resnet50"), topk_cost="paper").to_text()
     assert "Top-K every 1000 iterations, dense step 147 ms, one refresh 470 ms" in text
     assert "modelled speedup 4.1" in text
-    own = swatfx.report(gm, _inputs("resnet50"), step_ms=100, topk_ms=10)
+    own = swatfx.report(gm, _inputs("resnet50"), topk_cost=(100, 10))
     assert own.totals["topk_speedup"] == pytest.approx(
         topk_speedup(own.totals["training_mac_reduction"], 1000, 100, 10)
     )
     assert "the paper" not in own.totals["topk_overhead"]
+    unasked = swatfx.report(gm, _inputs("resnet50"))
+    for text in (unasked.to_text(), unasked.to_markdown(), unasked.to_json()):
+        assert "Top-K every" not in text and "topk" not in text
+
+
+@pytest.mark.parametrize("cost", ["papers", (1,), (0, 1), (float("nan"), 1), (1, float("inf")), 3])
+def test_bad_topk_costs(cost: object) -> None:
+    gm = swatfx.compile(models.create("digits/cnn"), "swat-u:0.8")
+    with pytest.raises(swatfx.errors.InputError, match="topk_cost"):
+        swatfx.report(gm, _inputs("digits/cnn"), topk_cost=cost)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
