@@ -214,8 +214,9 @@ def batch_norm_backward_reference(
         else:
             # One for the deviation: weight * invstd is what aten's forward multiplied by, too.
             ones = torch.ones_like(invstd)
+            shift = None if bias is None else bias.to(scale.dtype)
             active, _, _ = torch.ops.aten.native_batch_norm(
-                seen, scale, bias, mean, ones, False, 0.0, 0.0
+                seen, scale, shift, mean, ones, False, 0.0, 0.0
             )
         grad = relu_gradient(grad, active)
     moments = (mean, invstd)
@@ -224,7 +225,8 @@ def batch_norm_backward_reference(
         weight_seen: Tensor | None = scale
     else:
         weight_seen = weight
-    if weight_seen is not None:  # in half precision throughout, aten wants all of it so
+    # In half precision throughout, aten wants all of it so on a CPU, and float32 moments on a GPU.
+    if weight_seen is not None and not grad.is_cuda:
         moments = moments[0].to(weight_seen.dtype), moments[1].to(weight_seen.dtype)
     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
         _for_aten(grad, layout),
