@@ -146,7 +146,7 @@ class MaskUpdater:
             weight,
             layer.keep(),
             density,
-            torch.Generator(device=weight.device).manual_seed(seed),
+            torch.Generator().manual_seed(seed),
             select,
             gradient,
             momentum,

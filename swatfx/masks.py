@@ -32,7 +32,8 @@ class MaskedLayer:
         weight: its values, of the layer's shape.
         keep: bool mask of the active weights; for grow rules, without what was just dropped.
         target: density that the layer is to have after the update; more than that is dropped.
-        generator: for draws; seeded by the policy's seed, the layer's name and the step.
+        generator: for draws, on the host, so that every device draws alike; seeded by the policy's
+            seed, the layer's name and the step.
         gradient: dense gradient of this step, where the grow rule needs it.
         momentum: dense momentum after this step, likewise.
         select: what the layer's selector would keep of the weights as they are.
@@ -93,8 +94,8 @@ def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
 
 
 def _draw(layer: MaskedLayer) -> Tensor:
-    device = layer.weight.device
-    return torch.rand(layer.weight.shape, generator=layer.generator, device=device)
+    draw = torch.rand(layer.weight.shape, generator=layer.generator, device="cpu")
+    return draw.to(layer.weight.device)
 
 
 def _per_layer(choose: Callable[[MaskedLayer, float], Tensor]) -> DropRule:

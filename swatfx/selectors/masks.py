@@ -41,8 +41,10 @@ class RandomSelector(Selector):
         """Draw the mask that `state` stands for."""
         host = state.cpu()
         density = host[1:].view(torch.float64).item()
-        generator = torch.Generator(device=x.device).manual_seed(int(host[0].item()))
-        return torch.rand(x.shape, generator=generator, device=x.device) < density
+        generator = torch.Generator().manual_seed(int(host[0].item()))
+        # On the host: devices draw otherwise, and a mask shall not depend on where it is drawn.
+        draw = torch.rand(x.shape, generator=generator, device="cpu")
+        return (draw < density).to(x.device)
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,11 @@ class Held(Selector):
         if not isinstance(self.base, RandomSelector):
             state = self.base.state(x, density, axes, seed, reduce)
             return self.from_mask(self.base.keep(x, state, axes).expand_as(x))
-        generator = torch.Generator(device=x.device).manual_seed(seed)
-        order = torch.randperm(x.numel(), generator=generator, device=x.device)
-        keep = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
+        generator = torch.Generator().manual_seed(seed)  # on the host, as above
+        order = torch.randperm(x.numel(), generator=generator, device="cpu")
+        keep = torch.zeros(x.numel(), dtype=torch.bool, device="cpu")
         keep[order[: density.count(x.numel())]] = True
-        return self.from_mask(keep)
+        return self.from_mask(keep.to(x.device))
 
     @staticmethod
     def from_mask(keep: Tensor) -> Tensor:
