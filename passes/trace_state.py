@@ -13,7 +13,7 @@ import itertools
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from typing import Any
@@ -100,13 +100,16 @@ def _inner(value: Any, contents: Any) -> Iterable[Any]:
 def _contents(value: Any) -> Any:
     """A copy of what `value` holds, to compare with later; None if it cannot change."""
     if isinstance(value, dict):
-        items: dict[Any, Any] = dict(value)
+        # Not `dict(value)`: a subclass may do something of its own when it is read.
+        items: dict[Any, Any] = {key: item for key, item in dict.items(value)}  # noqa: C416
         extra = getattr(value, "__dict__", None)
         return {**items, ("attributes",): _Attributes(extra)} if extra else items
-    if isinstance(value, (list, deque)):
-        return list(value)
+    if isinstance(value, list):
+        return list.copy(value)
+    if isinstance(value, deque):
+        return list(deque.__iter__(value))
     if isinstance(value, set):
-        return set(value)
+        return set(set.__iter__(value))
     if isinstance(value, bytearray):
         return bytes(value)
     if isinstance(value, random.Random):
@@ -184,15 +187,21 @@ def _is_same(a: Any, b: Any) -> bool:
 def _put_back(value: Any, contents: Any) -> None:
     if isinstance(value, dict):
         extra = contents.pop(("attributes",), None)
-        value.clear()
-        value.update(contents)
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        base.clear(value)
+        for key, item in contents.items():
+            base.__setitem__(value, key, item)
         if extra is not None:
             value.__dict__.clear()
             value.__dict__.update(extra)
             contents["attributes",] = extra
-    elif isinstance(value, (list, deque, set)):
-        value.clear()
-        value.extend(contents) if not isinstance(value, set) else value.update(contents)
+    elif isinstance(value, set):
+        set.clear(value)
+        set.update(value, contents)
+    elif isinstance(value, (list, deque)):
+        kind: Any = list if isinstance(value, list) else deque
+        kind.clear(value)
+        kind.extend(value, contents)
     elif isinstance(value, bytearray):
         value[:] = contents
     elif isinstance(value, random.Random):

@@ -320,3 +320,34 @@ def test_what_a_graph_repeats_is_traced() -> None:
     for _ in range(2):
         torch.testing.assert_close(gm(X), model(X))
     torch.testing.assert_close(gm.total, model.total)
+
+
+class Reads(dict[str, Any]):
+    """A dict that makes something anew whenever it is read, as registries of activations do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+    def keys(self) -> Any:
+        raise AssertionError("compiling read a user's dict")
+
+
+REGISTRY = Reads(relu=nn.ReLU)
+
+
+class UsesRegistry(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.registry = Reads(tanh=nn.Tanh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.registry["tanh"](REGISTRY["relu"](self.fc(x)))
+
+
+def test_registries_are_left_alone() -> None:
+    model = UsesRegistry()
+    gm = swatfx.compile(model, DENSITY_1)
+    torch.testing.assert_close(gm(X), model(X))
+    assert dict.__getitem__(REGISTRY, "relu") is nn.ReLU
+    assert isinstance(REGISTRY["relu"], nn.ReLU)
