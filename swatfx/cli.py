@@ -16,7 +16,8 @@ import torch
 from tabulate import tabulate
 
 from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
-from swatfx.checkpoint import load, write_text
+from swatfx.atomic import write_text
+from swatfx.checkpoint import load
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
 from swatfx.pipeline import compile as compile_model

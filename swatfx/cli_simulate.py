@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swatfx import accelerators, models, policy
-from swatfx.checkpoint import load, write_text
+from swatfx.atomic import write_text
+from swatfx.checkpoint import load
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule

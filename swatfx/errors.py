@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 200  # characters of a value in a message
+
 
 class SwatError(Exception):
     """Base of every error that swatfx raises on purpose.
@@ -30,10 +32,19 @@ class SwatError(Exception):
         self.remedy = remedy
         text = problem if layer is None else f"layer {layer!r}: {problem}"
         if value is not None:
-            text += f" (got {value!r})"
+            text += f" (got {_short(value)})"
         if remedy is not None:
             text += f". {remedy}"
-        super().__init__(text)
+        super().__init__(" ".join(text.splitlines()))
+
+
+def _short(value: object) -> str:
+    """`repr(value)` in one line, cut where it is long; some values have none."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 class PolicyError(SwatError, ValueError):

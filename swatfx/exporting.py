@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from swatfx import bits, meta
-from swatfx.checkpoint import write_atomically
+from swatfx.atomic import write_atomically
 from swatfx.errors import ExportError, UnknownNameError
 from swatfx.export_program import Example, exported
 from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import checkpoint
-from swatfx.checkpoint import read_extra, write_atomically
+from swatfx.atomic import write_atomically
+from swatfx.checkpoint import read_extra
 from swatfx.errors import CheckpointError
 from swatfx.graph_module import SwatModule
 
@@ -30,8 +31,8 @@ def _full(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def _half_written(content: Any, path: Any) -> None:
-    pathlib.Path(path).write_bytes(b"half a file")
+def _half_written(content: Any, path: pathlib.Path) -> None:
+    path.write_bytes(b"half a file")
     raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
 
 
@@ -46,7 +47,7 @@ def test_full_disk_leaves_the_old_file(
     before = snapshot(gm)
     target: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "start": (torch, "save", _full),
-        "middle": (torch, "save", _half_written),
+        "middle": (checkpoint, "write_file", _half_written),
         "move": (os, "replace", _full),
     }
     monkeypatch.setattr(*target[failure])

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 # A file imports from its own floor and from lower ones, never from a higher one.
 FLOORS = {
-    0: ["swatfx.errors", "swatfx.density", "swatfx.policy", "swatfx.meta"],
+    0: [
+        "swatfx.errors",
+        "swatfx.version",
+        "swatfx.locks",
+        "swatfx.atomic",
+        "swatfx.density",
+        "swatfx.policy",
+        "swatfx.meta",
+    ],
     1: [
         "swatfx.bits",
         "swatfx.layouts",
@@ -45,6 +53,8 @@ FLOORS = {
         "swatfx.mask_updates",
         "swatfx.training",
         "swatfx.reporting",
+        "swatfx.checkpoint_file",
+        "swatfx.checkpoint_checks",
         "swatfx.checkpoint",
         "swatfx.simulation",
         "swatfx.simulation_trace",

@@ -17,6 +17,8 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "ramp": ("none", "cubic"),
 }
 
+_INT64 = 2**62  # ops take counts as int64
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -105,33 +107,50 @@ class Policy:
             check_sparsity(self.activation_sparsity, "activation_sparsity")
         for field in ("period", "redistribute_every"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or not 1 <= value < _INT64:
                 raise PolicyError(
                     f"{field} must be a whole number of iterations, at least 1",
                     value=value,
                     remedy=f"{field}=1 means every iteration",
                 )
+        if not _is_whole(self.seed) or not -_INT64 <= self.seed < _INT64:
+            raise PolicyError("seed must be a whole number of 64 bits", value=self.seed)
         for known in fields(self):
             value = getattr(self, known.name)
             if known.type == "bool" and not isinstance(value, bool):
                 raise PolicyError(f"{known.name} must be true or false", value=value)
+            if known.type == "str" and not (isinstance(value, str) and value.strip()):
+                raise PolicyError(f"{known.name} must be a name", value=value)
+        self._check_rules()
         for name, words in _WORDS.items():
             if getattr(self, name) not in words:
                 said = " or ".join(repr(word) for word in words)
                 raise PolicyError(f"{name} must be {said}", value=getattr(self, name))
         self._check_schedule()
 
+    def _check_rules(self) -> None:
+        pairs = self.rules if isinstance(self.rules, tuple) else (self.rules,)
+        for pair in pairs:
+            fits = isinstance(pair, tuple) and len(pair) == 2
+            if not fits or not isinstance(pair[0], str) or not isinstance(pair[1], Policy):
+                raise PolicyError(
+                    "rules are a tuple of (layer name pattern, policy)",
+                    value=self.rules,
+                    remedy="swatfx.per_layer makes them",
+                )
+
     def _check_schedule(self) -> None:
         if self.hold_from_epoch is not None:
             _check_count("hold_from_epoch", self.hold_from_epoch, "0 holds from the first step")
         _check_count("update_every", self.update_every, "0 updates masks once an epoch")
         for name, low in (("drop_fraction", 0.0), ("update_until", 1e-9)):
-            if not low <= getattr(self, name) <= 1:
-                raise PolicyError(f"{name} is a fraction of 1", value=getattr(self, name))
-        if not (self.penalty >= 0 and self.penalty < float("inf")):
-            raise PolicyError("penalty is not negative", value=self.penalty)
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= 1:
+                raise PolicyError(f"{name} is a fraction of 1", value=value)
+        if not _is_number(self.penalty) or not 0 <= self.penalty < float("inf"):
+            raise PolicyError("penalty is a number, not negative", value=self.penalty)
         assumed = self.assumed_activation_density
-        if assumed is not None and not 0 < assumed <= 1:
+        if assumed is not None and not (_is_number(assumed) and 0 < assumed <= 1):
             raise PolicyError("assumed_activation_density is in (0, 1]", value=assumed)
         if self.weight_selector == "learned" and self.hold_from_epoch is not None:
             raise PolicyError(
@@ -189,15 +208,35 @@ class Policy:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Policy:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; a field that is not there is at its default.
+
+        Raises:
+            PolicyError: a field that is unknown, or holds what it does not take.
+        """
+        if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+            raise PolicyError("a policy in JSON is an object with a name", value=data)
         known = {f.name for f in fields(Policy)}
-        rest = {k: v for k, v in data.items() if k in known}
-        rest["rules"] = tuple((p, Policy.from_json(rule)) for p, rule in data["rules"])
-        return Policy(**rest)
+        for key in data:
+            if key not in known:
+                raise PolicyError("unknown policy field", value=key)
+        rules = data.get("rules", [])
+        pairs = rules if isinstance(rules, (list, tuple)) else [rules]
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            raise PolicyError("rules are pairs of pattern and policy", value=rules)
+        read = tuple((pattern, Policy.from_json(rule)) for pattern, rule in pairs)
+        return Policy(**{**data, "rules": read})
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_count(name: str, value: Any, remedy: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not _is_whole(value) or not 0 <= value < _INT64:
         raise PolicyError(
             f"{name} must be a whole number, not negative", value=value, remedy=remedy
         )
