@@ -1,0 +1,54 @@
+"""What can be drawn and checked, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.fuzz.cases import LayerCase, random_layer
+from tests.fuzz.checking import check_layer
+from tests.fuzz.shrinking import smaller_layers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of case.
+
+    Attributes:
+        draw: (seed, number) -> case.
+        read: JSON -> case.
+        check: case -> what is wrong.
+        smaller: case -> simpler ones to try.
+        source: what a script imports.
+        warm: a case that takes a process through all that first calls cost.
+    """
+
+    draw: Callable[[int, int], Any]
+    read: Callable[[dict[str, Any]], Any]
+    check: Callable[[Any], list[str]]
+    smaller: Callable[[Any], list[Any]]
+    source: str
+    warm: Any
+
+
+KINDS = {
+    "layer": Kind(
+        random_layer,
+        LayerCase.from_json,
+        check_layer,
+        smaller_layers,
+        "from tests.fuzz.cases import LayerCase\n"
+        "from tests.fuzz.checking import check_layer as check\n"
+        "from tests.fuzz.methods import Method\n",
+        LayerCase(
+            kind="conv2d",
+            size=(4, 4),
+            kernel=(1, 1),
+            stride=(1, 1),
+            padding=(0, 0),
+            dilation=(1, 1),
+            kernels="dense",
+        ),
+    ),
+}

@@ -1,0 +1,57 @@
+"""Kernels that a run can ask for: the instruction sets of this machine, and its own builds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+
+import torch
+
+from tests.kernel_builds import build, need_gcc
+
+ALL = ("avx512", "avx2", "generic", "reference")
+SANITIZE = (
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
+
+
+def here() -> list[str]:
+    """Names of `ALL` that run on this machine, best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    first = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
+    return list(ALL[first:])
+
+
+@contextlib.contextmanager
+def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
+    """Environment variables under which workers run on the kernels called `name`.
+
+    "generic" and sanitized kernels are built for it, in a folder that goes away.
+    """
+    if name == "reference" or not (sanitized or name == "generic"):
+        yield {"SWATFX_KERNELS": name}
+        return
+    flags: list[str] = []
+    if name in ("avx512", "avx2"):
+        flags += ["-march=x86-64-v4", "-mprefer-vector-width=512"] if name == "avx512" else []
+        flags += ["-march=x86-64-v3"] if name == "avx2" else []
+    found: dict[str, str] = {}
+    if sanitized:
+        flags += SANITIZE
+        command = [need_gcc(), "-print-file-name=libasan.so"]
+        asan = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(asan):
+            raise SystemExit("the address sanitizer's library is not installed")
+        found = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    else:
+        flags += ["-O3"]
+    with tempfile.TemporaryDirectory() as folder:
+        yield {**found, "SWATFX_KERNELS": str(build(pathlib.Path(folder), *flags))}
