@@ -1,6 +1,7 @@
 """swatfx: sparse weight activation training (SWAT) as a torch.fx compiler pass."""
 
 from swatfx import models
+from swatfx.attachment import Handle
 from swatfx.checkpoint import load, save
 from swatfx.comparing import Comparison, compare
 from swatfx.density import Density
@@ -33,7 +34,7 @@ from swatfx.policy import (
     swat_u,
 )
 from swatfx.reporting import Report, report
-from swatfx.training import Handle, attach, dense_state_dict, refresh
+from swatfx.training import attach, dense_state_dict, refresh
 from swatfx.tuning import tune
 
 __all__ = [

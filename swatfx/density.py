@@ -43,6 +43,11 @@ class Density:
             return elements - math.floor((1 - self.exact) * elements)
         return min(elements, max(1, math.ceil(self.value * elements - _SLACK)))
 
+    def count_within(self, elements: int) -> int:
+        """The most of `elements` that are no larger a share than the density; at least one."""
+        share = self.value * elements + _SLACK if self.exact is None else self.exact * elements
+        return min(elements, max(1, math.floor(share)))
+
     @property
     def is_dense(self) -> bool:
         """Whether everything is kept."""

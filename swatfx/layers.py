@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
 from swatfx import meta
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule, all_parts, evaluate, join
+from swatfx.graph_module import SwatModule, all_parts, evaluate, join, weight_chain
 from swatfx.meta import LayerPlan
 from swatfx.ops.state import read_density
 from swatfx.ops.where import weight_keep
@@ -80,6 +80,31 @@ def sparse_layers(gm: SwatModule) -> Iterator[SparseLayer]:
             state = gm.swat.get_submodule(record.plan.state)
             assert isinstance(state, LayerState)
             yield SparseLayer(record.plan, weight, state, node)
+
+
+def current(layer: SparseLayer) -> SparseLayer:
+    """The layer with the weight as it is now, where that is computed from others."""
+    if isinstance(layer.weight, nn.Parameter):
+        return layer
+    part, source = layer.node.graph.owning_module, layer.node.args[1]
+    assert part is not None and isinstance(source, fx.Node)
+    weight = evaluate(part, source)
+    return layer if weight is None else replace(layer, weight=weight)
+
+
+def weight_parameters(layer: SparseLayer) -> list[nn.Parameter]:
+    """The parameter that the layer's weight is, or those that it is computed from."""
+    if isinstance(layer.weight, nn.Parameter):
+        return [layer.weight]
+    part, source = layer.node.graph.owning_module, layer.node.args[1]
+    assert part is not None and isinstance(source, fx.Node)
+    nodes = weight_chain(source) or {}
+    values = [evaluate(part, node) for node in nodes if node.op == "get_attr"]
+    found = [value for value in values if isinstance(value, nn.Parameter)]
+    for node in nodes:
+        if node.op == "call_module":
+            found += part.get_submodule(str(node.target)).parameters()
+    return found
 
 
 def all_plans(gm: SwatModule) -> dict[str, LayerPlan]:

@@ -11,7 +11,7 @@ Sparse Training, ICLR 2020. At every optimizer step:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from swatfx.density import DENSE, Density
 from swatfx.errors import AttachError
 from swatfx.graph_module import unwrap
-from swatfx.layers import sparse_layers
+from swatfx.layers import SparseLayer, sparse_layers, weight_parameters
 from swatfx.ops.where import weight_keep
 from swatfx.state import WeightThreshold
 
@@ -116,7 +116,9 @@ def add_penalty(
 
 
 @torch.no_grad()
-def reset_if_empty(gm: nn.Module, least: float = LEAST_DENSITY) -> list[str]:
+def reset_if_empty(
+    gm: nn.Module, least: float = LEAST_DENSITY, layers: Iterable[SparseLayer] | None = None
+) -> list[str]:
     """Measure the layers' densities; where one is below `least`, set the thresholds to zero.
 
     To be called after every optimizer step. Parameters and buffers change in place.
@@ -124,13 +126,14 @@ def reset_if_empty(gm: nn.Module, least: float = LEAST_DENSITY) -> list[str]:
     Args:
         gm: a compiled model.
         least: density below which a layer counts as lost, 1 % in the paper's code.
+        layers: to look at, with their weights as they are now; all that take part if None.
 
     Returns:
         The names of the layers that were reset.
     """
     found = [
         (layer, threshold)
-        for layer in sparse_layers(unwrap(gm))
+        for layer in (sparse_layers(unwrap(gm)) if layers is None else layers)
         if isinstance(threshold := layer.weight_threshold, LearnedThreshold)
         and not layer.weight.is_meta
     ]
@@ -150,24 +153,47 @@ def reset_if_empty(gm: nn.Module, least: float = LEAST_DENSITY) -> list[str]:
     return reset
 
 
-def parameters_to_add(gm: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def parameters_to_add(
+    gm: nn.Module, optimizer: torch.optim.Optimizer, *, own: bool = False
+) -> list[nn.Parameter]:
     """The learned thresholds that `optimizer` does not hold, in the order of gm.parameters().
 
     All of them if it was made before the model was compiled.
+
+    Args:
+        gm: a compiled model.
+        optimizer: over its parameters.
+        own: only those of layers whose weight it holds, or what the weight is computed from.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = {x.plan.name: x for x in sparse_layers(unwrap(gm))} if own else {}
     found: list[nn.Parameter] = []
     for module in learned_thresholds(gm):
         assert isinstance(module.threshold, nn.Parameter)
-        if id(module.threshold) not in held:
+        if id(module.threshold) in held:
+            continue
+        if not own or held & {id(p) for p in weight_parameters(layers[module.layer])}:
             found.append(module.threshold)
     return found
+
+
+def check_parameters(gm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise AttachError where a learning-rate scheduler keeps thresholds from being added."""
+    if parameters_to_add(gm, optimizer, own=True) and _is_scheduled(optimizer):
+        raise AttachError(
+            "learned thresholds are a parameter group that the scheduler does not know",
+            remedy="call swatfx.attach before the learning-rate scheduler is made",
+        )
+
+
+def _is_scheduled(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
 
 
 def add_parameters(
     gm: nn.Module, optimizer: torch.optim.Optimizer, sizes: Sequence[int] | None = None
 ) -> None:
-    """Let `optimizer` train the learned thresholds that it does not hold yet.
+    """Let `optimizer` train the learned thresholds of its layers that it does not hold yet.
 
     They become its last parameter group, with the options of the first but without weight decay,
     which would pull them back to zero.
@@ -183,21 +209,20 @@ def add_parameters(
     Raises:
         AttachError: a learning-rate scheduler watches the optimizer, and would not know the group.
     """
-    missing = parameters_to_add(gm, optimizer)
-    if not missing:
-        return
+    missing = parameters_to_add(gm, optimizer, own=True)
     groups = optimizer.param_groups
     own = [len(group["params"]) for group in groups]
+    if sizes is not None and list(sizes) != [*own, len(missing)]:
+        # A checkpoint of an earlier version: thresholds of weights that it did not train, too.
+        missing = parameters_to_add(gm, optimizer)
+    if not missing:
+        return
     if sizes is not None and list(sizes) != [*own, len(missing)]:
         for group, now, then in zip(groups, own, sizes, strict=False):
             if len(sizes) == len(own) and then == now + len(missing):
                 group["params"].extend(missing)
         return
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise AttachError(
-            "learned thresholds are a parameter group that the scheduler does not know",
-            remedy="call swatfx.attach before the learning-rate scheduler is made",
-        )
+    check_parameters(gm, optimizer)
     options = {k: v for k, v in groups[0].items() if k not in ("params", "initial_lr")}
     options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
     if "weight_decay" in options:

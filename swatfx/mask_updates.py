@@ -13,100 +13,137 @@ import torch
 from torch import Tensor
 
 from swatfx import masks
+from swatfx.dense_gradients import DenseGradients, zero_
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.graph_module import SwatModule
+from swatfx.joint_updates import JointUpdate
 from swatfx.layers import SparseLayer, read_dense
 from swatfx.masks import MaskedLayer
 from swatfx.ops.state import check_rankable, draw_seed
+from swatfx.optimizers import Optimizer, Owners, forget, momentum_of
 from swatfx.policy import Policy
 from swatfx.schedules import Schedule
 from swatfx.selectors import Axes, Held
 
-Momentum = Callable[[torch.optim.Optimizer, SparseLayer], Tensor | None]
 
-
-class MaskUpdater:
+class MaskUpdater(JointUpdate):
     """The masks of the layers that share a budget.
 
     Args:
         schedule: of their policy.
-        layers: with held masks.
-        optimizer: of their weights.
+        layers: with held masks, or masks that will be held.
+        owners: of their weights.
         memory: where the float64 [1] is that the drop rule may remember by.
-        momentum: reads a layer's momentum from the optimizer; None before its first step.
+        all_ranks: whether gradients are averaged over ranks.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         layers: Sequence[SparseLayer],
-        optimizer: torch.optim.Optimizer,
+        owners: Owners,
         memory: Callable[[], Tensor],
-        momentum: Momentum,
+        all_ranks: bool,
     ) -> None:
+        super().__init__(layers, owners, alone=masks.stand_alone(schedule.policy))
         self._schedule = schedule
         self._policy: Policy = schedule.policy
-        self.layers = list(layers)
-        self._optimizer = optimizer
         self._memory = memory
-        self._momentum = momentum
         self._needs = masks.needs(self._policy)
-        self._unread = "momentum" in self._needs
+        self._unread = {layer.plan.name for layer in layers if "momentum" in self._needs}
+        self._dense = DenseGradients(all_ranks)
         self._gradients: dict[str, Tensor] = {}
+        self._trained: set[str] = set()  # of the layers that have arrived: frozen ones stay
+        self._open: dict[str, bool] = {}  # whether the mask lets dense gradients through
+
+    def is_due(self, step: int) -> bool:
+        """As the schedule says."""
+        return self._schedule.is_due(step)
 
     @torch.no_grad()
     def start(self, step: int) -> None:
-        """Zero what is inactive, and let gradients through if the next step grows by them."""
-        if self._policy.zero_inactive == "always":
-            self._zero()
-            if self._policy.update == "active":  # momentum of dense training would revive them
-                for layer in self.layers:
-                    self._forget(layer, ~layer.keep())
-        self._open_gradients(step + 1)
+        """Zero what is inactive, and let gradients through if the step after `step` grows by them.
 
-    @torch.no_grad()
-    def before_step(self, step: int) -> None:
-        """Before optimizer step `step`: keep the dense gradient, hand on that of active weights."""
-        if not ("gradient" in self._needs and self._schedule.is_due(step)):
-            return
-        for layer in self.layers:
-            gradient = layer.weight.grad
-            if gradient is None:
-                continue
-            self._gradients[layer.plan.name] = gradient.clone()
-            if self._policy.update == "active":
-                gradient.masked_fill_(~layer.keep(), 0)
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> bool:
-        """After optimizer step `step`: update or freeze the masks; whether that was due."""
-        if self._unread:  # an optimizer without momentum shall not be found out at the first update
-            for layer in self.layers:
-                self._momentum(self._optimizer, layer)
-            self._unread = False
-        due = self._schedule.is_due(step)
-        froze = self._schedule.holds_after(step) and self._freeze()
-        if due:
-            self._update(step)
-        elif self._policy.zero_inactive == "always" and self._policy.update == "all":
-            self._zero()  # a dense gradient has moved them
+        To be called when masks or weights were written by others, too: a checkpoint's.
+        """
+        self.restart()
         self._gradients.clear()
+        if self._policy.zero_inactive == "always":
+            for layer in self.layers:
+                zero_inactive(layer)
+                if self._policy.update == "active":  # momentum of dense training would revive them
+                    forget(self._owners.of(layer.weight), layer.weight, ~layer.keep())
+        self._open.clear()
         self._open_gradients(step + 1)
-        return due or froze
 
-    def _freeze(self) -> bool:
-        free = [layer for layer in self.layers if not layer.weight_threshold.is_held]
+    def stop(self) -> None:
+        """Let go of the weights' gradients."""
+        self._dense.close_all()
+
+    def see(self, layers: Sequence[SparseLayer]) -> None:
+        """Keep the dense gradient, hand on that of active weights."""
+        if "gradient" not in self._needs:
+            return
+        if self._policy.update == "active":
+            found = self._dense.take(layers)
+        else:
+            found = {
+                x.plan.name: x.weight.grad.clone() for x in layers if x.weight.grad is not None
+            }
+        for layer in layers:
+            if layer.weight.grad is None:
+                self.unsee(layer)
+        self._gradients |= found
+
+    def unsee(self, layer: SparseLayer) -> None:
+        """Forget the gradient."""
+        self._gradients.pop(layer.plan.name, None)
+
+    def hold(self, optimizer: Optimizer) -> None:
+        """Zero what is inactive, where that is to be zero always."""
+        # Not every optimizer leaves alone what has neither gradient nor momentum.
+        if self._policy.zero_inactive == "always":
+            for layer in self._owners.share(optimizer, self.layers):
+                zero_inactive(layer)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, step: int) -> bool:
+        """Zero, freeze or update masks after `step`; whether any has changed."""
+        mine = self._owners.share(optimizer, self.layers)
+        self.hold(optimizer)
+        for layer in mine:  # one without momentum shall not be found out at the first update only
+            if layer.plan.name in self._unread:
+                momentum_of([optimizer], layer)
+        self._unread -= {layer.plan.name for layer in mine}
+        froze = self._schedule.holds_after(step) and self._freeze(mine)
+        changed = super().after_step(optimizer, step)
+        self._open_gradients(step + 1)
+        return changed or froze
+
+    def _freeze(self, mine: Sequence[SparseLayer]) -> bool:
+        unowned = [layer for layer in self.layers if not self._owners.of(layer.weight)]
+        free = [x for x in (*mine, *unowned) if not x.weight_threshold.is_held]
         for layer in free:
             layer.weight_threshold.recompute(layer.weight)
             layer.weight_threshold.hold()
         return bool(free)
 
-    def _update(self, step: int) -> None:
-        ready = [(layer, self._seen(layer, step)) for layer in self.layers]
+    def arrive(self, layer: SparseLayer) -> None:
+        """Note whether the layer trained: who takes turns freezes the others' weights."""
+        if layer.weight.requires_grad:
+            self._trained.add(layer.plan.name)
+
+    @torch.no_grad()
+    def update(self, layers: Sequence[SparseLayer], step: int) -> bool:
+        """Drop and grow what the policy's rules say."""
+        ready = [(layer, self._seen(layer, step)) for layer in layers]
+        for layer in layers:
+            self.unsee(layer)
+        self._trained -= {layer.plan.name for layer in layers}
         members = [(layer, seen) for layer, seen in ready if seen is not None]
         if not members:
-            return
+            return False
         result = masks.update(
             self._policy,
             [seen for _, seen in members],
@@ -115,6 +152,7 @@ class MaskUpdater:
         )
         for (layer, _), (keep, dropped) in zip(members, result, strict=True):
             self._apply(layer, keep, dropped, step)
+        return True
 
     def _seen(self, layer: SparseLayer, step: int) -> MaskedLayer | None:
         """What the rules see of `layer`; None where it did not train, and so stays as it is."""
@@ -123,13 +161,14 @@ class MaskUpdater:
         gradient = self._gradients.get(name)
         momentum = None
         if "momentum" in self._needs:
-            momentum = self._momentum(self._optimizer, layer)
-        trained = layer.weight.requires_grad
-        if not trained or ("gradient" in self._needs and gradient is None):
+            momentum = momentum_of(self._owners.of(layer.weight), layer)
+        if name not in self._trained:
+            return None
+        check_rankable(weight, name, True)
+        if "gradient" in self._needs and gradient is None:
             return None
         if "momentum" in self._needs and momentum is None:
             return None
-        check_rankable(weight, name, True)
         selector = layer.weight_threshold.chosen
         assert isinstance(selector, Held)
         seed = draw_seed(self._policy.seed, name, step, True)
@@ -157,39 +196,38 @@ class MaskUpdater:
         # gradient has moved it in this step. Soft filters come back as they are.
         stays = layer.keep() & ~dropped if self._policy.zero_inactive == "always" else keep
         layer.weight_threshold.threshold.copy_(Held.from_mask(keep))
+        self._open.pop(layer.plan.name, None)
         if self._policy.zero_inactive != "never":
-            layer.weight.masked_fill_(~stays, 0)
+            zero_(layer.weight, stays)
         if self._policy.zero_inactive == "always":
-            self._forget(layer, dropped)
+            # Where updates are masked, no optimizer shall remember what a grown weight was not.
+            gone = dropped if self._policy.update == "all" else ~stays
+            forget(self._owners.of(layer.weight), layer.weight, gone)
         if self._policy.ramp != "none":
             layer.set_density(self._schedule.density(layer.plan.weight_density, step))
         elif self._policy.grow_share != "layer":
             active = int(keep.sum().item())
             layer.set_density(Density(active / keep.numel()))
 
-    def _zero(self) -> None:
-        for layer in self.layers:
-            zero_inactive(layer)
-
-    def _forget(self, layer: SparseLayer, where: Tensor) -> None:
-        """Clear what the optimizer remembers of the weights at `where`."""
-        for value in self._optimizer.state.get(layer.weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-                value.masked_fill_(where, 0)
-
     def _open_gradients(self, next_step: int) -> None:
         """Masked updates let dense gradients through only where the next step grows by them."""
         if "gradient" not in self._needs or self._policy.update != "active":
             return
-        due = self._schedule.is_due(next_step)
         for layer in self.layers:
-            layer.weight_threshold.threshold[-1] = int(due)
+            wanted = self.awaits(layer, next_step)
+            if wanted != self._open.get(layer.plan.name):
+                self._open[layer.plan.name] = wanted
+                layer.weight_threshold.threshold[-1] = int(wanted)
+            if wanted:
+                self._dense.open(layer)
+            else:
+                self._dense.close(layer)
 
 
 @torch.no_grad()
 def zero_inactive(layer: SparseLayer) -> None:
     """Set the weights that the layer's mask leaves out to zero."""
-    layer.weight.masked_fill_(~layer.keep(), 0)
+    zero_(layer.weight, layer.keep())
 
 
 def check_weights(gm: SwatModule, policy: Policy, layers: Sequence[SparseLayer]) -> None:

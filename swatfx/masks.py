@@ -98,10 +98,14 @@ def _draw(layer: MaskedLayer) -> Tensor:
     return draw.to(layer.weight.device)
 
 
+_ALONE: set[DropRule] = set()  # drop rules that look at each layer by itself
+
+
 def _per_layer(choose: Callable[[MaskedLayer, float], Tensor]) -> DropRule:
     def drop(layers: Sequence[MaskedLayer], fraction: float, memory: Tensor) -> list[Tensor]:
         return [choose(layer, fraction) for layer in layers]
 
+    _ALONE.add(drop)
     return drop
 
 
@@ -261,6 +265,11 @@ def needs(policy: Policy) -> frozenset[str]:
     """Of "gradient" and "momentum", what an update by this policy reads."""
     shares = frozenset({"momentum"}) if policy.grow_share == "momentum" else frozenset()
     return GROWS[policy.grow].needs | shares
+
+
+def stand_alone(policy: Policy) -> bool:
+    """Whether an update by this policy does to each layer what it would do to that layer alone."""
+    return policy.grow_share == "layer" and DROPS[policy.drop] in _ALONE
 
 
 def update(

@@ -50,7 +50,12 @@ FLOORS = {
     3: [
         "swatfx.pipeline",
         "swatfx.schedules",
+        "swatfx.optimizers",
+        "swatfx.joint_updates",
+        "swatfx.dense_gradients",
         "swatfx.mask_updates",
+        "swatfx.redistribution",
+        "swatfx.attachment",
         "swatfx.training",
         "swatfx.reporting",
         "swatfx.checkpoint_file",

@@ -124,7 +124,10 @@ class Held(Selector):
     def state(
         self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
     ) -> Tensor:
-        """The mask that `base` selects now; a random one of exactly the density's count."""
+        """The mask that `base` selects now; a random one of as many as the density allows.
+
+        Rounded down, since it holds: at least the asked sparsity, but never no weight at all.
+        """
         if density.is_dense:
             return self.from_mask(torch.ones(x.shape, dtype=torch.bool, device=x.device))
         if not isinstance(self.base, RandomSelector):
@@ -133,7 +136,7 @@ class Held(Selector):
         generator = torch.Generator().manual_seed(seed)  # on the host, as above
         order = torch.randperm(x.numel(), generator=generator, device="cpu")
         keep = torch.zeros(x.numel(), dtype=torch.bool, device="cpu")
-        keep[order[: density.count(x.numel())]] = True
+        keep[order[: density.count_within(x.numel())]] = True
         return self.from_mask(keep.to(x.device))
 
     @staticmethod
