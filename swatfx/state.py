@@ -18,6 +18,7 @@ from swatfx import ops, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
+from swatfx.ops.current import Memory, recall
 from swatfx.ops.state import HELD, check_rankable, compute_state, read_density
 from swatfx.selectors import Axes, Selector
 
@@ -148,6 +149,12 @@ class Threshold(nn.Module):
         if not read_density(self.density, self.fraction).is_dense:
             check_rankable(x.detach(), self.layer, self.is_weight)
 
+    @property
+    def _last_refresh(self) -> int:
+        """Iteration of the last refresh, which seeds random draws; 0 before the first."""
+        stamp = int(self.stamp.item())
+        return 0 if stamp == HELD else max(stamp, 0)
+
     def recompute(self, x: Tensor) -> None:
         """Set the state from `x` now, whatever the iteration."""
         if x.is_meta:
@@ -160,6 +167,7 @@ class Threshold(nn.Module):
             spatial=self.spatial,
             is_weight=self.is_weight,
             seed=self.seed,
+            iteration=self._last_refresh,
         )
         self.threshold.copy_(state)
         self.previous.copy_(state)
@@ -189,10 +197,16 @@ class Threshold(nn.Module):
 
 
 class WeightThreshold(Threshold):
-    """State of a weight; valid from the start, kept as it is in evaluation.
+    """State of a weight; valid from the start.
 
-    Once held, no forward refreshes it: what `swatfx.attach` hangs on the optimizer may change it.
+    In evaluation it is not read, and not written: what is active is selected from the weight as it
+    is. Once held, no forward refreshes it, and evaluation reads it: what `swatfx.attach` hangs on
+    the optimizer may change it.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.remembered = Memory()
 
     @property
     def is_held(self) -> bool:
@@ -205,10 +219,27 @@ class WeightThreshold(Threshold):
 
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""
-        if not self.training:
-            # A later refresh writes into the buffer; a pending backward must not see that.
-            return self.threshold.clone() if torch.is_grad_enabled() else self.threshold
-        return self._refresh(weight, step)
+        if self.training:
+            return self._refresh(weight, step)
+        weight = weight.detach()
+        decides = self.threshold, self.stamp, step, self.density, self.fraction
+        if not torch.compiler.is_compiling():
+            found = recall(self.remembered, weight, *decides)
+            if found is not None:
+                return found
+        token = self.remembered.token
+        state: Tensor = ops.current(weight, *decides, self.selector, self.layer, self.seed, token)
+        return state
+
+    def recompute(self, x: Tensor) -> None:
+        """Set the state from `x` now; a random one is drawn as at the last refresh."""
+        super().recompute(x)
+        self.remembered.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightThreshold:
+        self.remembered.forget()
+        super()._apply(fn, recurse)
+        return self
 
 
 class ActivationThreshold(Threshold):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swatfx import layouts, selectors
 from swatfx.density import Density
 from swatfx.errors import SwatError
+from swatfx.ops.state import HELD
 from swatfx.selectors import Axes
 
 torch.set_num_threads(1)
@@ -203,6 +204,19 @@ def test_opcheck_refresh(selector: str, is_weight: bool, iteration: int) -> None
     buffers = (torch.tensor(density.value, dtype=torch.float64), torch.tensor([1, 2]))
     args = (x, state, state.clone(), stamp, step, *buffers, 3, selector, "fc", 2, is_weight, 5)
     torch.library.opcheck(OPS.refresh, args)
+
+
+@pytest.mark.parametrize("selector", ["nchw", "hw", "channel", "random", "2:4", "held:nchw"])
+@pytest.mark.parametrize("stamp", [3, HELD])
+def test_opcheck_current(selector: str, stamp: int) -> None:
+    weight = torch.randn(4, 8, 3, 3)
+    chosen = selectors.get(selector)
+    state = chosen.state(weight, Density.from_sparsity(0.5), Axes(0, 1), 5)
+    numbers = (torch.tensor(stamp), torch.tensor(7), torch.tensor(0.5).double())
+    args = (weight, state, *numbers, torch.tensor([1, 2]), selector, "fc", 5, 10**9)
+    torch.library.opcheck(OPS.current, args)
+    found = OPS.current(*args)
+    assert stamp != HELD or (torch.equal(found, state) and found is not state)
 
 
 @pytest.mark.parametrize("inputs", [[], [torch.ones(2, 3)]])

@@ -5,6 +5,7 @@ is the definition. Importing this package registers them all.
 """
 
 from swatfx.ops.conv import conv, conv_backward
+from swatfx.ops.current import current
 from swatfx.ops.dropout import dropout, dropout_backward
 from swatfx.ops.flops import register_flops
 from swatfx.ops.layout import to_layout
@@ -25,6 +26,7 @@ __all__ = [
     "batch_norm_backward",
     "conv",
     "conv_backward",
+    "current",
     "dropout",
     "dropout_backward",
     "learned_gradient",

@@ -1,0 +1,244 @@
+"""`swatfx::current`: what Top-K selects of a weight as it is now, for evaluation.
+
+The result is a pure function of the arguments, and changes nothing. It is remembered, outside of
+all buffers, until the weight is seen to be another: the op looks at the moment it runs, also within
+a compiled graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from swatfx import selectors
+from swatfx.ops.state import HELD, draw_seed, read_density
+from swatfx.selectors import Axes
+
+_PROBES = 64  # elements that are compared, too: whole tensors are written behind autograd's back
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A weight when it was ranked last, and what was selected then.
+
+    As long as the weak reference lives, no other storage has its address.
+    """
+
+    storage: StorageWeakRef
+    version: int
+    looks: tuple[Any, ...]
+    target: tuple[Any, ...]
+    probe: Tensor | None
+    state: Tensor
+
+
+class Memory:
+    """What one weight's last `swatfx::current` gave; a copy of a model remembers nothing."""
+
+    def __init__(self) -> None:
+        self.token = next(_tokens)
+        self.seen: _Seen | None = None
+        _MEMORIES[self.token] = self
+
+    def forget(self) -> None:
+        """Rank anew at the next use, whatever the weight looks like."""
+        self.seen = None
+
+    def recall(self, weight: Tensor, target: tuple[Any, ...]) -> Tensor | None:
+        """The state that `weight` had for `target`, if it is the one that was seen last."""
+        seen = self.seen
+        if seen is None or seen.target != target or not _is_same(weight, seen):
+            return None
+        return seen.state.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        return Memory()
+
+    def __reduce__(self) -> Any:
+        return Memory, ()
+
+
+_tokens = itertools.count()
+_MEMORIES: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
+
+
+def storage_id(x: Tensor) -> int:
+    """Address of the storage object of `x`: its identity while anything refers to it, even weakly.
+
+    Raises:
+        NotImplementedError: tensors without a storage.
+    """
+    return int(x.untyped_storage()._cdata)
+
+
+def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After any optimizer's step: fused kernels write weights without autograd's knowledge."""
+    if torch.compiler.is_compiling():
+        return  # a compiled step does tell autograd
+    watched: dict[int, list[Memory]] = {}
+    for memory in list(_MEMORIES.values()):
+        if memory.seen is not None:
+            watched.setdefault(memory.seen.storage.cdata, []).append(memory)
+    if not watched:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            try:
+                found = watched.get(storage_id(parameter), ())
+            except (NotImplementedError, RuntimeError):
+                continue
+            for memory in found:
+                memory.forget()
+
+
+register_optimizer_step_post_hook(_forget_stepped)
+
+
+@torch.library.custom_op("swatfx::current", mutates_args=())
+def current(
+    weight: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    iteration: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    selector: str,
+    layer: str,
+    seed: int,
+    token: int,
+) -> Tensor:
+    """The state that a refresh would give `weight` now; held ones as they are.
+
+    NaN ranks highest and is kept, so that it reaches the output.
+
+    Args:
+        weight: (F, C, *kernel).
+        threshold: state of the last refresh.
+        stamp: int64 0-dim, iteration of the last refresh, HELD where the state stays as it is. It
+            seeds random selectors: theirs is the draw of the last refresh.
+        iteration: int64 0-dim, training forwards so far: whatever optimizer follows one may have
+            written the weight.
+        density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
+        fraction: see `density`.
+        selector: name in `swatfx.selectors`.
+        layer: for seeds.
+        seed: of random selectors.
+        token: of the `Memory` that remembers the result; without effect on it.
+
+    Returns:
+        The selector's state, in the weight's precision; it aliases nothing.
+    """
+    if int(stamp.item()) == HELD:
+        return threshold.clone()
+    target = _target(stamp, iteration, density, fraction)
+    memory = _MEMORIES.get(token)
+    found = None if memory is None else memory.recall(weight, target)
+    if found is not None:
+        return found
+    state = selectors.get(selector).state(
+        weight,
+        read_density(density, fraction),
+        Axes(0, 1),
+        draw_seed(seed, layer, max(int(stamp.item()), 0), True),
+    )
+    if memory is not None:
+        memory.seen = _look(weight, target, state.clone())
+    return state
+
+
+def _target(
+    stamp: Tensor, iteration: Tensor, density: Tensor, fraction: Tensor
+) -> tuple[int | float, ...]:
+    """What the state depends on beside the weight, as numbers; arguments as of `current`."""
+    now = int(iteration.reshape(-1)[0].item())
+    return now, int(stamp.item()), float(density.item()), *fraction.tolist()
+
+
+def recall(
+    memory: Memory,
+    weight: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    iteration: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+) -> Tensor | None:
+    """What `current` would return without ranking, and without the price of calling an op.
+
+    None while traced, and where there is something to rank. Nobody may write into the result.
+    """
+    if torch._C._len_torch_dispatch_stack() or type(weight) not in (Tensor, torch.nn.Parameter):
+        return None
+    if weight.is_meta:
+        return None
+    if int(stamp.item()) == HELD:
+        # The mask may change in place; a pending backward must not see that.
+        return threshold.clone() if torch.is_grad_enabled() else threshold
+    if memory.seen is None:
+        return None
+    return memory.recall(weight, _target(stamp, iteration, density, fraction))
+
+
+@current.register_fake
+def _(
+    weight: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    iteration: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    selector: str,
+    layer: str,
+    seed: int,
+    token: int,
+) -> Tensor:
+    chosen = selectors.get(selector)
+    shape = chosen.state_shape(tuple(weight.shape), Axes(0, 1))
+    return weight.new_empty(shape, dtype=chosen.state_dtype(weight.dtype))
+
+
+def _looks(weight: Tensor) -> tuple[Any, ...]:
+    place = weight.storage_offset(), weight.shape, weight.stride(), weight.data_ptr()
+    return *place, weight.dtype, weight.device
+
+
+def _probe(weight: Tensor) -> Tensor | None:
+    """A view of some elements; None on other devices, which would have to be waited for."""
+    if weight.device.type != "cpu" or not weight.numel():
+        return None
+    pairs = zip(weight.shape, weight.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in pairs)
+    step = max(1, span // _PROBES)
+    return weight.as_strided((-(-span // step),), (step,), weight.storage_offset())
+
+
+def _look(weight: Tensor, target: tuple[Any, ...], state: Tensor) -> _Seen | None:
+    if weight.is_inference():
+        return None  # it counts no versions
+    try:
+        storage = StorageWeakRef(weight.untyped_storage())
+        looks = _looks(weight)
+    except (NotImplementedError, RuntimeError):
+        return None  # no storage: nothing tells one such tensor from another
+    probe = _probe(weight)
+    probe = None if probe is None else probe.clone()
+    return _Seen(storage, weight._version, looks, target, probe, state)
+
+
+def _is_same(weight: Tensor, seen: _Seen) -> bool:
+    if weight.is_inference() or weight._version != seen.version:
+        return False
+    try:
+        if storage_id(weight) != seen.storage.cdata or _looks(weight) != seen.looks:
+            return False
+    except (NotImplementedError, RuntimeError):
+        return False
+    probe = _probe(weight)
+    return probe is None or seen.probe is None or torch.equal(probe, seen.probe)
