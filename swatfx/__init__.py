@@ -36,6 +36,7 @@ from swatfx.policy import (
 from swatfx.reporting import Report, report
 from swatfx.training import attach, dense_state_dict, refresh
 from swatfx.tuning import tune
+from swatfx.version import __version__
 
 __all__ = [
     "Comparison",
@@ -44,6 +45,7 @@ __all__ = [
     "Policy",
     "Report",
     "SwatError",
+    "__version__",
     "attach",
     "compare",
     "compile",

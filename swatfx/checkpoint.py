@@ -25,10 +25,9 @@ from swatfx.checkpoint_checks import (
     check_plan,
     check_state,
     read_content,
-    refuse,
 )
 from swatfx.checkpoint_file import read_file, write_file
-from swatfx.errors import CheckpointError, InputError, PolicyError, SwatError, UnknownNameError
+from swatfx.errors import CheckpointError, InputError, SwatError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import all_plans
 from swatfx.pipeline import compile
@@ -100,8 +99,10 @@ def load(
     with _all_or_nothing(model, optimizer):
         try:
             gm = compile(model, content.policy, example_inputs=example_inputs, **content.options)
-        except (PolicyError, UnknownNameError) as error:
-            refuse("plan.policy", f"cannot be followed: {error}")
+        except SwatError as error:
+            raise CheckpointError(
+                f"the model cannot be compiled as field 'plan' of the checkpoint says: {error}"
+            ) from error
         check_plan(content.layers, _plan(gm)["layers"])
         check_state(content.state_dict, gm)
         if optimizer is not None:

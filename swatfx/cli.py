@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
 import json
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,11 +23,13 @@ from tabulate import tabulate
 from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
 from swatfx.atomic import write_text
 from swatfx.checkpoint import load
+from swatfx.cli_types import LARGEST, file, given, number, whole
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy
 from swatfx.reporting import Report, report
+from swatfx.version import __version__
 
 _EPILOG = """examples:
   swatfx report resnet50 --policy swat-u:0.8
@@ -60,18 +67,66 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 2 after an error told on stderr."""
+    """Run one command; return its exit code: 0, 1 after an error told on stderr, 130 if broken off.
+
+    Bad usage leaves by SystemExit(2), as argparse does.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name, or a sign, that a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     args = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
+        with _ended_cleanly():
+            code = run(args)
+            sys.stdout.flush()
+        return code
     except SwatError as error:
-        print(f"swatfx {args.command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(args.command, str(error))
+    except KeyboardInterrupt:
+        return _fail(args.command, "interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe left: nothing to say, and nobody to say it to
+        _give_up_stdout()  # the reader of a pipe left: nothing to say, and nobody to say it to
         return 141
+    except OSError as error:
+        _give_up_stdout()
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(args.command, f"{error.strerror or error}{where}")
+    except Exception as error:
+        if os.environ.get("SWATFX_TRACEBACK"):
+            raise
+        what = f"{type(error).__name__}: {error}"
+        return _fail(args.command, f"{what}. Unexpected: SWATFX_TRACEBACK=1 shows where")
+
+
+def _fail(command: str, text: str, code: int = 1) -> int:
+    print(f"swatfx {command}: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _give_up_stdout() -> None:
+    """Let the interpreter find nothing left to write to what cannot be written to."""
+    if sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+@contextlib.contextmanager
+def _ended_cleanly() -> Iterator[None]:
+    """Let a termination signal end the command as an interrupt does: no half file is left."""
+
+    def end(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"swatfx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Any:
@@ -95,24 +151,29 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--accounting", choices=("paper", "exact"), default="paper")
     command.add_argument(
         "--activation-floor",
-        type=float,
+        type=number(below=1),
         default=0.0,
         metavar="F",
         help="natural activation sparsity",
     )
     command.add_argument(
         "--topk-cost",
+        type=given,
         metavar="D,K",
         help="ms of your dense step and of a Top-K refresh: what Top-K leaves of the speedup;"
         " 'paper' takes its table 4",
     )
-    command.add_argument("--device", default="cpu", help="whose kernels to tell (default: cpu)")
+    command.add_argument(
+        "--device", type=given, default="cpu", help="whose kernels to tell (default: cpu)"
+    )
     command.add_argument("--norm-saves", choices=("exact", "int8"), default="exact")
     command.add_argument("--value-dtype", choices=("bf16",), help="of packed values")
     command.add_argument("--kernels", choices=("auto", "sparse", "dense"), default="auto")
     command.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
     command.add_argument("--json", action="store_true", help="the same as --format json")
-    command.add_argument("--output", metavar="FILE", help="write there instead of printing")
+    command.add_argument(
+        "--output", type=file, metavar="FILE", help="write there instead of printing"
+    )
 
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
     cli_train.add_arguments(command)
@@ -123,9 +184,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("export", _export, "write a model as .pt2, .onnx or .safetensors")
     _add_model(command)
-    command.add_argument("--checkpoint", metavar="FILE", help="weights that swatfx train wrote")
+    command.add_argument(
+        "--checkpoint", type=file, metavar="FILE", help="weights that swatfx train wrote"
+    )
     command.add_argument("--training", action="store_true", help="the training graph (.pt2)")
-    command.add_argument("--output", required=True, metavar="FILE", help="its suffix is the format")
+    command.add_argument(
+        "--output", required=True, type=file, metavar="FILE", help="its suffix is the format"
+    )
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
 
     command = add("simulate", _simulate, "count a training step's cycles on simulated accelerators")
@@ -141,8 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "demo", _demo, "the paper's ResNet-50 figures, an export, and a small training run"
     )
-    command.add_argument("--output-dir", default="demo", metavar="DIR", help="default: demo")
-    command.add_argument("--epochs", type=int, default=15, help="of each digits run")
+    command.add_argument(
+        "--output-dir", type=file, default="demo", metavar="DIR", help="default: demo"
+    )
+    command.add_argument("--epochs", type=whole(), default=15, help="of each digits run")
     return parser
 
 
@@ -151,16 +218,25 @@ def _add_model(
 ) -> None:
     text = "e.g. resnet50, cifar/vgg16, package.module:callable"
     if default is None:
-        command.add_argument("model", help=text)
+        command.add_argument("model", type=given, help=text)
     else:
-        command.add_argument("model", nargs="?", default=default, help=f"{text} ({default})")
-    command.add_argument("--num-classes", type=int, metavar="N", help="instead of the model's own")
-    if with_policy:
-        command.add_argument("--policy", default="swat-u:0.8", help="e.g. swat-u:0.9,period=1000")
-        command.add_argument("--sparsity", type=float, help="instead of the one in --policy")
-    command.add_argument("--batch-size", type=int, default=32, metavar="N")
+        help_text = f"{text} ({default})"
+        command.add_argument("model", nargs="?", type=given, default=default, help=help_text)
     command.add_argument(
-        "--input-shape", metavar="C,H,W", help="of one sample; needed for your own models"
+        "--num-classes", type=whole(), metavar="N", help="instead of the model's own"
+    )
+    if with_policy:
+        text = "e.g. swat-u:0.9,period=1000"
+        command.add_argument("--policy", type=given, default="swat-u:0.8", help=text)
+        command.add_argument(
+            "--sparsity", type=number(below=1), help="instead of the one in --policy"
+        )
+    command.add_argument("--batch-size", type=whole(), default=32, metavar="N")
+    command.add_argument(
+        "--input-shape",
+        type=given,
+        metavar="C,H,W",
+        help="of one sample; needed for your own models",
     )
 
 
@@ -178,8 +254,6 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
     Raises:
         InputError: not a list of positive numbers, or missing for a model of the user's own.
     """
-    if args.batch_size < 1:
-        raise InputError("--batch-size is at least 1", value=args.batch_size)
     if args.input_shape is None:
         if ":" in args.model:
             raise InputError(
@@ -190,7 +264,7 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
         shape = tuple(int(v) for v in args.input_shape.replace("x", ",").split(","))
     except ValueError:
         shape = ()
-    if not shape or min(shape) < 1:
+    if not shape or min(shape) < 1 or max(shape) > LARGEST:
         raise InputError(
             "--input-shape is a list of positive numbers",
             value=args.input_shape,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from swatfx import comparing
+from swatfx.cli_types import MOST_THREADS, file, given, number, whole
 from swatfx.errors import InputError, PolicyError
 from swatfx.policy import CONSTRUCTORS
 
@@ -25,32 +26,54 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         required=True,
+        type=given,
         metavar="LIST",
         help="split at commas, e.g. swat-u:0.9,rigl:0.9; field=value belongs to the policy before",
     )
     add("--accounting", choices=("paper", "exact"), default="paper")
-    add("--activation-floor", type=float, default=0.0, metavar="F", help="natural sparsity")
+    add(
+        "--activation-floor",
+        type=number(below=1),
+        default=0.0,
+        metavar="F",
+        help="natural sparsity",
+    )
     add("--norm-saves", choices=("exact", "int8"), default="exact")
     add("--value-dtype", choices=("bf16",), help="of packed values")
     add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
     add("--format", choices=("table", "markdown", "csv", "json"), default="table")
     add("--json", action="store_true", help="the same as --format json")
-    add("--output", metavar="FILE", help="write there instead of printing")
+    add("--output", type=file, metavar="FILE", help="write there instead of printing")
     group = command.add_argument_group("training, with --train")
     add = group.add_argument
     add("--train", action="store_true", help="train each policy; options as of swatfx train")
-    add("--data", help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
-    add("--data-root", metavar="DIR", help="where the data set's files are")
-    add("--epochs", type=int, help="of each run (default: the recipe's)")
-    add("--seeds", type=int, metavar="N", help="runs of each policy, seeds from 0 on (default: 1)")
-    add("--limit", type=int, metavar="N", help="train on the first N images only")
-    add("--recipe", metavar="NAME", help="recipe of the paper (default: by model and data)")
-    add("--lr", type=float, help="first learning rate")
-    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--threads", type=int, metavar="N", help="CPU threads")
-    add("--workers", type=int, metavar="N", help="reader processes (imagenet)")
+    add("--data", type=given, help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
+    add("--data-root", type=file, metavar="DIR", help="where the data set's files are")
+    add("--epochs", type=whole(), help="of each run (default: the recipe's)")
+    add(
+        "--seeds",
+        type=whole(),
+        metavar="N",
+        help="runs of each policy, seeds from 0 on (default: 1)",
+    )
+    add("--limit", type=whole(), metavar="N", help="train on the first N images only")
+    add(
+        "--recipe",
+        type=given,
+        metavar="NAME",
+        help="recipe of the paper (default: by model and data)",
+    )
+    add("--lr", type=number(above=0), help="first learning rate")
+    add("--device", type=given, help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--threads", type=whole(1, MOST_THREADS), metavar="N", help="CPU threads")
+    add("--workers", type=whole(0, MOST_THREADS), metavar="N", help="reader processes (imagenet)")
     add("--compile", action="store_true", default=None, help="torch.compile the training step")
-    add("--output-dir", metavar="DIR", help="keeps the runs; finished ones are read from there")
+    add(
+        "--output-dir",
+        type=file,
+        metavar="DIR",
+        help="keeps the runs; finished ones are read from there",
+    )
     add("--quiet", action="store_true", help="no progress on stderr")
     command.set_defaults(batch_size=None)
 

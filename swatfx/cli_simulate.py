@@ -17,6 +17,7 @@ from tqdm import tqdm
 from swatfx import accelerators, models, policy
 from swatfx.atomic import write_text
 from swatfx.checkpoint import load
+from swatfx.cli_types import file, fraction, given, number, whole
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule
@@ -32,20 +33,45 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of `swatfx simulate` but for the model and its policy."""
     add = command.add_argument
     add(
-        "--accelerator", action="append", metavar="NAME", help="e.g. scnn, bit-tactical:lookahead=4"
+        "--accelerator",
+        type=given,
+        action="append",
+        metavar="NAME",
+        help="e.g. scnn, bit-tactical:lookahead=4",
     )
-    add("--samples", type=int, default=1, metavar="N", help="samples to simulate, each by itself")
-    add("--natural-density", type=float, default=0.5, help="of drawn forward activations")
-    add("--seed", type=int, default=0, help="of drawn masks")
-    add("--checkpoint", metavar="FILE", help="weights that swatfx train wrote")
-    add("--data", help="take activations from this data set's test images (see swatfx train)")
-    add("--data-root", metavar="DIR")
-    add("--bandwidth", type=float, default=0.0, metavar="B", help="bytes a cycle; 0 ignores memory")
-    add("--word-bytes", type=int, default=2, metavar="N", help="bytes of a value")
-    add("--sweep", metavar="NAME=V..W", help="e.g. lookahead=1..4 or sparsity=0,0.5,0.9,0.95")
-    add("--trace", metavar="FILE", help="write the step as a Chrome / Perfetto trace")
+    add(
+        "--samples",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="samples to simulate, each by itself",
+    )
+    add("--natural-density", type=fraction, default=0.5, help="of drawn forward activations")
+    add("--seed", type=whole(0), default=0, help="of drawn masks")
+    add("--checkpoint", type=file, metavar="FILE", help="weights that swatfx train wrote")
+    add(
+        "--data",
+        type=given,
+        help="take activations from this data set's test images (see swatfx train)",
+    )
+    add("--data-root", type=file, metavar="DIR")
+    add(
+        "--bandwidth",
+        type=number(),
+        default=0.0,
+        metavar="B",
+        help="bytes a cycle; 0 ignores memory",
+    )
+    add("--word-bytes", type=whole(1, 64), default=2, metavar="N", help="bytes of a value")
+    add(
+        "--sweep",
+        type=given,
+        metavar="NAME=V..W",
+        help="e.g. lookahead=1..4 or sparsity=0,0.5,0.9,0.95",
+    )
+    add("--trace", type=file, metavar="FILE", help="write the step as a Chrome / Perfetto trace")
     add("--table6", action="store_true", help="the paper's table 6 beside ours")
-    add("--seeds", type=int, default=3, metavar="N", help="mask seeds of --table6")
+    add("--seeds", type=whole(), default=3, metavar="N", help="mask seeds of --table6")
     add("--json", action="store_true")
 
 
@@ -59,8 +85,6 @@ class Subject:
 
 def run(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
     """Run the command; `shape` is that of the input with its batch."""
-    if args.samples < 1 or args.seeds < 1:
-        raise InputError("--samples and --seeds are at least 1", value=(args.samples, args.seeds))
     if args.table6:
         return _table6(args, chosen, shape)
     if args.sweep:

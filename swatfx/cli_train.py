@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, fields
 
-from swatfx.errors import SwatError
+from swatfx.cli_types import MOST_THREADS, file, given, number, seed, whole
 from swatfx.run_config import RunConfig, RunResult
 from swatfx.runs import train_run
 
@@ -15,22 +15,45 @@ from swatfx.runs import train_run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `swatfx train` to ``parser``; `main` takes what it then parses."""
     add = parser.add_argument
-    add("--model", required=True, help="e.g. cifar/resnet18, or package.module:callable")
-    add("--data", required=True, help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]")
-    add("--data-root", metavar="DIR", help="where the data set's files are")
-    add("--policy", required=True, help='e.g. swat-u:0.9, "swat-erk:0.9,period=100", dense')
-    add("--recipe", metavar="NAME", help="recipe of the paper (default: by model and data)")
-    add("--epochs", type=int, help="the recipe's schedule is scaled to them (default: its own)")
-    add("--batch-size", type=int, help="images a step; the learning rate is not adapted to it")
-    add("--lr", type=float, help="first learning rate; later ones keep their ratio to it")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--output-dir", metavar="DIR", help="for config, metrics and checkpoint")
+    add(
+        "--model", required=True, type=given, help="e.g. cifar/resnet18, or package.module:callable"
+    )
+    add(
+        "--data",
+        required=True,
+        type=given,
+        help="digits, cifar10, cifar100, imagenet or fake[/CxHxW/classes]",
+    )
+    add("--data-root", type=file, metavar="DIR", help="where the data set's files are")
+    add(
+        "--policy",
+        required=True,
+        type=given,
+        help='e.g. swat-u:0.9, "swat-erk:0.9,period=100", dense',
+    )
+    add(
+        "--recipe",
+        type=given,
+        metavar="NAME",
+        help="recipe of the paper (default: by model and data)",
+    )
+    add("--epochs", type=whole(), help="the recipe's schedule is scaled to them (default: its own)")
+    add("--batch-size", type=whole(), help="images a step; the learning rate is not adapted to it")
+    add("--lr", type=number(above=0), help="first learning rate; later ones keep their ratio to it")
+    add("--seed", type=seed, default=0)
+    add("--device", type=given, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--output-dir", type=file, metavar="DIR", help="for config, metrics and checkpoint")
     add("--resume", action="store_true", help="continue the run in --output-dir")
-    add("--limit", type=int, metavar="N", help="train on the first N images only")
-    add("--max-steps", type=int, metavar="N", help="stop after N steps, with a checkpoint")
-    add("--threads", type=int, metavar="N", help="CPU threads")
-    add("--workers", type=int, default=0, metavar="N", help="reader processes (imagenet)")
+    add("--limit", type=whole(), metavar="N", help="train on the first N images only")
+    add("--max-steps", type=whole(), metavar="N", help="stop after N steps, with a checkpoint")
+    add("--threads", type=whole(1, MOST_THREADS), metavar="N", help="CPU threads")
+    add(
+        "--workers",
+        type=whole(0, MOST_THREADS),
+        default=0,
+        metavar="N",
+        help="reader processes (imagenet)",
+    )
     add("--norm-saves", choices=("exact", "int8"), default="exact", help="what batch norms keep")
     add("--value-dtype", choices=("bf16",), help="of packed values (default: the layer's own)")
     add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
@@ -41,13 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run `swatfx train`; return 0, 2 after an error (told on stderr), or 130 if interrupted."""
+    """Run `swatfx train`; return 0, or 130 if interrupted. Raises SwatError."""
     options = {field.name: getattr(args, field.name) for field in fields(RunConfig)}
     try:
         result = train_run(RunConfig(**options))
-    except SwatError as error:
-        print(f"swatfx train: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         hint = "; --resume continues from its last checkpoint" if args.output_dir else ""
         print(f"swatfx train: interrupted{hint}", file=sys.stderr)

@@ -20,7 +20,7 @@ from swatfx.errors import CheckpointError, InputError, PolicyError, SwatError, U
 from swatfx.policy import Policy
 from swatfx.recipes import recipe_for, recipe_named
 from swatfx.run_config import RunConfig
-from swatfx.run_folder import CONFIG, METRICS
+from swatfx.run_folder import CONFIG, METRICS, FolderInUseError
 from swatfx.runs import train_run
 
 __all__ = ["OPTIONS", "Run", "Trained", "folder_name", "last_densities", "mean_densities"]
@@ -140,7 +140,7 @@ def _train(config: RunConfig, folder: Path) -> Trained:
     except SwatError as error:
         # Options that do not fit are found before a run writes its configuration. What goes wrong
         # from then on is the run's: NaN in the loss, or in what Top-K is to rank.
-        if _begun(folder) == before or isinstance(error, CheckpointError):
+        if _begun(folder) == before or isinstance(error, (CheckpointError, FolderInUseError)):
             raise
         return Trained(Run(config.seed, failure=str(error)))
     run = Run(config.seed, result.test_accuracy, result.best_test_accuracy, result.seconds)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -27,7 +29,8 @@ from tqdm import tqdm
 from swatfx import models
 from swatfx.checkpoint import load, read_extra, save
 from swatfx.datasets import Dataset, open_data
-from swatfx.errors import InputError, SwatError
+from swatfx.errors import CheckpointError, InputError, SwatError
+from swatfx.graph_module import evaluation_mode
 from swatfx.layers import all_plans
 from swatfx.observing import observe
 from swatfx.pipeline import compile as compile_model
@@ -65,9 +68,25 @@ def train_run(config: RunConfig) -> RunResult:
     the output folder is in use, or the run to resume is another one; and while training where the
     loss is no longer finite (the checkpoint then is that of the last epoch before).
     """
+    _refuse_ranks()
     device = _device(config.device)
-    with _private_state(config, device):
-        return _Run(config, device).go()
+    with _private_state(config, device), contextlib.ExitStack() as held:
+        return _Run(config, device, held).go()
+
+
+def _refuse_ranks() -> None:
+    """Raise where torchrun started several processes: each would train, and write, by itself."""
+    world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    ranks = int(world) if world.isdecimal() else 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = max(ranks, torch.distributed.get_world_size())
+    if ranks > 1:
+        raise InputError(
+            "a run is one process, and this is one of several",
+            value=f"WORLD_SIZE={ranks}",
+            remedy="start it without torchrun; to train data-parallel, wrap swatfx.compile's model"
+            " in DistributedDataParallel in a loop of your own",
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -98,7 +117,7 @@ def _private_state(config: RunConfig, device: torch.device) -> Iterator[None]:
 class _Run:
     """One run: its parts, made in the order that the random state is used in."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, held: contextlib.ExitStack) -> None:
         self.config, self.device = config, device
         preset = (
             recipe_named(config.recipe) if config.recipe else recipe_for(config.model, config.data)
@@ -112,7 +131,7 @@ class _Run:
         self.folder = None if config.output_dir is None else RunFolder(config.output_dir)
         identity = self._identity(policy, preset)
         if self.folder is not None:
-            self.folder.check(identity, resume=config.resume)
+            held.enter_context(self.folder.taken(identity, resume=config.resume))
 
         self.data = open_data(
             config.data, config.data_root, limit=config.limit, workers=config.workers
@@ -121,6 +140,7 @@ class _Run:
             self.data = self.data.to(device)
         self.batches = self.data.train_batch_count(self.batch_size)
         model = models.resolve(config.model, self.data.num_classes).to(device)
+        self._try_model(model)
         self.progress = _Progress()
         self.record: dict[str, Any] = {}  # the last line of the metrics
         # Over the model, whose parameters the graph shares: the order of an optimizer's parameters
@@ -141,6 +161,29 @@ class _Run:
             self.step_module = torch.compile(self.gm, fullgraph=not self.gm.eager)
         if self.folder is not None:
             self.folder.begin(identity | self._circumstances(), self.progress.epoch)
+
+    def _try_model(self, model: torch.nn.Module) -> None:
+        """Raise InputError unless `model` gives a number a class for images of the data set."""
+        images, _ = next(iter(self.data.test_batches(2, device=self.device)))
+        shape, classes = tuple(images.shape), self.data.num_classes
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), evaluation_mode(model), torch.no_grad():
+            try:
+                output = model(images)
+            except Exception as error:  # of the user's own code, too
+                raise InputError(
+                    f"the model cannot take images of {self.config.data}:"
+                    f" {type(error).__name__}: {error}",
+                    value=shape,
+                    remedy="train a model for images of this shape",
+                ) from error
+        if isinstance(output, Tensor) and (output.dim() != 2 or output.shape[1] < classes):
+            raise InputError(
+                f"the model gives no number for each of the {classes} classes of"
+                f" {self.config.data}",
+                value=tuple(output.shape),
+                remedy="let it return (images, classes), and take num_classes= where it is built",
+            )
 
     def go(self) -> RunResult:
         """Train the epochs that are left."""
@@ -290,12 +333,26 @@ class _Run:
 
     def _restore(self, extra: Mapping[str, Any]) -> None:
         """Take up where the checkpoint's `extra` left off."""
-        self.progress = _Progress(**json.loads(extra["progress"]))
-        self.record = json.loads(extra["record"])
-        states = extra["random_state"]
-        torch.set_rng_state(states[0].cpu())
-        if self.device.type == "cuda" and len(states) > 1:
-            torch.cuda.set_rng_state(states[1].cpu(), self.device)
+        try:
+            stored = json.loads(extra["progress"])
+            progress = _Progress(**{field.name: stored[field.name] for field in fields(_Progress)})
+            record = json.loads(extra["record"])
+            states = [state.cpu() for state in extra["random_state"]]
+            for name, kind in typing.get_type_hints(_Progress).items():
+                value = getattr(progress, name)
+                if not isinstance(value, (kind, int)) or not value >= 0:
+                    raise ValueError(f"progress.{name} is {value!r}")
+            record["epoch"], record["weight_density"]["mean"]
+            torch.set_rng_state(states[0])
+            if self.device.type == "cuda" and len(states) > 1:
+                torch.cuda.set_rng_state(states[1], self.device)
+        except Exception as error:  # what is odd in any of them raises in its own way
+            raise CheckpointError(
+                f"the checkpoint's 'extra' is not of a training run: {error!r}",
+                value=self.config.output_dir,
+                remedy="give a folder that swatfx train wrote",
+            ) from error
+        self.progress, self.record = progress, record
 
     def _identity(self, policy: Policy, preset: Recipe) -> dict[str, Any]:
         """What makes this run this run: what a resume may not change, as plain JSON."""

@@ -55,14 +55,15 @@ def _out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Exit code 2 and one line on stderr, nothing on stdout."""
+    """Exit code 2 for usage, 1 for the rest; one line on stderr, nothing on stdout."""
+    wanted = 1
     try:
         code = main(arguments)
     except SystemExit as leave:
         assert isinstance(leave.code, int)
-        code = leave.code
+        code, wanted = leave.code, 2
     captured = capsys.readouterr()
-    assert code == 2
+    assert code == wanted
     assert captured.out == ""
     assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
     return captured.err
@@ -149,12 +150,12 @@ def test_own_model(capsys: pytest.CaptureFixture[str], own: str) -> None:
         (("report", "digits/cnn", "--policy", "swatu:0.9"), "did you mean swat-u"),
         (("report", "digits/cnn", "--policy", "swat-u:1"), "number in [0, 1)"),
         (("report", "digits/cnn", "--policy", "swat-u"), "wants a sparsity"),
-        (("report", "digits/cnn", "--sparsity", "2"), "number in [0, 1)"),
+        (("report", "digits/cnn", "--sparsity", "2"), "not a number in [0, 1)"),
         (("report", "digits/cnn", "--policy", "swat-u:.9,perod=1"), "did you mean period"),
-        (("report", "digits/cnn", "--batch-size", "0"), "--batch-size is at least 1"),
+        (("report", "digits/cnn", "--batch-size", "0"), "argument --batch-size: 0 is not in 1 to"),
         (("report", "digits/cnn", "--input-shape", "1,a"), "write it as 3,224,224"),
         (("report", "digits/cnn", "--input-shape", "3,8,8"), "layer 'features.0'"),
-        (("report", "digits/cnn", "--activation-floor", "1"), "fraction in [0, 1)"),
+        (("report", "digits/cnn", "--activation-floor", "1"), "number in [0, 1)"),
         (("report", "digits/cnn", "--formt", "json"), "did you mean --format"),
         (("report", "digits/cnn", "--format", "jsn"), "did you mean json"),
         (("report", "digits/cnn", "--batch-size", "many"), "invalid int value: 'many'"),
@@ -213,6 +214,13 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in (*policy.CONSTRUCTORS, "redistribute_every"))
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(["--version"])
+    assert leave.value.code == 0
+    assert capsys.readouterr().out == f"swatfx {swatfx.__version__}\n"
+
+
 @pytest.mark.parametrize("command", ["", "report", "train", "export", "policies", "models", "demo"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as leave:
@@ -238,5 +246,5 @@ def test_as_a_process(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_as_a_process_that_fails(tmp_path: pathlib.Path) -> None:
     done = _process(tmp_path, "report", "digits/cn")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "digits/cnn" in done.stderr and "Traceback" not in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import sys
@@ -10,15 +9,13 @@ from typing import Any
 
 import pytest
 
-from swatfx import cli_train, runs
+from swatfx import cli, runs
 
 
 def _main(*options: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli_train.add_arguments(parser)
-    always = ["--model", "digits/cnn", "--data", "digits", "--policy", "swat-u:0.9"]
+    always = ["train", "--model", "digits/cnn", "--data", "digits", "--policy", "swat-u:0.9"]
     always += ["--device", "cpu", "--threads", "1", "--limit", "64", "--epochs", "1"]
-    return cli_train.main(parser.parse_args([*always, *options]))
+    return cli.main([*always, *options])
 
 
 def test_the_command_prints_its_result_and_no_progress_bar(
@@ -48,7 +45,7 @@ def test_the_command_refuses_a_folder_in_use(
     capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "precious").write_text("")
-    assert _main("--output-dir", str(tmp_path)) == 2
+    assert _main("--output-dir", str(tmp_path)) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and "not empty" in printed.err and "--resume" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]

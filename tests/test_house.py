@@ -64,6 +64,7 @@ FLOORS = {
         "swatfx.simulation",
         "swatfx.simulation_trace",
         "swatfx.table6",
+        "swatfx.cli_types",
         "swatfx.cli_simulate",
         "swatfx.export_program",
         "swatfx.exporting",

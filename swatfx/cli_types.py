@@ -1,0 +1,74 @@
+"""What the options of the command line may hold: types for argparse, each naming its range."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+from swatfx.atomic import as_path
+from swatfx.errors import InputError
+
+LARGEST = 2**31 - 1  # of a count: what C and torch take everywhere
+MOST_THREADS = 4096
+
+
+def whole(low: int = 1, high: int = LARGEST) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not in {low} to {high}")
+        return value
+
+    return read
+
+
+def number(
+    *, above: float | None = None, low: float = 0.0, below: float = math.inf
+) -> Callable[[str], float]:
+    """A finite number from `low` (or above `above`) to less than `below`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+        fits = low <= value < below if above is None else above < value < below
+        if not math.isfinite(value) or not fits:
+            left = f"[{low:g}" if above is None else f"({above:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number in {left}, {below:g})")
+        return value
+
+    return read
+
+
+def given(text: str) -> str:
+    """Text that is not empty: an empty one comes of an unset shell variable."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty (is a shell variable unset?)")
+    return text
+
+
+def file(text: str) -> str:
+    """A name that a file can have; whether there is one is another question."""
+    try:
+        as_path(given(text), "it")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    value = number(above=0)(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number in (0, 1]")
+    return value
+
+
+seed = whole(-(2**62), 2**62)
