@@ -31,6 +31,7 @@ from swatfx.graph_module import SwatModule, all_parts, evaluate
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.meta import LayerCall, LayerPlan
+from swatfx.ops.layout import laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
 from swatfx.state import Pack
@@ -79,7 +80,7 @@ def _told(reason: str | None) -> str:
 
 
 def _reasons(
-    gm: SwatModule, nodes: dict[fx.Node, fx.GraphModule], device: torch.device | None
+    gm: SwatModule, nodes: dict[fx.Node, SwatModule], device: torch.device | None
 ) -> dict[fx.Node, str | None]:
     """Why each layer runs dense, or None; `device` stands in for the model's own."""
     asked = str(gm.meta.get("kernels", "auto"))
@@ -92,6 +93,26 @@ def _reasons(
         for node in sparse:
             reasons[node] = "most convolutions run dense"
     return reasons
+
+
+def choose_again(gm: SwatModule, ctx: Context) -> None:
+    """Choose anew, as if nothing were chosen: the model moved to another device or dtype."""
+    for _, part in all_parts(gm):
+        for node in list(part.graph.nodes):
+            if node.target is laid_out:
+                node.replace_all_uses_with(node.args[0])
+                part.graph.erase_node(node)
+        for node in _layers(part):
+            chosen = ("layout", "sparse_kernels")
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in chosen}
+            meta.update(node, plan=replace(_plan(node), kernels=""))
+            pack = node.args[4]
+            if isinstance(pack, fx.Node):
+                module = part.get_submodule(str(pack.target))
+                if isinstance(module, Pack) and module.layout == BATCH_INNERMOST:
+                    module.layout = ""
+        part.recompile()
+    choose_kernels(gm, ctx)
 
 
 def _layers(part: fx.GraphModule) -> Iterator[fx.Node]:

@@ -88,6 +88,9 @@ def _trace(root: nn.Module, prefix: str, inputs: int | None) -> tuple[SwatModule
     kept = set(root.__dict__)
     graph = tracer.trace_root(root, inputs)
     gm = SwatModule(root, graph)
+    leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    gm.__dict__["called"] = frozenset(leaves.union(tracer.inlined))
+    gm.__dict__["iterates"] = isinstance(root, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     for name in set(root.__dict__) - kept:  # tensors that forward made: constants of the graph
         value = root.__dict__.pop(name)
         if isinstance(value, torch.Tensor):

@@ -41,6 +41,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.prefix = prefix
         self.eager: dict[str, str] = {}
+        self.inlined: list[str] = []  # modules whose calls the graph stands for
         self._tensors: dict[int, str] = {}
         self._cache: dict[str, fx.Proxy] = {}
         self._inputs: int | None = None
@@ -133,7 +134,8 @@ class Tracer(fx.Tracer):
             last = self.graph._root._prev
             expand = composites.find(m)
             state = State(m.named_modules())
-            noted, known = dict(self.eager), len(refusals)
+            noted, known, inlined = dict(self.eager), len(refusals), len(self.inlined)
+            self.inlined.append(path)
             try:
                 if expand is not None:
                     return expand(self, m, *args, **kwargs)
@@ -145,6 +147,7 @@ class Tracer(fx.Tracer):
                 del refusals[known:]
                 state.restore()
                 self._roll_back(last)
+                del self.inlined[inlined:]
                 self.eager = noted | {path: reason_of(error)}
         return self.create_proxy("call_module", path, args, kwargs)
 

@@ -201,6 +201,10 @@ class Attachment:
         else:
             self._plan = None
 
+    def dissolve(self) -> None:
+        """Let all optimizers go: a layer has another weight, which none of them was asked about."""
+        self.remove(list(self._attached))
+
     def restart(self) -> None:
         """Masks, weights or the clock were written by others: take them as they are."""
         if self._plan is not None:

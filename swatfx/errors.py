@@ -81,6 +81,10 @@ class UnknownNameError(SwatError, KeyError):
         return str(self.args[0])
 
 
+class ChangedModelError(SwatError, RuntimeError):
+    """A compiled model whose modules were changed in a way that its graph cannot follow."""
+
+
 class PassError(SwatError, RuntimeError):
     """A compiler pass failed; carries the pass, the node and the layer.
 

@@ -94,6 +94,7 @@ def inference_module(gm: SwatModule) -> SwatModule:
     twin = private_copy(gm)
     refresh(twin)
     for prefix, part in all_parts(twin):
+        part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
             if meta.read(node).role == "op":
                 _make_plain(twin, part, node)

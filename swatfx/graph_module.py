@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -22,7 +22,7 @@ from swatfx.errors import CheckpointError, InputError
 from swatfx.meta import LayerPlan
 from swatfx.state import SwatState
 
-_TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _HOOKS = tuple(
     name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))
 ) + ("_forward_hooks_always_called",)
@@ -81,6 +81,19 @@ def _copy_attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
+class Watch(Protocol):
+    """What `swatfx.changes` knows of one graph."""
+
+    def check(self) -> None:
+        """Follow what changed, or raise ChangedModelError."""
+
+    def make_room(self) -> None:
+        """Give state the shape that it has for the weights as they are; its values come later."""
+
+    def accept_weights(self) -> None:
+        """Take the weights as they are for those that the layers' state belongs to."""
+
+
 class SwatModule(fx.GraphModule):
     """A GraphModule over the tables of a mirrored module.
 
@@ -89,22 +102,48 @@ class SwatModule(fx.GraphModule):
         parts: path -> SwatModule that stands in for the forward of the module there.
         eager: path -> why symbolic tracing left the module there to Python.
         unreached: name -> plan of a conv or linear layer that no graph calls, with its reason.
+        called: paths of the modules that the graph called when it was traced.
+        iterates: whether the module that was traced runs through all its children.
+        watch: looks at every call whether the modules are still those that were compiled.
     """
 
     swat: SwatState
     parts: dict[str, SwatModule]
     eager: dict[str, str]
     unreached: dict[str, LayerPlan]
+    called: frozenset[str]
+    iterates: bool
+    watch: Watch | None
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
-        for table in _TABLES:
+        for table in TABLES:
             self.__dict__[table] = root.__dict__[table]
         self.training = root.training
         self.__dict__["parts"] = {}
         self.__dict__["eager"] = {}
         self.__dict__["unreached"] = {}
+        self.__dict__["called"] = frozenset()
+        self.__dict__["iterates"] = False
+        self.__dict__["watch"] = None
+        self.__dict__["choose_kernels"] = None  # set by compile: called where the model was moved
         self.graph = graph
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph, once what was done to its modules since is followed."""
+        if not torch.compiler.is_compiling():
+            self.follow()
+        return super().__call__(*args, **kwargs)
+
+    def follow(self) -> None:
+        """Let another weight, or another plain layer in its place, have state of its own.
+
+        Raises:
+            ChangedModelError: something else was done to a module whose call the graph stands for.
+        """
+        watch = self.__dict__["watch"]
+        if watch is not None:
+            watch.check()
 
     def adopt_parts(self) -> None:
         """Let every part see this root's `swat`, and finish an eager root's graph."""
@@ -114,6 +153,42 @@ class SwatModule(fx.GraphModule):
             self.swat.add_module("eager_root", self.__dict__.pop("pending_eager_root"))
             self.swat.train(self.training)
             self.graph = self.__dict__.pop("pending_graph")
+
+    def follow_all(self) -> None:
+        """`follow` in the root and in every part."""
+        for _, part in all_parts(self):
+            part.follow()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, once what was done to the modules since is followed."""
+        self.follow_all()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        for _, part in all_parts(self):
+            if part.watch is not None:
+                part.watch.make_room()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        before = self._kinds()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for _, part in all_parts(self):
+            if part.watch is not None:
+                part.watch.accept_weights()
+        choose = self.__dict__["choose_kernels"]
+        if choose is not None and self._kinds() != before:
+            choose(self)
+        return self
+
+    def _kinds(self) -> set[tuple[torch.dtype, str]]:
+        return {(p.dtype, p.device.type) for p in self.parameters()}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise InputError(
+            "nn.DataParallel copies a compiled model at every call, and its state with it",
+            remedy="use torch.nn.parallel.DistributedDataParallel, a process a device",
+        )
 
     def share_hooks(self, root: nn.Module) -> None:
         """Let hooks that were registered on the model itself run on this module."""
@@ -149,10 +224,10 @@ def private_copy(gm: SwatModule) -> SwatModule:
     return copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
 
 
-def all_parts(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
+def all_parts(gm: SwatModule) -> Iterator[tuple[str, SwatModule]]:
     """(path prefix, graph module) of the root ("") and of every part below eager code."""
     yield "", gm
-    yield from getattr(gm, "parts", {}).items()
+    yield from gm.parts.items()
 
 
 def join(prefix: str, name: str) -> str:
@@ -161,10 +236,11 @@ def join(prefix: str, name: str) -> str:
 
 
 def unwrap(module: nn.Module) -> SwatModule:
-    """The compiled model inside DistributedDataParallel or torch.compile wrappers.
+    """The compiled model inside DistributedDataParallel or torch.compile wrappers, followed.
 
     Raises:
         InputError: there is none.
+        ChangedModelError: as `SwatModule.follow`.
     """
     inner: Any = module
     while not isinstance(inner, SwatModule):
@@ -175,6 +251,7 @@ def unwrap(module: nn.Module) -> SwatModule:
                 value=type(module).__name__,
                 remedy="gm = swatfx.compile(model, policy)",
             )
+    inner.follow_all()
     return inner
 
 

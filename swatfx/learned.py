@@ -21,7 +21,7 @@ from swatfx.errors import AttachError
 from swatfx.graph_module import unwrap
 from swatfx.layers import SparseLayer, sparse_layers, weight_parameters
 from swatfx.ops.where import weight_keep
-from swatfx.state import WeightThreshold
+from swatfx.state import WeightThreshold, initial_state
 
 LEAST_DENSITY = 0.01
 
@@ -61,6 +61,15 @@ class LearnedThreshold(WeightThreshold):
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the thresholds; a copy where `reset_if_empty` may write before backward."""
         return self.threshold.clone() if torch.is_grad_enabled() else self.threshold
+
+    @torch.no_grad()
+    def make_room(self, weight: Tensor) -> None:
+        """Start anew from zero, for a weight that took another's place."""
+        state = initial_state(weight, weight, self.selector, self.spatial, True)
+        if state.shape == self.threshold.shape and state.device == self.threshold.device:
+            self.threshold.zero_()
+        else:
+            self.threshold = nn.Parameter(state, self.threshold.requires_grad)
 
     @torch.no_grad()
     def recompute(self, x: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from passes.annotate_cost import activation_density, add_costs, annotate_cost, other_saves
 from passes.annotate_cycles import SimulationOptions, annotate_cycles
 from passes.assign_density import assign_density
-from passes.choose_kernels import choose_kernels, kernels_on
+from passes.choose_kernels import choose_again, choose_kernels, kernels_on
 from passes.compress_saves import compress_saves
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
@@ -27,6 +27,7 @@ from passes.trace_shapes import is_batch_norm, observe_run
 from passes.verify import verify
 from swatfx import meta
 from swatfx.accelerators import Accelerator
+from swatfx.changes import watch
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
 from swatfx.layers import sparse_layers
@@ -203,7 +204,14 @@ def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModu
         seconds = time.perf_counter() - start
         records.append(PassRecord(name, seconds, before, _count(gm), result.notes))
     gm.__dict__["pass_records"] = records
+    watch(gm)
+    if choose_kernels in passes:
+        gm.__dict__["choose_kernels"] = _choose_kernels_again
     return gm
+
+
+def _choose_kernels_again(gm: SwatModule) -> None:
+    choose_again(gm, Context(Policy.from_json(gm.meta["policy"])))
 
 
 @dataclass(frozen=True)

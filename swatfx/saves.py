@@ -141,8 +141,10 @@ class DropoutOf(Bound):
 
 
 def _is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether `module` has become another kind, or was given hooks."""
-    return type(module) not in kinds or any(getattr(module, hooks) for hooks in _HOOKS)
+    """Whether `module` has become another kind, or was given hooks or another forward."""
+    if type(module) not in kinds or "forward" in module.__dict__:
+        return True
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 class Norm(Saver):

@@ -40,6 +40,11 @@ class Clock(nn.Module):
         self.token = next(_tokens)
         self.optimizer_wanted_by = optimizer_wanted_by
         self.attached = False
+        self.lost = ""
+
+    def lose(self, layer: str) -> None:
+        """Whatever optimizer was attached is not that of the weights any more."""
+        self.lost = f" (layer {layer!r} has another weight since one was)"
 
     def forward(self, *inputs: Any) -> Tensor:
         """Return int64 [3] of `swatfx::step` in training, the bare counter in evaluation."""
@@ -48,7 +53,7 @@ class Clock(nn.Module):
         if self.optimizer_wanted_by is not None and not self.attached:
             raise AttachError(
                 f"policy {self.optimizer_wanted_by!r} acts after the optimizer's steps, but none is"
-                " attached",
+                f" attached{self.lost}",
                 remedy="call swatfx.attach(gm, optimizer) before training",
             )
         step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True)
@@ -216,6 +221,20 @@ class WeightThreshold(Threshold):
     def hold(self) -> None:
         """Keep the state as it is from now on."""
         self.stamp.fill_(HELD)
+
+    def make_room(self, weight: Tensor) -> None:
+        """Take the shape that the state of `weight` has."""
+        state = initial_state(weight, weight, self.selector, self.spatial, True)
+        for name in ("threshold", "previous"):
+            self._buffers[name] = state.clone()
+
+    @torch.no_grad()
+    def renew(self, weight: Tensor) -> None:
+        """Serve `weight`, which took another's place: selected at the density as it is now."""
+        self.make_room(weight)
+        if not self.is_held:
+            self.stamp.fill_(-1)
+        self.recompute(weight)
 
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swatfx.attachment import Attachment, Handle, attachment_of
-from swatfx.graph_module import SwatModule, unwrap
+from swatfx.graph_module import SwatModule, all_parts, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.optimizers import held_by, optimizers_of
 from swatfx.policy import Policy
@@ -35,6 +35,10 @@ def refresh(gm: nn.Module) -> None:
 def after_load(module: nn.Module, incompatible: Any) -> None:
     """After `load_state_dict` of a dense checkpoint: thresholds belong to the new weights."""
     assert isinstance(module, SwatModule)
+    if not module.swat.stale:  # what came along belongs to what came along
+        for _, part in all_parts(module):
+            if part.watch is not None:
+                part.watch.accept_weights()
     if module.swat.stale:
         module.swat.stale = False
         refresh(module)
@@ -146,6 +150,7 @@ def attach(
     optimizers = optimizers_of(optimizer)
     planned = []
     for root in roots:
+        root.follow_all()
         attachment = attachment_of(root) or Attachment(root)
         own = {id(p) for p in root.parameters()}
         mine = [o for o in optimizers if len(roots) == 1 or held_by(o) & own]
@@ -156,6 +161,7 @@ def attach(
     parts = []
     for root, attachment, mine, plan in planned:
         root.__dict__["attachment"] = attachment
+        root.swat.clock.lost = ""
         parts.append((attachment, attachment.carry_out(plan, mine)))
     return Handle(parts)
 

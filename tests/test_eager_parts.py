@@ -257,7 +257,8 @@ def _three_steps(model: nn.Module) -> tuple[SwatModule, int]:
     gm = swatfx.compile(model, HALF)
     gm.train()
     calls: list[int] = []
-    gm.get_submodule("1.block").register_forward_pre_hook(lambda *_: calls.append(1))
+    if gm.eager:  # else the graph stands for the call of the block
+        gm.get_submodule("1.block").register_forward_pre_hook(lambda *_: calls.append(1))
     for _ in range(3):
         gm.zero_grad()
         loss_of(gm(X)).backward()

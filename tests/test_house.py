@@ -39,6 +39,8 @@ FLOORS = {
         "swatfx.state",
         "swatfx.graph_module",
         "swatfx.wrappers",
+        "swatfx.change_rules",
+        "swatfx.changes",
         "swatfx.layers",
         "swatfx.passing",
         "swatfx.models",
