@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from swatfx import learned, masks
@@ -172,9 +173,11 @@ class Attachment:
         new = []
         for optimizer in optimizers:
             hooked = Hooked(optimizer, StepWatch(optimizer))
+            # Not to be traced where someone compiles the step: they decide by values.
+            before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
             hooked.hooks = [
-                optimizer.register_step_pre_hook(functools.partial(self._before_step, hooked)),
-                optimizer.register_step_post_hook(functools.partial(self._after_step, hooked)),
+                optimizer.register_step_pre_hook(functools.partial(before, hooked)),
+                optimizer.register_step_post_hook(functools.partial(after, hooked)),
             ]
             new.append(hooked)
         self._attached = [*rest, *new]

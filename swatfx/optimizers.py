@@ -164,6 +164,8 @@ class StepWatch:
             return True
         if self._tells is None:
             pairs = zip(before, sample, strict=True)
+            if all(float(group.get("lr", 1)) == 0 for group in self._optimizer.param_groups):
+                return True  # the first step of a warm-up moves nothing
             if any(not torch.equal(_sample(p), values) for (p, _), values in pairs):
                 self._tells = False
                 return True
