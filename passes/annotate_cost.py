@@ -7,19 +7,21 @@ node.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from passes.trace_shapes import Run, Seen, is_batch_norm
+from passes.annotate_products import add_costs, is_own, name_and_kind, product_cost
+from passes.trace_shapes import Run, Seen
+from passes.watch_products import Frame, Product
 from swatfx import macs, meta
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.graph_module import SwatModule, all_parts
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
-from swatfx.saves import Bound, Saver
 
 
 def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> None:
@@ -29,9 +31,12 @@ def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> N
         gm: the compiled model.
         sparse: an observed run of the graph.
         dense: an observed run of the same graph with every layer dense.
-        accounting: "paper" or "exact", see `swatfx.macs`.
+        accounting: "paper", "torch" or "exact", see `swatfx.macs`.
     """
     layers = {layer.plan.name: layer for layer in sparse_layers(gm)}
+    formed: dict[Frame, list[Product]] = {}
+    for product in dense.products:
+        formed.setdefault(product.frame, []).append(product)
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
             plan = meta.read(node).plan
@@ -45,7 +50,34 @@ def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> N
             )
             for seen in calls:
                 cost = _add(cost, node, plan, seen, layers.get(plan.name), accounting)
+            if plan.name not in layers:
+                products = formed.get(Frame((prefix, node.name)), [])
+                own = [product for product in products if is_own(part, node, product)]
+                cost = _as_seen(cost, plan, calls, own, accounting)
             meta.update(node, cost=cost)
+
+
+def _as_seen(
+    cost: LayerCost, plan: LayerPlan, calls: list[Seen], own: list[Product], accounting: str
+) -> LayerCost:
+    """`cost`, or where a dense layer's own forward computes something else, what it does."""
+    by_shapes = sum(_by_shapes(plan, seen).forward for seen in calls)
+    if sum(product.macs for product in own) == by_shapes and plan.weight_shape:
+        return cost
+    seen = product_cost(own, accounting)
+    return replace(
+        seen,
+        input_shape=cost.input_shape,
+        output_shape=cost.output_shape,
+        dense_saved_bytes=cost.dense_saved_bytes,
+        sparse_saved_bytes=cost.sparse_saved_bytes,
+    )
+
+
+def _by_shapes(plan: LayerPlan, seen: Seen) -> Macs:
+    if plan.kind.startswith("conv_transpose"):
+        return macs.transposed_macs(plan.weight_shape, seen.input_shape)
+    return macs.dense_macs(plan.weight_shape, seen.input_shape, seen.output_shape)
 
 
 def _add(
@@ -57,13 +89,16 @@ def _add(
     accounting: str,
 ) -> LayerCost:
     call = meta.read(node).call
-    if plan.kind.startswith("conv_transpose"):
-        dense = sparse = macs.transposed_macs(plan.weight_shape, seen.input_shape)
-    elif accounting == "exact" and call is not None:
+    transposed = plan.kind.startswith("conv_transpose")
+    if accounting == "exact" and call is not None and not transposed:
         dense, sparse = _exact(plan, call, seen, layer)
     else:
-        dense = macs.dense_macs(plan.weight_shape, seen.input_shape, seen.output_shape)
-        sparse = _scaled(dense, plan, layer, plan.assumed_activation_density)
+        dense, assumed = _by_shapes(plan, seen), plan.assumed_activation_density
+        if accounting == "torch":
+            wanted = int(seen.input_requires_grad), int(seen.weight_requires_grad)
+            dense = Macs(dense.forward, *(dense.forward * want for want in wanted))
+            assumed = None
+        sparse = dense if transposed else _scaled(dense, plan, layer, assumed)
     call_cost = LayerCost(
         input_shape=seen.input_shape,
         output_shape=seen.output_shape,
@@ -78,52 +113,46 @@ def _add(
     return add_costs(cost, call_cost)
 
 
-def other_saves(gm: SwatModule, sparse: Run, dense: Run) -> dict[tuple[str, str], tuple[int, int]]:
+def other_saves(
+    gm: SwatModule, sparse: Run, dense: Run, counted: Collection[Frame]
+) -> dict[tuple[str, str], tuple[int, int]]:
     """(name, kind) -> (dense, sparse) bytes kept by what is no layer, where there are any.
 
-    A name is that of the module called, or of the node; kinds are "batch norm" (with the addition
-    and the ReLU that may follow it), "relu", or what else a function or module is called.
+    A name is that of the module called, or of the node; for kinds see `name_and_kind`. What is in
+    `counted` has a row among the layers.
     """
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
             key = (prefix, node.name)
-            kept = [sum(s.saved_bytes for s in run.nodes.get(key, [])) for run in (dense, sparse)]
-            if meta.read(node).plan is not None or not any(kept):
+            if meta.read(node).plan is not None or Frame(key) in counted:
                 continue
-            row = _name_and_kind(part, prefix, node)
-            before = found.get(row, (0, 0))
-            found[row] = (before[0] + kept[0], before[1] + kept[1])
+            _add_saves(
+                found, name_and_kind(part, prefix, node), saved_by(Frame(key), sparse, dense)
+            )
+    for frame in dict.fromkeys((*sparse.modules, *dense.modules)):
+        if frame not in counted:
+            kind = frame.kind or "eager code"
+            _add_saves(found, (frame.path, kind), saved_by(frame, sparse, dense))
     return found
 
 
-def _name_and_kind(part: fx.GraphModule, prefix: str, node: fx.Node) -> tuple[str, str]:
-    name, kind = join(prefix, node.name), getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_module":
-        module = part.get_submodule(str(node.target))
-        kind = type(module).__name__.lower()
-        if isinstance(module, Bound):
-            name = module.path
-            kind = "dropout"
-        elif not isinstance(module, Saver):
-            name = join(prefix, str(node.target))
-    return name, "batch norm" if is_batch_norm(part, node) else kind
+def saved_by(frame: Frame, sparse: Run, dense: Run) -> tuple[int, int]:
+    """(dense, sparse) bytes kept on account of a node or a module of eager code."""
+    of = [
+        run.nodes.get(frame.node, []) if frame.node else run.modules.get(frame, [])
+        for run in (dense, sparse)
+    ]
+    before, now = (sum(seen.saved_bytes for seen in calls) for calls in of)
+    return before, now
 
 
-def add_costs(one: LayerCost | None, other: LayerCost) -> LayerCost:
-    """Sum of two calls of a layer; shapes are those of the first."""
-    if one is None:
-        return other
-    sums = {
-        f.name: getattr(one, f.name) + getattr(other, f.name)
-        for f in fields(LayerCost)
-        if not f.name.endswith("_shape")
-    }
-    return LayerCost(
-        input_shape=one.input_shape or other.input_shape,
-        output_shape=one.output_shape or other.output_shape,
-        **sums,
-    )
+def _add_saves(
+    found: dict[tuple[str, str], tuple[int, int]], row: tuple[str, str], kept: tuple[int, int]
+) -> None:
+    if any(kept):
+        before = found.get(row, (0, 0))
+        found[row] = (before[0] + kept[0], before[1] + kept[1])
 
 
 def _inference(dense: int, forward: int, plan: LayerPlan, layer: SparseLayer | None) -> int:

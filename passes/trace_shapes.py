@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,12 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from passes.verify import OPS
+from passes.watch_products import Frame, Frames, Product, Watch
 from swatfx import bits, layouts, meta
 from swatfx.errors import InputError, SwatError
 from swatfx.graph_module import SwatModule, private_copy
 from swatfx.ops.layout import laid_out
-from swatfx.saves import Norm, NormOf, Saver
+from swatfx.saves import Saver
 from swatfx.state import Pack
 
 Key = tuple[str, str]  # (part path, node name)
@@ -41,6 +42,7 @@ class Seen:
         input_shape: of its first tensor argument; of the activation before padding for a layer.
         output_shape: of its result.
         input_requires_grad: whether an input gradient is wanted.
+        weight_requires_grad: for a layer, whether a weight gradient is.
         saved: storage -> bytes that autograd keeps on its account: each storage is on one node's,
             the first layer's that keeps it, or else the first node's.
         keep: for a layer, mask of the stored activation, when run for real.
@@ -50,6 +52,7 @@ class Seen:
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     input_requires_grad: bool = True
+    weight_requires_grad: bool = True
     saved: dict[int, int] = field(default_factory=dict)
     keep: Tensor | None = None
     nonzero: Tensor | None = None
@@ -62,10 +65,21 @@ class Seen:
 
 @dataclass
 class Run:
-    """One observed run."""
+    """One observed run.
 
-    nodes: dict[Key, list[Seen]]
-    saved: dict[int, int]
+    Attributes:
+        nodes: what each node saw, call by call.
+        saved: storage -> bytes kept for backward.
+        modules: what modules saw that eager code called.
+        products: of matrices, in order, where they were asked for.
+        norm_elements: elements that batch norms normalised, likewise.
+    """
+
+    nodes: dict[Key, list[Seen]] = field(default_factory=dict)
+    saved: dict[int, int] = field(default_factory=dict)
+    modules: dict[Frame, list[Seen]] = field(default_factory=dict)
+    products: list[Product] = field(default_factory=list)
+    norm_elements: int = 0
 
     @property
     def saved_bytes(self) -> int:
@@ -74,7 +88,12 @@ class Run:
 
 
 def observe_run(
-    gm: SwatModule, example_inputs: Sequence[Any], *, as_dense: bool, masks: bool = False
+    gm: SwatModule,
+    example_inputs: Sequence[Any],
+    *,
+    as_dense: bool,
+    masks: bool = False,
+    products: bool = False,
 ) -> Run:
     """Run a training forward on a copy of `gm`.
 
@@ -83,6 +102,7 @@ def observe_run(
         example_inputs: positional inputs; on the meta device: nothing is computed.
         as_dense: run every layer as the dense layer it was.
         masks: also keep where each layer's input is not zero (real inputs only).
+        products: also note the products of matrices, and the elements of batch norms.
 
     Raises:
         InputError: the inputs do not fit, or the model cannot run on meta tensors.
@@ -102,15 +122,18 @@ def observe_run(
         example_inputs = pytree.tree_map_only(
             Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), example_inputs
         )
-    run = Run({}, {})
+    run = Run()
     observer = _Run(twin, run, as_dense, fake, masks and not fake)
+    watch = Watch(twin, observer.frames) if products else None
     try:
-        with torch.enable_grad(), _random_state_kept(tensors), observer.hooked():
-            if mode is None:
-                output = observer.root(*example_inputs)
-            else:
-                with mode:
-                    output = observer.root(*example_inputs)
+        with ExitStack() as inside:
+            inside.enter_context(torch.enable_grad())
+            inside.enter_context(_random_state_kept(tensors))
+            inside.enter_context(observer.hooked())
+            for each in (mode, watch):
+                if each is not None:
+                    inside.enter_context(each)
+            output = observer.root(*example_inputs)
     except SwatError:
         raise
     except Exception as error:
@@ -121,6 +144,8 @@ def observe_run(
         ) from error
     del output  # until here it kept the saved storages, and so their identities, alive
     observer.settle()
+    if watch is not None:
+        run.products, run.norm_elements = watch.products, watch.norm_elements
     return run
 
 
@@ -172,6 +197,9 @@ class _Run:
         self.layers: list[Seen] = []
         self.others: list[Seen] = []
         self.in_layer = False
+        self.frames: list[Frame] = []
+        self.calling: nn.Module | None = None
+        self.modules = Frames(gm, self._enter, self._leave)
         self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
         self.root: Callable[..., Any] = _Interpreter(gm, "", self).call
         for prefix, part in gm.parts.items():
@@ -184,9 +212,25 @@ class _Run:
             seen.saved = {k: size for k, size in seen.saved.items() if k not in settled}
             settled.update(seen.saved)
 
+    def _enter(self, module: nn.Module, frame: Frame) -> bool:
+        """Whether `module` gets an account of its own: eager code calls it, no node of a graph."""
+        if self.in_layer or module is self.calling:
+            self.calling = None
+            return False
+        seen = Seen()
+        self.others.append(seen)
+        self.current.append(seen)
+        self.frames.append(frame)
+        self.run.modules.setdefault(frame, []).append(seen)
+        return True
+
+    def _leave(self) -> None:
+        self.current.pop()
+        self.frames.pop()
+
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Watch what autograd saves."""
+        """Watch what autograd saves, and which modules eager code calls."""
 
         def saved(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -196,7 +240,7 @@ class _Run:
                     self.current[-1].saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t), self.modules.hooked():
             yield
 
 
@@ -242,6 +286,9 @@ class _Interpreter(fx.Interpreter):
         accounts = self.owner.others if meta.read(n).plan is None else self.owner.layers
         accounts.append(seen)
         self.owner.current.append(seen)
+        self.owner.frames.append(Frame((self.prefix, n.name)))
+        called = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        self.owner.calling = called
         try:
             result = self._execute(n)
         except SwatError:
@@ -256,6 +303,7 @@ class _Interpreter(fx.Interpreter):
             ) from error
         finally:
             self.owner.current.pop()
+            self.owner.frames.pop()
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         first = next((a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)), None)
         if first is not None:
@@ -263,6 +311,10 @@ class _Interpreter(fx.Interpreter):
             seen.input_requires_grad = first.requires_grad
         if isinstance(result, Tensor):
             seen.output_shape = tuple(result.shape)
+        weight = (
+            getattr(called, "weight", None) if called is not None else next(iter(args[1:2]), None)
+        )
+        seen.weight_requires_grad = not isinstance(weight, Tensor) or weight.requires_grad
         if n.op == "call_function" and n.target in OPS:
             self._record_layer(n, seen, args)
         elif self.owner.masks and first is not None and meta.read(n).plan is not None:
@@ -338,14 +390,6 @@ def _thawed(value: Any) -> Any:
     if isinstance(value, immutable_dict):
         return {k: _thawed(v) for k, v in value.items()}
     return tuple(_thawed(v) for v in value) if type(value) is tuple else value
-
-
-def is_batch_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether `node` is a batch norm, module or function, alone or with what follows it."""
-    if node.op == "call_module":
-        kinds = (nn.modules.batchnorm._BatchNorm, Norm, NormOf)
-        return isinstance(gm.get_submodule(str(node.target)), kinds)
-    return node.op == "call_function" and node.target in (F.batch_norm, torch.batch_norm)
 
 
 def _first_line(error: BaseException) -> str:

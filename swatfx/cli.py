@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "report", _report, "count MACs and saved bytes of a training step, layer by layer"
     )
     _add_model(command)
-    command.add_argument("--accounting", choices=("paper", "exact"), default="paper")
+    command.add_argument("--accounting", choices=("paper", "torch", "exact"), default="paper")
     command.add_argument(
         "--activation-floor",
         type=number(below=1),

@@ -30,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="split at commas, e.g. swat-u:0.9,rigl:0.9; field=value belongs to the policy before",
     )
-    add("--accounting", choices=("paper", "exact"), default="paper")
+    add("--accounting", choices=("paper", "torch", "exact"), default="paper")
     add(
         "--activation-floor",
         type=number(below=1),
@@ -64,7 +64,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="recipe of the paper (default: by model and data)",
     )
     add("--lr", type=number(above=0), help="first learning rate")
-    add("--device", type=given, help="cpu, cuda, ... (default: cuda where there is one)")
+    add(
+        "--device",
+        type=given,
+        help="cpu, cuda, ...: where to train (default: cuda where there is one), or whose kernels"
+        " to tell (default: cpu)",
+    )
     add("--threads", type=whole(1, MOST_THREADS), metavar="N", help="CPU threads")
     add("--workers", type=whole(0, MOST_THREADS), metavar="N", help="reader processes (imagenet)")
     add("--compile", action="store_true", default=None, help="torch.compile the training step")
@@ -129,6 +134,7 @@ def run(
             num_classes=args.num_classes,
             accounting=args.accounting,
             activation_floor=args.activation_floor,
+            device=args.device,
             compile_options={name: getattr(args, name) for name in _COMPILE},
             train=train,
             seeds=1 if args.seeds is None else args.seeds,
@@ -152,6 +158,7 @@ def _training(args: argparse.Namespace) -> dict[str, Any] | None:
     """Training options that were given; None without --train."""
     given = {name: value for name in _TRAIN if (value := getattr(args, name)) is not None}
     if not args.train:
+        given.pop("device", None)
         only = [n for n in (*given, "seeds", "output_dir") if getattr(args, n) is not None]
         if only:
             raise InputError(

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -26,7 +27,7 @@ from swatfx.errors import InputError, PolicyError
 from swatfx.layers import sparse_layers
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
-from swatfx.reporting import Report, report
+from swatfx.reporting import Report, known_device, report
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -50,6 +51,7 @@ class Row:
         dense_saved_bytes: likewise with every layer dense.
         model_compression: conv and linear weights over those that stay, indices not counted; 1
             where the trained network is dense.
+        kernels: "sparse", or "dense: " and why -> how many layers run so.
         accuracy_mean: of the test accuracies after the last epoch, over the seeds that finished.
         accuracy_std: their standard deviation (n - 1); None for fewer than two.
         best_accuracy_mean: mean of each seed's best accuracy after any epoch.
@@ -67,6 +69,7 @@ class Row:
     saved_bytes: int
     dense_saved_bytes: int
     model_compression: float
+    kernels: Mapping[str, int] = field(default_factory=dict)
     accuracy_mean: float | None = None
     accuracy_std: float | None = None
     best_accuracy_mean: float | None = None
@@ -81,7 +84,8 @@ class Comparison:
     Attributes:
         model: its name.
         input_shapes: of the example inputs, batch first.
-        accounting: "paper" or "exact".
+        accounting: "paper", "torch" or "exact".
+        device: whose kernels are told.
         rows: in the order asked for.
         training: options of the runs; empty where nothing was trained.
     """
@@ -90,6 +94,7 @@ class Comparison:
     input_shapes: tuple[tuple[int, ...], ...]
     accounting: str
     rows: tuple[Row, ...]
+    device: str = "cpu"
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -97,9 +102,9 @@ class Comparison:
         return json.dumps(asdict(self), indent=1)
 
     def to_csv(self) -> str:
-        """One line a policy: all fields of Row but the single runs."""
+        """One line a policy: all fields of Row but the single runs and the kernels."""
         out = io.StringIO()
-        names = [f.name for f in fields(Row) if f.name != "runs"]
+        names = [f.name for f in fields(Row) if f.name not in ("runs", "kernels")]
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(names)
         writer.writerows([getattr(row, name) for name in names] for row in self.rows)
@@ -142,8 +147,13 @@ class Comparison:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
         notes = [
             f"{self.model}, input {shapes}, {self.accounting} accounting. kept: for backward by the"
-            " whole graph, modelled, parameters not counted. compression: weights over those that"
-            " stay"
+            " whole graph, modelled, parameters not counted. act -%: elements of conv and BN"
+            " inputs, as the paper counts, no bytes. compression: weights over those that stay"
+        ]
+        notes += [
+            f"kernels on {self.device}, {row.policy}: {_kernels(row.kernels)}"
+            for row in self.rows
+            if row.kernels
         ]
         kinds = {row.densities for row in self.rows}
         if "trained" in kinds:
@@ -180,6 +190,7 @@ def compare(
     accounting: str = "paper",
     activation_floor: float = 0.0,
     compile_options: Mapping[str, Any] | None = None,
+    device: str | None = None,
     train: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 1,
     output_dir: str | None = None,
@@ -194,9 +205,10 @@ def compare(
         example_inputs: positional inputs of one training step, batch first, best on the meta
             device. None, with `train`, takes the data set's shape and the batch trained on.
         num_classes: of a network by name; with `train` the data set's.
-        accounting: "paper" or "exact", see `report`.
+        accounting: "paper", "torch" or "exact", see `report`.
         activation_floor: natural activation sparsity, see `report`.
         compile_options: `norm_saves`, `value_dtype` and `kernels` of `compile`.
+        device: tell the kernels that would run there; None: where training runs, else on the CPU.
         train: fields of `swatfx.run_config.RunConfig` but for model, policy, seed and folder, e.g.
             ``{"data": "cifar10", "data_root": "data", "epochs": 30}``; None trains nothing.
         seeds: how many, from 0 on, or which.
@@ -225,7 +237,9 @@ def compare(
             remedy='pass e.g. torch.empty(32, 3, 224, 224, device="meta"); nothing is computed',
         )
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    count = _Counter(model, num_classes, inputs, accounting, activation_floor, options)
+    trains_on = None if config is None else config.device or _default_device()
+    where = known_device(device or trains_on or "cpu")
+    count = _Counter(model, num_classes, inputs, accounting, activation_floor, options, where)
     # All are counted before the first is trained: what cannot be compiled is better known early.
     rows = {name: count.planned(name, as_policy(policy)) for name, policy in named.items()}
     training: dict[str, Any] = {}
@@ -240,6 +254,7 @@ def compare(
         tuple(tuple(x.shape) for x in inputs if isinstance(x, Tensor)),
         accounting,
         tuple(rows.values()),
+        where,
         training,
     )
 
@@ -280,6 +295,7 @@ class _Counter:
     accounting: str
     activation_floor: float
     options: Mapping[str, Any]
+    device: str
 
     def planned(self, name: str, policy: Policy) -> Row:
         """The row of a policy at the densities that it aims at."""
@@ -329,6 +345,7 @@ class _Counter:
             self.inputs,
             accounting=self.accounting,
             activation_floor=self.activation_floor,
+            device=self.device,
         )
 
 
@@ -349,6 +366,7 @@ def _row(name: str, policy: Policy, densities: str, step: Report, last: Report) 
         step.totals["saved_bytes"],
         step.totals["dense_saved_bytes"],
         _compression(policy, last),
+        dict(Counter(layer.kernels for layer in step.layers if layer.kernels)),
     )
 
 
@@ -360,6 +378,17 @@ def _compression(policy: Policy, last: Report) -> float:
         weights += layer.parameters
         stay += layer.parameters * (layer.weight_density if sparse else 1.0)
     return weights / stay if stay else 1.0
+
+
+def _default_device() -> str:
+    """Where a run trains that says nothing of it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _kernels(found: Mapping[str, int]) -> str:
+    sparse, layers = found.get("sparse", 0), sum(found.values())
+    dense = [f"{why} ({n})" for why, n in found.items() if why != "sparse"]
+    return "; ".join([f"{sparse} of {layers} sparse layers run sparse kernels", *dense])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,9 +1,12 @@
 """MACs of a layer call in the three passes, dense and sparse (appendix A.3).
 
-Two accountings. "paper" reproduces the paper's tables: every kernel position at every output
+Three accountings. "paper" reproduces the paper's tables: every kernel position at every output
 (forward, weight gradient) or input (input gradient) position, scaled by the target density.
-"exact" counts the products that a kernel skipping all zeros would form: none with padding, none
-with an inactive weight or a dropped activation, no input gradient where nothing wants one.
+"torch" counts as torch.utils.flop_counter does: every kernel position at every output in all three
+passes (a strided input gradient costs no more than the forward), gradients only where they are
+wanted; but a grouped weight gradient, which torch counts groups times over, once. "exact" counts
+the products that a kernel skipping all zeros would form: none with padding, none with an inactive
+weight or a dropped activation, no input gradient where nothing wants one.
 """
 
 from __future__ import annotations

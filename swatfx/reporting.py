@@ -25,6 +25,7 @@ from swatfx.policy import Policy
 from swatfx.simulation import Simulation, simulate
 
 PAPER = "paper"
+ACCOUNTINGS = (PAPER, "torch", "exact")
 PAPER_TOPK_COST = (147.0, 470.0)  # ms, appendix table 4: ResNet-50, batch 32, RTX 2080 Ti
 
 
@@ -90,7 +91,7 @@ class Report:
         value_dtype: what packed values are stored as, likewise.
         eager: path -> why symbolic tracing left the module there to Python.
         policy: the policy's name.
-        accounting: "paper" or "exact".
+        accounting: "paper", "torch" or "exact".
         simulation: simulated cycles, where accelerators were asked for.
     """
 
@@ -189,8 +190,9 @@ def report(
         gm: a compiled model; it is not changed, and neither are its buffers.
         example_inputs: positional inputs. On the meta device nothing is computed and saved bytes
             are planned; real inputs are run through a copy and give realised densities.
-        accounting: "paper" (appendix A.3, the tables' conventions) or "exact" (products that a
-            kernel skipping every zero would form).
+        accounting: "paper" (appendix A.3, the tables' conventions), "torch" (as
+            torch.utils.flop_counter counts), or "exact" (products that a kernel skipping every
+            zero would form); see `swatfx.macs`.
         activation_floor: natural activation sparsity, in [0, 1), that a layer has at least.
         topk_cost: adds a line that weighs Top-K: (milliseconds of a dense training step, of one
             refresh of all layers), or "paper" for those of its table 4 (ResNet-50 on a GPU).
@@ -206,8 +208,8 @@ def report(
     root = unwrap(gm)
     costs = _topk_cost(topk_cost)
     kernels = None if device is None else kernels_on(root, known_device(device))
-    if accounting not in ("paper", "exact"):
-        raise InputError("accounting is 'paper' or 'exact'", value=accounting)
+    if accounting not in ACCOUNTINGS:
+        raise InputError("accounting is 'torch', 'paper' or 'exact'", value=accounting)
     if not 0 <= activation_floor < 1:
         raise InputError("activation_floor is a fraction in [0, 1)", value=activation_floor)
     if example_inputs is None:
@@ -287,8 +289,7 @@ def _record(
             realised_activation_density=measured.realised.get(name),
             weight_selector=plan.weight_selector,
             activation_selector=plan.activation_selector,
-            parameters=plan.parameters,
-            # What eager code computes with a weight by itself, no graph can see.
+            parameters=measured.row_parameters.get(name, plan.parameters),
             skipped=plan.skipped or (None if cost.output_shape else "not called by these inputs"),
             kernels=plan.kernels if kernels is None else kernels.get(name, ""),
             **asdict(cost),
@@ -315,12 +316,14 @@ def _totals(
     )
     dropped, read = 0.0, 0
     for layer in layers:
-        if layer.kind == "linear" or layer.kind.startswith("conv_transpose"):
+        if not layer.kind.startswith("conv") or layer.kind.startswith("conv_transpose"):
             continue
         elements = measured.input_elements[layer.name]
         density = measured.counted_densities.get(layer.name, 1.0)
         dropped += elements * max(1 - density, floor)
         read += elements
+    totals["conv_input_elements"], totals["norm_input_elements"] = read, measured.norm_elements
+    totals["activation_floor"] = floor
     totals["activation_reduction"] = dropped / max(read + measured.norm_elements, 1)
     totals["activation_sparsity"] = dropped / max(read, 1)
     weights = sum(layer.parameters for layer in layers)
@@ -349,22 +352,54 @@ def _topk_overhead(
 
 def _summary(result: Report) -> list[str]:
     t = result.totals
-    saved, dense_saved = t["saved_bytes"], t["dense_saved_bytes"]
     options = f", norms keep {result.norm_saves}" if result.norm_saves != EXACT else ""
     if result.value_dtype is not None:
         options += f", packed values are {result.value_dtype}"
-    change = f"{saved / dense_saved - 1:+.1%}" if dense_saved else "nothing is trained"
     return [
         f"policy {result.policy}, {result.accounting} accounting{options}",
         f"training MACs    -{t['training_mac_reduction']:.1%}",
         f"inference MACs   -{t['inference_mac_reduction']:.1%}",
-        f"activations      -{t['activation_reduction']:.1%} (conv and BN inputs)",
-        f"weight sparsity   {t['weight_sparsity']:.1%}",
-        f"activation sparsity {t['activation_sparsity']:.1%}",
-        f"kept for backward by the whole graph: {_engineering(saved)}B,"
-        f" dense {_engineering(dense_saved)}B ({change}), parameters not counted",
+        *_activation_lines(t),
+        _kept_line(t),
         *([t["topk_overhead"]] if "topk_overhead" in t else []),
     ]
+
+
+def _activation_lines(t: Mapping[str, Any]) -> list[str]:
+    """The paper's measure of activations, which says nothing of bytes, told as that."""
+    weights = f"weight sparsity   {t['weight_sparsity']:.1%}"
+    if not t["conv_input_elements"]:
+        norms = "norms alone" if t["norm_input_elements"] else "none here"
+        return [
+            f"activations      not counted: the paper counts conv and BN inputs, {norms}",
+            weights,
+        ]
+    floor = t["activation_floor"]
+    natural = f"; {floor:.0%} natural zeros assumed, stored all the same" if floor else ""
+    return [
+        f"activations      -{t['activation_reduction']:.1%} of the elements of conv and BN inputs"
+        f" (the paper's count; bytes are told below{natural})",
+        weights,
+        f"activation sparsity {t['activation_sparsity']:.1%} (conv inputs)",
+    ]
+
+
+def _kept_line(t: Mapping[str, Any]) -> str:
+    """Bytes that training really keeps, and where they do not follow the elements, why."""
+    saved, dense = t["saved_bytes"], t["dense_saved_bytes"]
+    change = f"{saved / dense - 1:+.1%}" if dense else "nothing is trained"
+    line = (
+        f"kept for backward by the whole graph: {_engineering(saved)}B,"
+        f" dense {_engineering(dense)}B ({change}), parameters not counted"
+    )
+    if saved > dense and t["activation_reduction"] > 0:
+        line += (
+            "; more than dense although activations are dropped: a bit an element and the kept"
+            " values cost more here than they replace, or other ops keep the same tensors whole"
+        )
+    elif saved == dense and t["activation_reduction"] > 0 and dense:
+        line += "; as much as dense: what is counted as dropped is kept all the same"
+    return line
 
 
 def _dense(layer: LayerRecord) -> int:

@@ -33,6 +33,7 @@ FLOORS = {
         "swatfx.ops",
         "swatfx.distributions",
         "swatfx.macs",
+        "swatfx.products",
         "swatfx.masks",
         "swatfx.structured",
         "swatfx.learned",
