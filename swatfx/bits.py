@@ -52,7 +52,7 @@ def unpack(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `pack`: uint8 -> flat dense tensor of `elements`, zero where nothing was kept."""
     keep = bits_to_mask(packed[: (elements + 7) // 8], elements)
     out = packed.new_zeros(elements, dtype=dtype)
-    values = packed[header_bytes(elements) :]
-    if values.numel():
-        out[keep] = values.view(dtype)
+    out[keep] = packed[header_bytes(elements) :].view(
+        dtype
+    )  # as many as bits are set, or it raises
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from swatfx import ops, selectors
+from swatfx import layouts, ops, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
@@ -305,9 +305,8 @@ class Pack(nn.Module):
         if not any(w.requires_grad for w in weights):
             return None
         dtype = self.stored_dtype(x)
-        kept: Tensor = ops.pack(
-            x.detach(), threshold, self.spatial, self.selector, dtype, self.layout
-        )
+        layout = self.layout or layouts.layout_of(x)
+        kept: Tensor = ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, layout)
         return kept
 
 

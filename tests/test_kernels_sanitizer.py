@@ -21,6 +21,7 @@ SANITIZE = [
 ]
 TARGETS = {"native": ["-march=native", "-mprefer-vector-width=512"], "generic": []}
 DRIVER = str(pathlib.Path(__file__).with_name("sanitized_calls.py"))
+MALFORMED = str(pathlib.Path(__file__).with_name("malformed_calls.py"))
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, mostly
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -29,12 +30,16 @@ OPTIONS = {
 
 
 def need_asan() -> str:
-    """Path of gcc's run-time library of the address sanitizer."""
-    command = [need_gcc(), "-print-file-name=libasan.so"]
-    path = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    if not sys.platform.startswith("linux") or not os.path.isabs(path):
+    """Paths of what has to be loaded before Python: gcc's address sanitizer, and the library whose
+    exceptions it watches, which torch throws.
+    """
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [need_gcc(), f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    if not sys.platform.startswith("linux") or not all(map(os.path.isabs, paths)):
         pytest.skip("no libasan")
-    return path
+    return " ".join(paths)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -45,6 +50,9 @@ def test_nothing_to_report(tmp_path: pathlib.Path, target: str) -> None:
     assert result.returncode == 0, result.stderr[-8000:]
     assert "runtime error" not in result.stderr and "Sanitizer" not in result.stderr
     assert set(result.stdout.split()) == exported()
+    wrong = python(MALFORMED, "20", kernels=library, LD_PRELOAD=preload, **OPTIONS)
+    assert wrong.returncode == 0, wrong.stdout[-4000:] + wrong.stderr[-8000:]
+    assert "runtime error" not in wrong.stderr and "Sanitizer" not in wrong.stderr
     seen = python(DRIVER, "overrun", kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert "heap-buffer-overflow" in seen.stderr  # else nobody was watching
 

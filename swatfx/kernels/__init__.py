@@ -4,14 +4,15 @@ Importing this package registers them; nothing calls them by name. Where no libr
 SWATFX_KERNELS=reference, the plain-torch kernels, which define every op, stay in charge.
 """
 
-from swatfx.kernels import elementwise, layout, linear, norm, pack, pool, topk
-from swatfx.kernels.conv import LARGEST_KERNEL, LARGEST_STRIDE
+from swatfx.kernels import conv, elementwise, layout, linear, norm, pack, pool, topk
+from swatfx.kernels.fitting import LARGEST_KERNEL, LARGEST_STRIDE
 from swatfx.kernels.library import available, instruction_set, reference_only
 
 __all__ = [
     "LARGEST_KERNEL",
     "LARGEST_STRIDE",
     "available",
+    "conv",
     "elementwise",
     "instruction_set",
     "layout",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swatfx import bits, layouts
-from swatfx.kernels import library, problems
+from swatfx.kernels import fitting, library, problems
 from swatfx.kernels.problems import Shapes
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.conv import (
@@ -30,23 +30,8 @@ from swatfx.ops.conv import (
 from swatfx.ops.layout import converted
 from swatfx.ops.where import SWAT, Where, active_weight, reaching_gradient, sparse_gradient
 
-LARGEST_STRIDE = 16
-LARGEST_KERNEL = 64
 PACKED = (torch.float32, torch.bfloat16)
-
-
-def runs(weight: Tensor, dtype: torch.dtype, ndim: int, stride: Sequence[int]) -> bool:
-    """Whether the C kernels can run a batched convolution of an input of `dtype` and `ndim`."""
-    kernel = weight.shape[2:]
-    return (
-        library.available()
-        and weight.dtype is torch.float32
-        and dtype is torch.float32
-        and ndim == weight.dim() in (3, 4)
-        and max(stride) <= LARGEST_STRIDE
-        and max(kernel) <= LARGEST_KERNEL
-        and kernel.numel() <= problems.MAX_TAPS
-    )
+_DOES_NOT_FIT = 2
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,13 +62,9 @@ def _dense_filters(weight: Tensor) -> Tensor:
 
 def sparse_weight(weight: Tensor, state: Tensor, selector: str) -> tuple[Tensor, float]:
     """(weight, threshold) whose kept elements are the Top-K weights."""
-    if selector == "nchw":
+    if selector == "nchw" and fitting.is_number(state):
         return _dense_filters(weight), float(state)
     return _dense_filters(active_weight(weight, state, selector, weight.dtype)), 0.0
-
-
-def _plain(bias: Tensor | None) -> bool:
-    return bias is None or bias.dtype is torch.float32
 
 
 def run_problem(
@@ -93,12 +74,16 @@ def run_problem(
     bias: Tensor | None,
     out: Tensor,
     threshold: float,
-) -> None:
+) -> bool:
     """Run one sum of shifted planes into `out`; weights below `threshold` do not count.
+
+    Returns:
+        False if a tile with its halo is too large for the kernels.
 
     Raises:
         MemoryError: no room for its buffers.
     """
+    bias = None if bias is None else bias.contiguous()
     failed = library.function("sparse_conv", ctypes.c_int)(
         ctypes.byref(problem),
         library.pointer(input),
@@ -107,8 +92,18 @@ def run_problem(
         library.pointer(out),
         library.real(threshold),
     )
-    if failed:
-        raise MemoryError("a sparse convolution could not allocate its buffers")
+    return succeeded(failed, "a sparse convolution")
+
+
+def succeeded(failed: int, what: str) -> bool:
+    """What a product's return value says: False if it did not fit.
+
+    Raises:
+        MemoryError: no room for its buffers.
+    """
+    if failed not in (0, _DOES_NOT_FIT):
+        raise MemoryError(f"{what} could not allocate its buffers")
+    return not failed
 
 
 @conv.register_kernel("cpu")
@@ -134,8 +129,8 @@ def _(
     kept_dtype: torch.dtype | None = None,
 ) -> Tensor:
     where = Where.parse(sparse)
-    fits = layout == BATCH_INNERMOST and runs(weight, input.dtype, input.dim(), stride)
-    if not fits or not where.forward_weight or not input.numel() or not _plain(bias):
+
+    def reference() -> Tensor:
         return conv_reference(
             input,
             weight,
@@ -157,21 +152,27 @@ def _(
             layout,
             kept_dtype,
         )
+
+    if layout != BATCH_INNERMOST or not where.forward_weight or not library.available():
+        return reference()
+    shapes = fitting.convolution(input.shape, weight, stride, padding, dilation, groups)
+    if shapes is None or input.dtype is not torch.float32:
+        return reference()
+    if not fitting.is_vector(bias, shapes.filters):
+        return reference()
+    seen = input
     if where.forward_activation and activation_state is not None:
         spatial = weight.dim() - 2
-        input = active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
-    input = converted(input, layout)
+        seen = active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
+    seen = converted(seen, layout)
     used, threshold = sparse_weight(weight, weight_state, weight_selector)
-    shapes = Shapes.of(input.shape, used, stride, padding, dilation, groups)
+    size = shapes.out_size[-(weight.dim() - 2) :]
+    out = layouts.empty((shapes.batch, shapes.filters, *size), layout, dtype=input.dtype)
     if shapes.is_strided_pointwise:
-        input, shapes = _take_strided(input, shapes), shapes.without_stride()
+        seen, shapes = _take_strided(seen, shapes), shapes.without_stride()
     strides = problems.weight_strides(used)
     problem = _forward_problem(shapes, strides, torch.get_num_threads())
-    size = shapes.out_size[-(weight.dim() - 2) :]
-    shape = (input.shape[0], weight.shape[0], *size)
-    out = layouts.empty(shape, layout, dtype=input.dtype)
-    run_problem(problem, input, used, None if bias is None else bias.contiguous(), out, threshold)
-    return out
+    return out if run_problem(problem, seen, used, bias, out, threshold) else reference()
 
 
 def _strided(name: str, source: Tensor, result: Tensor, shapes: Shapes) -> Tensor:
@@ -200,23 +201,40 @@ def _put_strided(grad: Tensor, input_shape: Sequence[int], shapes: Shapes) -> Te
 
 
 def _weight_gradient(
-    shapes: Shapes, kept: Tensor, half: bool, grad: Tensor, weight: Tensor
-) -> Tensor:
-    """Dense, in the memory order of `weight`."""
+    shapes: Shapes, kept: Tensor, stored: torch.dtype, grad: Tensor, weight: Tensor
+) -> Tensor | None:
+    """Dense, in the memory order of `weight`; None if `kept` is not what the kernels read."""
+    elements = shapes.batch * shapes.channels * shapes.height * shapes.width
+    values = fitting.packed_values(kept, elements, stored, BATCH_INNERMOST)
+    if values is None or stored not in PACKED:
+        return None
     out = torch.empty_like(weight)
     strides = problems.weight_strides(out)
+    half = stored is torch.bfloat16
     problem = _weight_problem(shapes, strides, half, torch.get_num_threads())
-    elements = shapes.batch * shapes.channels * shapes.height * shapes.width
     failed = library.function("sparse_weight_gradient", ctypes.c_int)(
         ctypes.byref(problem),
         library.pointer(kept),
         library.size(bits.header_bytes(elements)),
+        library.size(values),
         library.pointer(grad),
         library.pointer(out),
     )
-    if failed:
-        raise MemoryError("a sparse weight gradient could not allocate its buffers")
-    return out
+    return out if succeeded(failed, "a sparse weight gradient") else None
+
+
+def _input_gradient(
+    shapes: Shapes, grad: Tensor, weight: Tensor, threshold: float, input_shape: Sequence[int]
+) -> Tensor | None:
+    """In "batch_innermost"; None if the kernels cannot run it."""
+    strides = problems.weight_strides(weight)
+    dense = shapes.without_stride() if shapes.is_strided_pointwise else shapes
+    size = (dense.height, dense.width)[-(weight.dim() - 2) :]
+    out = layouts.empty((*input_shape[:2], *size), BATCH_INNERMOST, dtype=grad.dtype)
+    for problem in _input_problems(dense, strides, torch.get_num_threads()):
+        if not run_problem(problem, grad, weight, None, out, threshold):
+            return None
+    return out if dense is shapes else _put_strided(out, input_shape, shapes)
 
 
 @conv_backward.register_kernel("cpu")
@@ -242,7 +260,6 @@ def _(
     kept_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     where = Where.parse(sparse)
-    fits = layout == BATCH_INNERMOST and runs(weight, grad.dtype, grad.dim(), stride)
 
     def reference(wants: Sequence[bool], grad: Tensor, density: str) -> Any:
         return conv_backward_reference(
@@ -267,37 +284,34 @@ def _(
             kept_dtype,
         )
 
-    if not fits or not grad.numel():
+    shapes = None
+    if layout == BATCH_INNERMOST and library.available() and grad.dtype is torch.float32:
+        shapes = fitting.convolution(input_shape, weight, stride, padding, dilation, groups)
+    spatial = weight.dim() - 2
+    if shapes is None or grad.shape != (
+        shapes.batch,
+        shapes.filters,
+        *shapes.out_size[-spatial:],
+    ):
         result: tuple[Tensor, Tensor, Tensor] = reference(wants, grad, gradient_density)
         return result
     wants_input, wants_weight, wants_bias = wants
-    empty = grad.new_empty(0)
-    grads = [empty, empty.clone(), empty.clone()]
+    grads: list[Tensor | None] = [None, None, None]
     grad = converted(grad, layout)
     if wants_bias:  # that of the whole gradient, before Top-K
         grads[2] = grad.movedim(0, -1).reshape(weight.shape[0], -1).sum(1)
     if where.gradient and gradient_density:
-        sparse_grad = sparse_gradient(grad, gradient_density, gradient_selector, weight.dim() - 2)
+        sparse_grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
         grad = converted(sparse_grad, layout)
     if wants_input and where.backward_weight:
         used, threshold = sparse_weight(weight, weight_state, weight_selector)
-        shapes = Shapes.of(input_shape, used, stride, padding, dilation, groups)
-        strides = problems.weight_strides(used)
-        dense = shapes.without_stride() if shapes.is_strided_pointwise else shapes
-        size = (dense.height, dense.width)[-(weight.dim() - 2) :]
-        grads[0] = layouts.empty((*input_shape[:2], *size), layout, dtype=grad.dtype)
-        for problem in _input_problems(dense, strides, torch.get_num_threads()):
-            run_problem(problem, grad, used, None, grads[0], threshold)
-        if dense is not shapes:
-            grads[0] = _put_strided(grads[0], input_shape, shapes)
-    elif wants_input:
-        grads[0] = reference((True, False, False), grad, "")[0]
-    stored = stored_dtype(grad, kept_dtype)
-    if wants_weight and input is None and kept is not None and not pad and stored in PACKED:
-        shapes = Shapes.of(input_shape, weight, stride, padding, dilation, groups)
-        grads[1] = _weight_gradient(shapes, kept, stored is torch.bfloat16, grad, weight)
-        if where.active_only:
+        grads[0] = _input_gradient(shapes, grad, used, threshold, input_shape)
+    if wants_weight and input is None and kept is not None and not pad:
+        stored = stored_dtype(grad, kept_dtype)
+        grads[1] = _weight_gradient(shapes, kept, stored, grad, weight)
+        if where.active_only and grads[1] is not None:
             grads[1] = reaching_gradient(grads[1], weight, weight_state, weight_selector)
-    elif wants_weight:
-        grads[1] = reference((False, True, False), grad, "")[1]
-    return grads[0], grads[1], grads[2]
+    left = [wanted and found is None for wanted, found in zip(wants, grads, strict=True)]
+    rest = reference(left, grad, "") if any(left) else [grad.new_empty(0) for _ in left]
+    first, second, third = (r if g is None else g for r, g in zip(rest, grads, strict=True))
+    return first, second, third

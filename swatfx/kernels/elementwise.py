@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swatfx import layouts
-from swatfx.kernels import library
+from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer, real, size
 from swatfx.ops.dropout import (
     dropout,
@@ -25,6 +25,12 @@ from swatfx.ops.saved import bits_size, new_in_layout
 def _fits(x: Tensor) -> bool:
     dense = x.is_contiguous() or layouts.layout_of(x) != layouts.ROW_MAJOR
     return library.available() and dense and x.dtype == torch.float32
+
+
+def _fits_bits(grad: Tensor, bits: Tensor) -> bool:
+    """Whether C can read both."""
+    known = library.available() and grad.dtype == torch.float32
+    return known and fitting.holds_bytes(bits, bits_size(grad.numel()))
 
 
 def _bits_of(x: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @relu_backward.register_kernel("cpu")
 def _relu_backward(grad: Tensor, bits: Tensor, layout: str) -> Tensor:
-    if not library.available() or grad.dtype != torch.float32:
+    if not _fits_bits(grad, bits):
         return relu_backward_reference(grad, bits, layout)
     grad = converted(grad, layout)
     dx = new_in_layout(grad.shape, layout, grad)
@@ -61,7 +67,7 @@ def _noise(p: float) -> float:
 
 @dropout.register_kernel("cpu")
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    if not _fits(x):
+    if not _fits(x) or not 0 < p < 1:
         return dropout_reference(x, p)
     y = new_in_layout(x.shape, layouts.layout_of(x), x).bernoulli_(1 - p)
     bits = _bits_of(x)
@@ -73,7 +79,7 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 @dropout_backward.register_kernel("cpu")
 def _dropout_backward(grad: Tensor, bits: Tensor, p: float, layout: str) -> Tensor:
-    if not library.available() or grad.dtype != torch.float32:
+    if not _fits_bits(grad, bits) or not 0 < p < 1:
         return dropout_backward_reference(grad, bits, p, layout)
     grad = converted(grad, layout)
     dx = new_in_layout(grad.shape, layout, grad)

@@ -55,7 +55,7 @@ class Matrices:
         """Thresholds of shape () or one a group -> vector in memory order."""
         if thresholds.dim() == 0:
             return thresholds
-        return thresholds.permute(self.order).reshape(-1)
+        return thresholds.permute(self.order).reshape(-1).contiguous()
 
     def spread(self, flat: Tensor, shape: Sequence[int]) -> Tensor:
         """Inverse of `gather`, contiguous: `shape` is that of the thresholds."""

@@ -32,7 +32,8 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     if (
         not library.available()
         or x.dtype != torch.float32
-        or found == layout
+        or x.dim() < 2
+        or (found, layout) not in _TRANSPOSITIONS
         or (found == ROW_MAJOR and not x.is_contiguous())
     ):
         return to_layout_reference(x, layout)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swatfx.errors import InputError
+
 VARIABLE = "SWATFX_KERNELS"
 REFERENCE = "reference"
 # Best first; what torch says of the processor -> the libraries that run on it.
@@ -96,8 +98,20 @@ real = ctypes.c_float
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Address of a tensor's first element; NULL for None."""
-    return ctypes.c_void_p(0 if x is None else x.data_ptr())
+    """Address of a tensor's first element; NULL for None.
+
+    Raises:
+        InputError: its storage was taken away or cut, as frameworks that shard parameters do.
+    """
+    if x is None:
+        return ctypes.c_void_p(0)
+    if x.untyped_storage().nbytes() < (x.storage_offset() + x.numel()) * x.element_size():
+        raise InputError(
+            "a tensor has more elements than its storage holds",
+            value=tuple(x.shape),
+            remedy="give its memory back before the forward or backward that reads it",
+        )
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def threads() -> ctypes.c_int:

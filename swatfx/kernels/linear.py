@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from swatfx import bits, selectors
-from swatfx.kernels import library
-from swatfx.kernels.conv import PACKED, run_problem, sparse_weight
+from swatfx.kernels import fitting, library
+from swatfx.kernels.conv import PACKED, run_problem, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
-from swatfx.layouts import BATCH_INNERMOST
+from swatfx.layouts import BATCH_INNERMOST, ROW_MAJOR
 from swatfx.ops.conv import stored_dtype
 from swatfx.ops.layout import converted
 from swatfx.ops.linear import (
@@ -45,10 +45,21 @@ class LinearProblem(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "threads", "half")]
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None, asked: bool) -> bool:
-    rows = x.numel() // max(x.shape[-1], 1)
-    plain = all(t is None or t.dtype is torch.float32 for t in (x, weight, bias))
-    return asked and plain and library.available() and rows >= LEAST_ROWS and weight.numel() > 0
+def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int | None:
+    """Rows of a float32 matrix that a sparse layer reads or writes; None if that cannot run here.
+
+    Args:
+        shape: of the input or the output gradient.
+        weight: (out, in).
+        last: which dimension of `weight` the last of `shape` has to equal.
+        asked: whether the op was told to run sparse.
+    """
+    if not asked or not library.available() or weight.dtype is not torch.float32:
+        return None
+    if weight.dim() != 2 or not shape or not weight.numel() or shape[-1] != weight.shape[last]:
+        return None
+    rows = torch.Size(shape[:-1]).numel()
+    return rows if rows >= LEAST_ROWS and weight.shape[1] <= fitting.INT32 else None
 
 
 @linear.register_kernel("cpu")
@@ -68,7 +79,8 @@ def _(
     sparse_kernels: bool = False,
 ) -> Tensor:
     where = Where.parse(sparse)
-    if not _fits(input, weight, bias, sparse_kernels) or not where.forward_weight:
+
+    def reference() -> Tensor:
         return linear_reference(
             input,
             weight,
@@ -84,23 +96,24 @@ def _(
             kept_dtype,
             sparse_kernels,
         )
+
+    count = _rows(input.shape, weight, 1, sparse_kernels)
+    if count is None or input.dtype is not torch.float32 or not where.forward_weight:
+        return reference()
+    if not fitting.is_vector(bias, len(weight)):
+        return reference()
+    seen = input
     if where.forward_activation and activation_state is not None:
         axes = Axes.of(input.dim(), 0, False)
         keep = selectors.get(activation_selector).keep(input, activation_state, axes)
-        input = kept_only(input, keep)
+        seen = kept_only(input, keep)
     outputs, inputs = weight.shape
-    rows = input.reshape(-1, inputs)
+    rows = seen.reshape(count, inputs)
     used, threshold = sparse_weight(weight, weight_state, weight_selector)
     problem = forward_problem(_shapes(rows, weight), (inputs, 1, 1, 1))
-    out = rows.new_empty(outputs, rows.shape[0])
-    run_problem(
-        problem,
-        _transposed(rows),
-        used,
-        None if bias is None else bias.contiguous(),
-        out,
-        threshold,
-    )
+    out = rows.new_empty(outputs, count)
+    if not run_problem(problem, _transposed(rows), used, bias, out, threshold):
+        return reference()
     return not_a_view(_transposed(out).view(*input.shape[:-1], outputs))
 
 
@@ -153,45 +166,69 @@ def _(
             sparse_kernels,
         )
 
-    if not _fits(grad, weight, None, sparse_kernels):
+    count = _rows(grad.shape, weight, 0, sparse_kernels)
+    shape = torch.Size(input_shape)
+    if (
+        count is None
+        or grad.dtype is not torch.float32
+        or shape != (*grad.shape[:-1], weight.shape[1])
+    ):
         first, second, third = reference(wants, grad, gradient_density)
         return first, second, third
-    outputs, inputs = weight.shape
-    bias_grad = grad.reshape(-1, outputs).sum(0) if wants[2] else grad.new_empty(0)
+    outputs = weight.shape[0]
+    bias_grad = grad.reshape(count, outputs).sum(0) if wants[2] else grad.new_empty(0)
     if where.gradient and gradient_density:
         grad = sparse_gradient(grad, gradient_density, gradient_selector, 0)
-    rows = grad.reshape(-1, outputs)
-    input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
+    rows = grad.reshape(count, outputs)
+    input_grad = weight_grad = None
     if wants[0] and where.backward_weight:
         used, threshold = sparse_weight(weight, weight_state, weight_selector)
-        out = rows.new_empty(inputs, rows.shape[0])
-        for problem in input_gradient_problems(_shapes(rows, weight), (inputs, 1, 1, 1)):
-            run_problem(problem, _transposed(rows), used, None, out, threshold)
-        input_grad = not_a_view(_transposed(out).view(tuple(input_shape)))
-    elif wants[0]:
-        input_grad = reference((True, False, False), grad, "")[0]
-    stored = stored_dtype(grad, kept_dtype)
-    if wants[1] and input is None and kept is not None and stored in PACKED:
-        weight_grad = _weight_gradient(rows, kept, weight, stored is torch.bfloat16)
-        if where.active_only:
+        input_grad = _input_gradient(rows, used, threshold, shape)
+    if wants[1] and input is None and kept is not None:
+        weight_grad = _weight_gradient(rows, kept, weight, stored_dtype(grad, kept_dtype))
+        if where.active_only and weight_grad is not None:
             weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
-    elif wants[1]:
-        weight_grad = reference((False, True, False), grad, "")[1]
-    return input_grad, weight_grad, bias_grad
+    left = wants[0] and input_grad is None, wants[1] and weight_grad is None, False
+    rest = reference(left, grad, "") if any(left) else [grad.new_empty(0) for _ in left]
+    return (
+        rest[0] if input_grad is None else input_grad,
+        rest[1] if weight_grad is None else weight_grad,
+        bias_grad,
+    )
 
 
-def _weight_gradient(rows: Tensor, kept: Tensor, weight: Tensor, half: bool) -> Tensor:
-    outputs, inputs = weight.shape
+def _input_gradient(
+    rows: Tensor, weight: Tensor, threshold: float, shape: torch.Size
+) -> Tensor | None:
+    """Of `shape`; None if the kernels cannot run it."""
+    inputs = weight.shape[1]
+    out, turned = rows.new_empty(inputs, rows.shape[0]), _transposed(rows)
+    for problem in input_gradient_problems(_shapes(rows, weight), (inputs, 1, 1, 1)):
+        if not run_problem(problem, turned, weight, None, out, threshold):
+            return None
+    return not_a_view(_transposed(out).view(shape))
+
+
+def _weight_gradient(
+    rows: Tensor, kept: Tensor, weight: Tensor, stored: torch.dtype
+) -> Tensor | None:
+    """In the memory order of `weight`; None if `kept` is not what the kernels read."""
+    (count, _), (outputs, inputs) = rows.shape, weight.shape
+    values = fitting.packed_values(kept, count * inputs, stored, ROW_MAJOR)
+    if values is None or stored not in PACKED:
+        return None
     rows = rows.contiguous()
-    problem = LinearProblem(rows.shape[0], inputs, outputs, torch.get_num_threads(), int(half))
+    half = stored is torch.bfloat16
+    problem = LinearProblem(count, inputs, outputs, torch.get_num_threads(), int(half))
     out = torch.empty(outputs, inputs)
     failed = library.function("sparse_linear_weight_gradient", ctypes.c_int)(
         ctypes.byref(problem),
         library.pointer(kept),
-        library.size(bits.header_bytes(rows.shape[0] * inputs)),
+        library.size(bits.header_bytes(count * inputs)),
+        library.size(values),
         library.pointer(rows),
         library.pointer(out),
     )
-    if failed:
-        raise MemoryError("a sparse weight gradient could not allocate its buffers")
+    if not succeeded(failed, "a sparse weight gradient"):
+        return None
     return out if weight.is_contiguous() else torch.empty_like(weight).copy_(out)

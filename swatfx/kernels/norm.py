@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swatfx import layouts
-from swatfx.kernels import library
+from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer, size
 from swatfx.ops import norm
 from swatfx.ops.layout import converted
@@ -35,7 +35,9 @@ class _Extent(NamedTuple):
 
     @staticmethod
     def of(shape: Sequence[int], layout: str) -> _Extent | None:
-        """None where vectors would not be filled."""
+        """None where vectors would not be filled, or where there are no channels."""
+        if len(shape) < 2:
+            return None
         batch, channels = shape[:2]
         length = torch.Size(shape[2:]).numel()
         if layout == layouts.BATCH_INNERMOST:
@@ -52,9 +54,14 @@ class _Extent(NamedTuple):
         return [size(n) for n in self]
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether C can read the elements of all: float32."""
-    return all(t is None or t.dtype == torch.float32 for t in tensors)
+def _are_vectors(channels: int, *parameters: Tensor | None) -> bool:
+    """Whether C can read all: one float32 a channel."""
+    return all(fitting.is_vector(p, channels) for p in parameters)
+
+
+def _is_alike(x: Tensor | None, shape: Sequence[int]) -> bool:
+    """Whether `x` is an activation of `shape` in float32, or None."""
+    return x is None or (x.dtype is torch.float32 and x.shape == torch.Size(shape))
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -83,7 +90,10 @@ def _batch_norm(
         or extent is None
         or x.numel() == 0
         or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or not _is_plain(x, residual, *parameters)
+        or not _is_alike(x, x.shape)
+        or not _is_alike(residual, x.shape)
+        or not _are_vectors(extent.channels, *parameters)
+        or (running_mean is None) != (running_var is None)
         # One value a channel has no variance, and no running statistics no eval mode: let aten say.
         or (training and extent.runs * extent.length == 1)
         or not (training or (running_mean is not None and running_var is not None))
@@ -177,8 +187,12 @@ def _batch_norm_backward(
         not library.available()
         or extent is None
         or elements == 0
-        or (x is not None and layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or not _is_plain(grad, x, weight, bias, mean, invstd)
+        or not _is_alike(grad, shape)
+        or not _is_alike(x, shape)
+        or not _are_vectors(extent.channels, weight, bias, mean, invstd)
+        or mean is None  # what the dispatcher makes of None
+        or invstd is None
+        or not norm.is_complete(x, code, shape, training, relu, has_residual, saves, wants)
     ):
         return norm.batch_norm_backward_reference(
             grad,
@@ -197,13 +211,17 @@ def _batch_norm_backward(
             wants,
         )
     grad = converted(grad, layout)
+    # What saved tensors went through on their way (hooks, the host) may have changed their order.
+    x = None if x is None or saves == norm.INT8 else converted(x, layout)
     header = codes = None
-    bits = code
+    bits = code = code.contiguous()
     if saves == norm.INT8:
         start = norm.int8_header(extent.channels)
         header, codes = code[:start], code[start : start + elements]
         bits = code[start + elements :]
     given = (None, None, weight, bias)
+    # Held by name until C has read them: a pointer keeps no tensor alive.
+    statistics = [_dense(p) for p in (weight, bias, mean, invstd)]
     room = [
         new_in_layout(shape, layout, grad) if wanted and i < 2 else grad.new_empty(0)
         for i, wanted in enumerate(wants)
@@ -216,10 +234,7 @@ def _batch_norm_backward(
     library.function("swatfx_norm_backward")(
         pointer(grad),
         pointer(x),
-        pointer(_dense(weight)),
-        pointer(_dense(bias)),
-        pointer(mean),
-        pointer(invstd),
+        *[pointer(p) for p in statistics],
         pointer(bits if bits.numel() else None),
         pointer(codes),
         pointer(header),

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from swatfx import bits, layouts, selectors
+from swatfx.kernels import fitting
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
 from swatfx.kernels.library import function, pointer, size, threads
 from swatfx.ops.layout import to_layout
-from swatfx.ops.pack import pack, pack_reference
+from swatfx.ops.pack import pack, pack_reference, shape_of
 from swatfx.ops.where import kept_top
 from swatfx.selectors import Axes
 
@@ -45,7 +46,8 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
     mask = torch.empty(bits.header_bytes(x.numel()), dtype=torch.uint8)
     # As large as x, but only as much of it is ever touched as is kept.
     staged = torch.empty(x.numel(), dtype=x.dtype)
-    parts = torch.empty(2 * torch.get_num_threads(), dtype=torch.int64)
+    team = torch.get_num_threads()
+    parts = torch.empty(2 * team, dtype=torch.int64)
     bounds = groups.gather(threshold)
     count = function("swatfx_pack_top", ctypes.c_int64)(
         pointer(x),
@@ -58,31 +60,36 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
         pointer(mask),
         pointer(staged),
         pointer(parts),
-        threads(),
+        ctypes.c_int(team),
     )
     if count < 0:
         raise MemoryError("packing an activation could not allocate its tables")
-    out, values = _room(mask, count, dtype)
+    out, values = _room(mask, count, dtype, layout)
     kept = values if dtype == x.dtype else torch.empty(count, dtype=x.dtype)
     function("swatfx_pack_join")(
-        pointer(staged), x.element_size(), pointer(parts), pointer(kept), threads()
+        pointer(staged), x.element_size(), pointer(parts), pointer(kept), ctypes.c_int(team)
     )
     if kept is not values:
         values.copy_(kept)
     return out
 
 
-def _room(mask: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _room(
+    mask: Tensor, count: int, dtype: torch.dtype, layout: str = layouts.ROW_MAJOR
+) -> tuple[Tensor, Tensor]:
     """A packed tensor with its mask, and the place for its `count` values."""
     header = mask.numel()
-    out = torch.empty(header + count * dtype.itemsize, dtype=torch.uint8)
-    out[:header] = mask
-    return out, out[header:].view(dtype) if count else torch.empty(0, dtype=dtype)
+    out = torch.empty(shape_of(layout, header + count * dtype.itemsize), dtype=torch.uint8)
+    flat = out.view(-1)
+    flat[:header] = mask
+    return out, flat[header:].view(dtype) if count else torch.empty(0, dtype=dtype)
 
 
 @bits.pack.register_kernel
 def _(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
-    if not rankable(x) or not plain(keep):
+    if not rankable(x) or not plain(keep) or keep.dtype is not torch.bool:
+        return None
+    if x.dim() != 1 or keep.shape != x.shape:
         return None
     x, keep, elements = x.contiguous(), keep.contiguous(), x.numel()
     mask = torch.zeros(bits.header_bytes(elements), dtype=torch.uint8)
@@ -105,11 +112,11 @@ def _(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 @bits.unpack.register_kernel
 def _(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor | None:
-    if dtype not in NAN_FROM or not elements or not plain(packed) or not packed.is_contiguous():
+    if dtype not in NAN_FROM or elements <= 0 or not plain(packed) or packed.dim() != 1:
         return None
     header = bits.header_bytes(elements)
-    count = (packed.numel() - header) // dtype.itemsize
-    if packed.data_ptr() % 8 or packed.numel() != header + count * dtype.itemsize:
+    count = fitting.packed_values(packed, elements, dtype, layouts.ROW_MAJOR)
+    if count is None:
         return None
     out = torch.empty(elements, dtype=dtype)
     found = function("swatfx_scatter", ctypes.c_int64)(
@@ -143,7 +150,7 @@ def _(mask: Tensor) -> Tensor | None:
 
 @bits.bits_to_mask.register_kernel
 def _(bits: Tensor, elements: int) -> Tensor | None:
-    if bits.dtype is not torch.uint8 or bits.numel() != (elements + 7) // 8 or not plain(bits):
+    if bits.dtype is not torch.uint8 or bits.shape != ((elements + 7) // 8,) or not plain(bits):
         return None
     out = torch.empty(elements, dtype=torch.bool)
     bits = bits.contiguous()

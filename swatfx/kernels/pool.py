@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swatfx import layouts
-from swatfx.kernels import library
+from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer
 from swatfx.ops.layout import converted
 from swatfx.ops.pool import (
@@ -40,6 +40,20 @@ def _sizes(
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _fits(shape: Sequence[int], kernel: Sequence[int], *others: Sequence[int]) -> bool:
+    """Whether there is a window of as many cells as a byte counts, over images."""
+    pairs = len(shape) == 4 and fitting.are_pairs(kernel, *others)
+    return pairs and min(kernel) > 0 and kernel[0] * kernel[1] <= MOST_CELLS
+
+
+def _out_shape(shape: Sequence[int], *options: Any) -> torch.Size:
+    """Torch knows how many outputs there are, and what it takes for a mistake."""
+    *pairs, ceil_mode = options
+    seen = torch.empty(tuple(shape), device="meta")
+    out: Tensor = torch.ops.aten.max_pool2d_with_indices(seen, *map(list, pairs), ceil_mode)[0]
+    return out.shape
+
+
 @max_pool2d.register_kernel("cpu")
 def _max_pool2d(
     x: Tensor,
@@ -56,18 +70,10 @@ def _max_pool2d(
         or x.dtype != torch.float32
         or x.numel() == 0
         or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or kernel[0] * kernel[1] > MOST_CELLS
+        or not _fits(x.shape, kernel, stride, padding, dilation)
     ):
         return max_pool2d_reference(x, kernel, stride, padding, dilation, ceil_mode, saves)
-    # Torch knows how many outputs there are, and what it takes for a mistake.
-    out = torch.ops.aten.max_pool2d_with_indices(
-        torch.empty(x.shape, dtype=x.dtype, device="meta"),
-        list(kernel),
-        list(stride),
-        list(padding),
-        list(dilation),
-        ceil_mode,
-    )[0].shape
+    out = _out_shape(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y = new_in_layout(out, layout, x)
     index = x.new_empty(y.numel() if saves else 0, dtype=torch.uint8)
     library.function("swatfx_max_pool")(
@@ -88,7 +94,14 @@ def _max_pool2d_backward(
     layout: str,
     *options: Any,
 ) -> Tensor:
-    if not library.available() or grad.dtype != torch.float32 or grad.numel() == 0:
+    if (
+        not library.available()
+        or grad.dtype != torch.float32
+        or grad.numel() == 0
+        or not _fits(shape, *options[:4])
+        or not fitting.holds_bytes(index, grad.numel())
+        or grad.shape != _out_shape(shape, *options)
+    ):
         return max_pool2d_backward_reference(grad, index, shape, layout, *options)
     grad = converted(grad, layout)
     dx = new_in_layout(shape, layout, grad)

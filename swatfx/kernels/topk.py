@@ -27,7 +27,7 @@ def _(x: Tensor, density: Density, shape: tuple[int, ...]) -> tuple[Tensor, bool
         x = x.contiguous()
         found = matrices(x, shape)
     k = density.count(found.rows) if found is not None else 0
-    if found is None or k >= found.rows:
+    if found is None or not 0 < k < found.rows:
         return None
     out = torch.empty(found.blocks * found.columns, dtype=x.dtype)
     greatest = function("swatfx_kth", ctypes.c_int32)(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx import layouts, selectors
-from swatfx.errors import SwatError
+from swatfx.errors import InputError, SwatError
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
@@ -77,8 +77,8 @@ def conv_reference(
         activation_selector: name in `swatfx.selectors`.
         gradient_density: of the output gradient; "" keeps it dense.
         gradient_selector: name in `swatfx.selectors`.
-        layout: of `swatfx.layouts`; what `kept` was packed in, and what the result and the input
-            gradient come in. "" takes that of `input`, and gives what aten gives.
+        layout: of `swatfx.layouts`; what the result and the input gradient come in. "" takes that
+            of `input`, and gives what aten gives. (`kept` says itself in which order it lies.)
         kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
 
     Returns:
@@ -203,6 +203,13 @@ def conv_backward_reference(
         if wants_bias:
             bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
         grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
+    if not wants_weight:
+        input = kept = None
+    elif input is None and kept is None:
+        raise InputError(
+            "a weight gradient needs the activation",
+            remedy="pass what swatfx::conv saved: `input` or `kept`",
+        )
     seen = _seen_input(grad, input, kept, input_shape, layout, pad, pad_mode, kept_dtype)
     used = as_seen(weight, grad.dtype)
     if where.backward_weight and wants_input:
@@ -269,11 +276,9 @@ def _seen_input(
         return layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
     for i in range(len(pad) // 2):
         shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
-    order = layouts.ROW_MAJOR if pad else layout
-    dense = unpack(kept, tuple(shape), stored_dtype(grad, kept_dtype), order).to(grad.dtype)
-    if not pad:
-        return dense
-    return layouts.as_layout(F.pad(dense, list(pad), mode=pad_mode), layout)
+    dense = unpack(kept, tuple(shape), stored_dtype(grad, kept_dtype)).to(grad.dtype)
+    padded = F.pad(dense, list(pad), mode=pad_mode) if pad else dense
+    return layouts.as_layout(padded, layout)
 
 
 @conv_backward.register_fake

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import layouts, selectors
+from swatfx import selectors
+from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.conv import no_double_backward, stored_dtype
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
@@ -125,9 +126,13 @@ def linear_backward_reference(
         input_grad = (rows @ used).view(tuple(input_shape))
     if wants[1]:
         if input is None:
-            assert kept is not None  # setup_context saves one of the two
+            if kept is None:
+                raise InputError(
+                    "a weight gradient needs the activation",
+                    remedy="pass what swatfx::linear saved: `input` or `kept`",
+                )
             stored = stored_dtype(grad, kept_dtype)
-            input = unpack(kept, tuple(input_shape), stored, layouts.ROW_MAJOR).to(grad.dtype)
+            input = unpack(kept, tuple(input_shape), stored).to(grad.dtype)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
         if where.active_only:
             weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)

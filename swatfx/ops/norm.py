@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swatfx import layouts
+from swatfx.errors import InputError
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.norm_codes import decode, encode, int8_header, per_channel
 from swatfx.ops.saved import (
@@ -33,6 +34,7 @@ __all__ = [
     "batch_norm_backward_reference",
     "batch_norm_reference",
     "int8_header",
+    "is_complete",
     "recomputes",
 ]
 EXACT, INT8, NOTHING = "exact", "int8", "nothing"
@@ -83,6 +85,9 @@ def batch_norm_reference(
         mask if there is a residual. Without one it is q >= first, or q < first where the weight is
         negative.
     """
+    _check_features(
+        x.shape, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
     layout = layouts.layout_of(x)
     seen = _for_aten(x, layout)
     new_mean, new_var = x.new_empty(0), x.new_empty(0)
@@ -119,6 +124,14 @@ def batch_norm_reference(
 
 
 batch_norm = torch.library.custom_op("swatfx::batch_norm", batch_norm_reference, mutates_args=())
+
+
+def _check_features(shape: Sequence[int], **parameters: Tensor | None) -> None:
+    """Raise as `F.batch_norm` does, which the op below it leaves to its callers."""
+    for name, p in parameters.items():
+        if p is not None and (p.dim() != 1 or p.shape[0] != shape[1]):
+            count = p.numel()
+            raise RuntimeError(f"{name} should contain {shape[1]} elements not {count}")
 
 
 def _for_aten(x: Tensor, layout: str) -> Tensor:
@@ -171,6 +184,30 @@ def _(
     return y, mean, invstd, new_mean, new_var, x.new_empty(size, dtype=torch.uint8)
 
 
+def is_complete(
+    x: Tensor | None,
+    code: Tensor,
+    shape: Sequence[int],
+    training: bool,
+    relu: bool,
+    has_residual: bool,
+    saves: str,
+    wants: Sequence[bool],
+) -> bool:
+    """Whether `x` and `code` are what forward kept for such a backward."""
+    elements = torch.Size(shape).numel()
+    mask = bits_size(elements)
+    if code.dtype is not torch.uint8 or code.dim() != 1 or len(wants) != 4:
+        return False
+    if saves == INT8:
+        size = int8_header(shape[1]) + elements + (mask if relu and has_residual else 0)
+        return code.numel() == size
+    reads_x = (training and wants[0]) or wants[2]
+    if relu and not code.numel():
+        return x is not None and training and not has_residual
+    return code.numel() == (mask if relu else 0) and (x is not None or not reads_x)
+
+
 def batch_norm_backward_reference(
     grad: Tensor,
     x: Tensor | None,
@@ -193,9 +230,27 @@ def batch_norm_backward_reference(
     first two gradients lie in `layout`.
     """
     wants_x, wants_residual, wants_weight, wants_bias = wants
+    _check_features(shape, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    if mean is None or invstd is None:  # what the dispatcher makes of None
+        raise InputError("backward of a batch norm needs the statistics of its forward")
+    if grad.shape != torch.Size(shape) or (x is not None and x.shape != grad.shape):
+        raise InputError(
+            "a gradient of another shape than the norm's input",
+            value=tuple(grad.shape),
+            remedy=f"the norm saw {tuple(shape)}",
+        )
+    # Aten reads statistics and parameters of channels_last activations as if they had no gaps.
+    weight, bias = (None if p is None else p.contiguous() for p in (weight, bias))
+    mean, invstd, code = mean.contiguous(), invstd.contiguous(), code.contiguous()
     elements, dims = torch.Size(shape).numel(), len(shape)
     if elements == 0:
         return _zero_gradients(grad, weight, bias, shape, layout, wants)
+    if not is_complete(x, code, shape, training, relu, has_residual, saves, wants):
+        raise InputError(
+            "backward of a batch norm got other bytes than its forward kept",
+            value=f"{code.numel()} bytes for {tuple(shape)}",
+            remedy="pass on what swatfx::batch_norm returned and saved as it is",
+        )
     above: Tensor | None = None
     if saves == INT8:
         seen, above = decode(code, shape, layout, grad.dtype)

@@ -1,4 +1,11 @@
-"""`swatfx::pack`: all that backward will see of an activation, in one flat byte tensor."""
+"""`swatfx::pack`: all that backward will see of an activation, in one byte tensor.
+
+In which order the elements were counted is decided once, by whoever packs, and carried with what
+was packed: by its number of dimensions, [bytes] in row-major order, [bytes, 1] in channels_last,
+[bytes, 1, 1] in batch_innermost. A shape is known without asking a device, it is kept by whatever
+stores saved tensors, and backward never has to guess how an input lay that it does not see: it may
+have been cast, padded or moved since.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +13,28 @@ import torch
 from torch import Tensor
 
 from swatfx import bits, layouts, selectors
+from swatfx.errors import InputError
+from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx.ops.where import not_a_view
 from swatfx.selectors import Axes
+
+_ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST)  # of one, two and three dimensions
+
+
+def shape_of(layout: str, size: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
+    """The shape of `size` packed bytes whose elements were counted in the order of `layout`."""
+    return (size, *[1] * _ORDERS.index(layout))
+
+
+def order_of(packed: Tensor) -> str:
+    """In which order the elements of a packed activation were counted."""
+    if packed.dtype is not torch.uint8 or not 1 <= packed.dim() <= len(_ORDERS):
+        raise InputError(
+            "a packed activation is bytes in one to three dimensions",
+            value=f"{packed.dtype} {tuple(packed.shape)}",
+            remedy="pass on what swatfx::pack returned as it is",
+        )
+    return _ORDERS[packed.dim() - 1]
 
 
 def pack_reference(
@@ -23,12 +51,14 @@ def pack_reference(
         layout: of `swatfx.layouts`, the order in which elements are counted; "" takes that of `x`.
 
     Returns:
-        uint8 [bytes]: see `swatfx.bits`. Zeros are never stored, kept or not.
+        uint8 [bytes] for row-major order, [bytes, 1] for channels_last, [bytes, 1, 1] for
+        batch_innermost: see `swatfx.bits`. Zeros are never stored, kept or not.
     """
     axes = Axes.of(x.dim(), spatial, False)
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)
     layout = layout or layouts.layout_of(x)
-    return bits.pack(layouts.flat_view(x, layout), layouts.flat_view(keep, layout), dtype)
+    flat = bits.pack(layouts.flat_view(x, layout), layouts.flat_view(keep, layout), dtype)
+    return not_a_view(flat.view(shape_of(layout, flat.numel())))
 
 
 pack = torch.library.custom_op("swatfx::pack", pack_reference, mutates_args=())
@@ -39,10 +69,11 @@ def _(
     x: Tensor, threshold: Tensor, spatial: int, selector: str, dtype: torch.dtype, layout: str = ""
 ) -> Tensor:
     # The size depends on the data: one symbol a call, so that torch.compile sees one graph.
-    return x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(shape_of(layout or layouts.layout_of(x), size), dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    """The sparse activation as a dense tensor of `shape`, in the layout of the packed."""
-    flat = bits.unpack(packed, torch.Size(shape).numel(), dtype)
-    return layouts.from_flat(flat, shape, layout)
+def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The sparse activation as a dense tensor of `shape`, in the layout that it was packed in."""
+    flat = bits.unpack(packed.reshape(-1), torch.Size(shape).numel(), dtype)
+    return layouts.from_flat(flat, shape, order_of(packed))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from swatfx import layouts
+from swatfx.errors import InputError
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.saved import in_layout, new_in_layout
 
@@ -106,6 +107,11 @@ def max_pool2d_backward_reference(
     place = layouts.from_flat(index, grad.shape, layout).long()
     down, right = place // kernel[1] * dilation[0], place % kernel[1] * dilation[1]
     flat = (rows + down) * shape[3] + columns + right
+    if grad.numel() and grad.device.type == "cpu":  # aten writes there, wherever that is
+        least, most = (int(n.item()) for n in flat.aminmax())
+        inside = 0 <= least and most < shape[2] * shape[3]
+        if not inside or int(place.max().item()) >= kernel[0] * kernel[1]:
+            raise InputError("max pooling: a winner outside its image", value=(least, most))
     # Only the input's shape and memory format matter to aten.
     seen = layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
     dx = torch.ops.aten.max_pool2d_with_indices_backward(

@@ -20,6 +20,12 @@
 
 enum { LANES = 16 };
 
+/* What a product returns besides 0. Misfits are left to the caller, who has a slower way. */
+enum { NO_MEMORY = 1, DOES_NOT_FIT = 2 };
+
+/* Floats of a scratch buffer: offsets into it are 32 bits wide, and every thread has one. */
+enum { MAX_SCRATCH = 1 << 26 };
+
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
 /* The same, where nothing is known of the address. */

@@ -199,10 +199,11 @@ static int64_t share_rows(const conv_problem *p, int64_t tiles) {
 static int run_lanes(const conv_problem *p, const float *in, const float *weight, const float *bias,
                      float *out, float threshold, int64_t image0, int64_t images, int64_t lanes) {
     const plan at = make_plan(p, lanes);
+    if (!at.in_place && at.block * at.plane > MAX_SCRATCH) return DOES_NOT_FIT;
     int failed = 0;
     for (int64_t g = 0; g < p->groups; g++) {
         sparse_rows w = build_rows(p, &at, weight + g * p->weight_group, threshold);
-        if (!w.begin) return 1;
+        if (!w.begin) return NO_MEMORY;
         const float *from = in + g * p->channels * p->height * p->width * p->batch;
         float *to = out + g * p->rows * p->out_height * p->out_width * p->batch;
         const float *start = bias ? bias + g * p->rows : NULL;
@@ -239,16 +240,16 @@ static int run_lanes(const conv_problem *p, const float *in, const float *weight
             free(buffer);
         }
         free_rows(&w);
-        if (failed) return 1;
+        if (failed) return NO_MEMORY;
     }
     return 0;
 }
 
-/* Returns 1 if memory ran out, else 0. */
 int sparse_conv(const conv_problem *p, const float *in, const float *weight, const float *bias, float *out,
                 float threshold) {
     const int64_t whole = p->batch < LANES ? p->batch : p->batch / LANES * LANES;
     const int64_t lanes = min64(whole, LANES), rest = p->batch - whole;
-    if (whole && run_lanes(p, in, weight, bias, out, threshold, 0, whole, lanes)) return 1;
-    return rest ? run_lanes(p, in, weight, bias, out, threshold, whole, rest, rest) : 0;
+    const int failed = whole ? run_lanes(p, in, weight, bias, out, threshold, 0, whole, lanes) : 0;
+    if (failed || !rest) return failed;
+    return run_lanes(p, in, weight, bias, out, threshold, whole, rest, rest);
 }

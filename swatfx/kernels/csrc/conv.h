@@ -29,7 +29,8 @@ typedef struct {
 } conv_problem;
 
 /* in: [groups * channels][height][width][batch]; out: [groups * rows][out_height][out_width][batch];
- * bias: [groups * rows] or NULL. Weights count whose magnitude is not below the threshold. */
+ * bias: [groups * rows] or NULL. Weights count whose magnitude is not below the threshold. Returns 0,
+ * NO_MEMORY, or DOES_NOT_FIT where a tile with its halo is too large. */
 EXPORT int sparse_conv(const conv_problem *p, const float *in, const float *weight, const float *bias, float *out,
                        float threshold);
 

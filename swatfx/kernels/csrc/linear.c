@@ -11,9 +11,10 @@
 
 /* Cells: [strips][features]. */
 typedef struct {
-    int64_t *begin; /* [cells + 1] */
+    int64_t *begin; /* [cells + 1]; NULL if it failed */
     int32_t *offset;
     float *value;
+    int failed; /* NO_MEMORY or DOES_NOT_FIT */
 } sorted;
 
 static void free_sorted(sorted *s) {
@@ -70,12 +71,12 @@ static inline int64_t row_bits(const uint8_t *mask, int64_t at, int64_t n) {
     }
 
 static sorted sort_nonzeros(const linear_problem *p, int64_t strip_rows, int64_t strips, int64_t width,
-                            const uint8_t *packed, int64_t header) {
+                            const uint8_t *packed, int64_t header, int64_t count_of_values) {
     const int64_t cells = strips * p->inputs;
     const uint8_t *values = packed + header;
-    sorted out = {calloc(cells + 1, sizeof(int64_t)), NULL, NULL};
+    sorted out = {calloc(cells + 1, sizeof(int64_t)), NULL, NULL, 0};
     int64_t *first = calloc(strips + 1, sizeof(int64_t)), *cursor = malloc((cells + 1) * sizeof(int64_t));
-    int failed = !out.begin || !first || !cursor;
+    int failed = !out.begin || !first || !cursor ? NO_MEMORY : 0;
     if (!failed) {
 #pragma omp parallel for num_threads((int)p->threads) schedule(static)
         for (int64_t s = 0; s < strips; s++) {
@@ -89,7 +90,7 @@ static sorted sort_nonzeros(const linear_problem *p, int64_t strip_rows, int64_t
         memcpy(cursor, out.begin, (cells + 1) * sizeof(int64_t));
         out.offset = malloc((out.begin[cells] + 1) * sizeof(int32_t));
         out.value = malloc((out.begin[cells] + 1) * sizeof(float));
-        failed = !out.offset || !out.value;
+        failed = !out.offset || !out.value ? NO_MEMORY : first[strips] != count_of_values ? DOES_NOT_FIT : 0;
     }
     if (!failed) {
 #pragma omp parallel for num_threads((int)p->threads) schedule(static)
@@ -106,7 +107,7 @@ static sorted sort_nonzeros(const linear_problem *p, int64_t strip_rows, int64_t
     free(cursor);
     if (failed) {
         free_sorted(&out);
-        out.begin = NULL;
+        out = (sorted){.failed = failed};
     }
     return out;
 }
@@ -141,14 +142,14 @@ static void write_result(const linear_problem *p, const float *sums, int64_t wid
         }
 }
 
-int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed, int64_t header, const float *grad,
-                                  float *out) {
+int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed, int64_t header, int64_t values,
+                                  const float *grad, float *out) {
     const int64_t vectors = ceil_div(p->outputs, LANES), most = min64(min64(vectors, 8), MAX_TILE);
     const int64_t wide = ceil_div(vectors, ceil_div(vectors, most)), width = wide * LANES;
     const int64_t budget = cache_bytes() / 2 / (int64_t)sizeof(float);
     const int64_t strip_rows = max64(1, min64(p->rows, budget / width)), strips = ceil_div(p->rows, strip_rows);
-    sorted s = sort_nonzeros(p, strip_rows, strips, width, packed, header);
-    if (!s.begin) return 1;
+    sorted s = sort_nonzeros(p, strip_rows, strips, width, packed, header, values);
+    if (!s.begin) return s.failed;
     const int64_t blocks = ceil_div(p->outputs, width);
     const int64_t shares = blocks >= p->threads ? 1 : min64(ceil_div(p->threads, blocks), p->inputs);
     const int64_t share_inputs = ceil_div(p->inputs, shares);
@@ -180,5 +181,5 @@ int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed
         free(sums);
     }
     free_sorted(&s);
-    return failed;
+    return failed ? NO_MEMORY : 0;
 }

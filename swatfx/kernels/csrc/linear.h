@@ -8,9 +8,10 @@ typedef struct {
     int64_t rows, inputs, outputs, threads, half; /* half: values are bfloat16, not float */
 } linear_problem;
 
-/* packed: bitmask of (row, input) order, then values `header` bytes behind it; grad: [rows][outputs];
- * out: [outputs][inputs]. Returns 1 if memory ran out, else 0. */
+/* packed: bitmask of (row, input) order, then `values` values `header` bytes behind it;
+ * grad: [rows][outputs]; out: [outputs][inputs]. Returns 0, NO_MEMORY, or DOES_NOT_FIT where the mask
+ * has not as many bits as there are values. */
 EXPORT int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed, int64_t header,
-                                         const float *grad, float *out);
+                                         int64_t values, const float *grad, float *out);
 
 #endif

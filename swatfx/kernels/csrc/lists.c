@@ -197,7 +197,7 @@ static column *find_columns(const wgrad_problem *p, const cut *at) {
     return out;
 }
 
-lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, int64_t header) {
+lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, int64_t header, int64_t values) {
     const int64_t channels = p->groups * p->channels, positions = p->height * p->width * p->batch;
     const int threads = (int)p->threads;
     const int in_order = p->batch <= LANES && p->step_y == 1 && p->step_x == 1 && !p->half;
@@ -208,14 +208,14 @@ lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, 
     int64_t *first = calloc(channels + 1, sizeof(int64_t)), *cursor = NULL;
     out.begin = calloc(cells + 1, sizeof(int64_t));
     out.count = calloc(cells + 1, sizeof(int64_t));
-    int failed = !columns || !first || !out.begin || !out.count;
+    int failed = !columns || !first || !out.begin || !out.count ? NO_MEMORY : 0;
     if (!failed) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t c = 0; c < channels; c++)
             first[c + 1] = in_order ? count_bits(packed, header, c * positions, positions) : scan(&d, c, 0, NULL, &out);
         for (int64_t c = 0; c < channels; c++) first[c + 1] += first[c];
         out.offset = malloc((first[channels] + 1) * sizeof(int32_t));
-        failed = !out.offset;
+        failed = !out.offset ? NO_MEMORY : first[channels] != values ? DOES_NOT_FIT : 0;
     }
     if (!failed && in_order) {
         out.value = (const float *)(packed + header);
@@ -225,7 +225,7 @@ lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, 
         for (int64_t i = 0; i < cells; i++) out.begin[i + 1] = out.begin[i] + out.count[i];
         out.value = out.owned_values = malloc((out.begin[cells] + 1) * sizeof(float));
         cursor = malloc((cells + 1) * sizeof(int64_t));
-        failed = !out.value || !cursor;
+        failed = !out.value || !cursor ? NO_MEMORY : 0;
     }
     if (cursor && !failed) {
         memcpy(cursor, out.begin, cells * sizeof(int64_t));
@@ -235,7 +235,7 @@ lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, 
     free(columns);
     free(first);
     free(cursor);
-    if (failed) free_lists(&out);
+    if (failed) free_lists(&out), out.failed = failed;
     return out;
 }
 

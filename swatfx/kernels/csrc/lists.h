@@ -26,7 +26,8 @@ typedef struct {
 /* Cells: [blocks][strips][phases][channels]. */
 typedef struct {
     int64_t blocks;      /* of images */
-    int64_t *begin;      /* of each cell; NULL if memory ran out */
+    int64_t *begin;      /* of each cell; NULL if it failed */
+    int failed;          /* NO_MEMORY or DOES_NOT_FIT */
     int64_t *count;
     int32_t *offset;     /* floats into the scratch of the strip */
     const float *value;
@@ -43,7 +44,8 @@ static inline int64_t cell(const wgrad_problem *p, const cut *at, int64_t block,
     return ((block * at->strips + strip) * p->step_y * p->step_x + phase) * channels + channel;
 }
 
-lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, int64_t header);
+/* Fails with DOES_NOT_FIT unless the mask has `values` bits set. */
+lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, int64_t header, int64_t values);
 void free_lists(lists *l);
 
 #endif

@@ -168,11 +168,12 @@ static void write_result(const wgrad_problem *p, const cut *at, const float *sum
         }
 }
 
-int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header, const float *grad,
-                           float *out) {
+int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header, int64_t values,
+                           const float *grad, float *out) {
     const cut at = make_cut(p);
-    lists l = build_lists(p, &at, packed, header);
-    if (!l.begin) return 1;
+    if (at.rows * min64(LANES, p->batch) * at.columns * at.filters > MAX_SCRATCH) return DOES_NOT_FIT;
+    lists l = build_lists(p, &at, packed, header, values);
+    if (!l.begin) return l.failed;
     const int64_t blocks_f = ceil_div(p->filters, at.filters), taps = p->kernel_y * p->kernel_x;
     /* Few blocks of filters: share out the channels too; each share transposes the gradient again. */
     const int64_t units = p->groups * blocks_f;
@@ -206,5 +207,5 @@ int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_
         free(sums);
     }
     free_lists(&l);
-    return failed;
+    return failed ? NO_MEMORY : 0;
 }

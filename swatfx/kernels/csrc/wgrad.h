@@ -12,9 +12,10 @@ typedef struct {
     int64_t groups, threads, half; /* half: values are bfloat16, not float */
 } wgrad_problem;
 
-/* packed: bitmask of (channel, y, x, image) order, then values `header` bytes behind it;
- * grad: [groups * filters][out_height][out_width][batch]. Returns 1 if memory ran out, else 0. */
-EXPORT int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header, const float *grad,
-                                  float *out);
+/* packed: bitmask of (channel, y, x, image) order, then `values` values `header` bytes behind it;
+ * grad: [groups * filters][out_height][out_width][batch]. Returns 0, NO_MEMORY, or DOES_NOT_FIT where a
+ * strip of the gradient is too large, or the mask has not as many bits as there are values. */
+EXPORT int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header, int64_t values,
+                                  const float *grad, float *out);
 
 #endif
