@@ -8,8 +8,8 @@ Here each of these raises TraceError, so that the module it is found in stays ea
 
 from __future__ import annotations
 
-import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -123,6 +123,16 @@ def _asks(frame: Any) -> bool:
     return False
 
 
+def _here(replacement: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """`replacement` in this thread, `real` in others: they run beside, and trace nothing."""
+    thread = threading.get_ident()
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if threading.get_ident() == thread else real)(*args, **kwargs)
+
+    return chosen
+
+
 def _raise(reason: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise Refusal(reason)
@@ -145,7 +155,8 @@ def guarded() -> Iterator[None]:
     with ExitStack() as stack:
         for name in _CHECKPOINTS:
             if hasattr(torch.utils.checkpoint, name):
-                refuse = _raise("activation checkpointing")
+                real = getattr(torch.utils.checkpoint, name)
+                refuse = _here(_raise("activation checkpointing"), real)
                 stack.enter_context(_patched(torch.utils.checkpoint, name, refuse))
         for name in _MODES:
             stack.enter_context(_patched(torch, name, _mode_question(name)))
@@ -177,11 +188,11 @@ def _mode_question(name: str) -> Callable[..., Any]:
     real = getattr(torch, name)
 
     def ask(*args: Any, **kwargs: Any) -> Any:
-        if _asks(sys._getframe(1)):
+        if _asks(sys._getframe(2)):  # past `_here`
             raise Refusal(f"control flow on torch.{name}")
         return real(*args, **kwargs)
 
-    return ask
+    return _here(ask, real)
 
 
 def _is_tensor(value: object) -> bool:
@@ -194,28 +205,3 @@ def ambient() -> tuple[Any, ...]:
     """Modes that a node is run under but does not remember: grad, autocast, saved-tensor hooks."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return _is_grad_enabled(), _is_autocast_enabled("cpu"), _is_autocast_enabled("cuda"), hooks
-
-
-def random_state() -> tuple[Any, ...]:
-    """States of the random number generators that a forward may draw from on the host."""
-    numpy = sys.modules.get("numpy")
-    return (
-        torch.get_rng_state(),
-        random.getstate(),
-        None if numpy is None else numpy.random.get_state(),
-    )
-
-
-def restore_random_state(before: tuple[Any, ...]) -> bool:
-    """Put generators back as they were; whether anything had been drawn."""
-    now = random_state()
-    drawn = not torch.equal(now[0], before[0]) or now[1] != before[1]
-    if before[2] is not None:
-        drawn |= any(str(a) != str(b) for a, b in zip(now[2][2:], before[2][2:], strict=True))
-        drawn |= bool((now[2][1] != before[2][1]).any())
-    if drawn:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if before[2] is not None:
-            sys.modules["numpy"].random.set_state(before[2])
-    return drawn

@@ -7,6 +7,7 @@ root's failure is the caller's to handle.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,9 @@ from passes.trace_guards import (
     WatchedProxy,
     ambient,
     guarded,
-    random_state,
     refusals,
-    restore_random_state,
 )
+from passes.trace_random import DRAWN, Generators
 from passes.trace_state import State
 from passes.trace_tensors import RealTensors
 from swatfx.graph_module import SwatModule, join
@@ -44,6 +44,8 @@ class Tracer(fx.Tracer):
         self.inlined: list[str] = []  # modules whose calls the graph stands for
         self._tensors: dict[int, str] = {}
         self._cache: dict[str, fx.Proxy] = {}
+        self._generators = Generators()
+        self._thread = threading.get_ident()
         self._inputs: int | None = None
         self._ambient: tuple[Any, ...] = ()
 
@@ -59,7 +61,7 @@ class Tracer(fx.Tracer):
             state = State(modules)
             self._ambient = ambient()
             try:
-                with RealTensors(set(self._tensors)):
+                with RealTensors(set(self._tensors)), self._generators.watching():
                     graph = self.trace(root)
             finally:
                 changed = state.restore()
@@ -129,6 +131,8 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace through `m`, or call it: a leaf, or one whose forward cannot be traced."""
+        if threading.get_ident() != self._thread:  # fx stands for the call of every module
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if not self.is_leaf_module(m, path):
             last = self.graph._root._prev
@@ -176,6 +180,8 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Every parameter and buffer is one node, whichever name it is reached by."""
+        if threading.get_ident() != self._thread:
+            return attr_val
         path = self._tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if path is None:
             return attr_val
@@ -193,15 +199,15 @@ class Tracer(fx.Tracer):
 
     def _watched(self, run: Callable[[], Any]) -> Any:
         """Run a forward; random numbers drawn while tracing would be frozen into the graph."""
-        before, known = random_state(), len(refusals)
+        before, known = self._generators.state(), len(refusals)
         try:
             result = run()
         finally:
-            drawn = restore_random_state(before)
+            drawn = self._generators.restore(before)
         if refusals[known:]:
             raise fx.proxy.TraceError(refusals[-1])
         if drawn:
-            raise fx.proxy.TraceError("random numbers drawn in forward")
+            raise fx.proxy.TraceError(DRAWN)
         return result
 
     def _roll_back(self, last: fx.Node) -> None:

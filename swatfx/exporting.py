@@ -23,6 +23,7 @@ from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_c
 from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
+from swatfx.pipeline import TRACING
 from swatfx.saves import AvgPool2d, Bound, Dropout, MaxPool2d, Norm, Relu, Saver
 from swatfx.state import WeightThreshold
 from swatfx.training import refresh
@@ -86,7 +87,8 @@ def export(
         raise ExportError(f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))")
     else:
         example = Example.of(example_inputs, dynamic_shapes)
-    writers[suffix](root, Path(path), example)
+    with TRACING:  # torch's own exporter is for one thread
+        writers[suffix](root, Path(path), example)
 
 
 def inference_module(gm: SwatModule) -> SwatModule:

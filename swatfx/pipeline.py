@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from passes.find_layers import find_layers
 from passes.find_unreached import find_unreached
 from passes.insert_sparsify import insert_sparsify
 from passes.trace_model import trace_model
+from passes.trace_random import DRAWN
 from passes.trace_shapes import Run, Seen, observe_run
 from passes.verify import verify
 from passes.watch_products import Frame
@@ -41,7 +43,11 @@ from swatfx.state import SwatState
 from swatfx.training import after_load
 from swatfx.wrappers import watch_wrappers
 
+# Tracing patches torch while it runs: one thread at a time. Forwards in others go straight through.
+TRACING = threading.RLock()
+
 __all__ = [
+    "TRACING",
     "Measured",
     "PassRecord",
     "SimulationOptions",
@@ -121,9 +127,8 @@ def compile(
     if "swat" in model._modules:
         raise InputError("the model has a child named 'swat'", remedy="rename it")
     watch_wrappers()
-    with _collector_paused():
-        twin = mirror(model)
-        gm = trace_model(twin, example_inputs)
+    with TRACING, _collector_paused():
+        gm = _traced(model, example_inputs)
         _add_state(gm, ctx.policy)
         gm.meta.update(options)
         return run_passes(gm, default_passes() if passes is None else passes, ctx)
@@ -156,6 +161,15 @@ def _known_kernels(kernels: str) -> str:
             remedy="use 'auto', 'sparse' or 'dense'",
         )
     return kernels
+
+
+def _traced(model: nn.Module, example_inputs: Sequence[Any] | None) -> SwatModule:
+    """Trace a mirror of `model`; again where another thread may have drawn the random numbers."""
+    for _ in range(2):
+        gm = trace_model(mirror(model), example_inputs)
+        if threading.active_count() == 1 or not any(DRAWN in why for why in gm.eager.values()):
+            return gm
+    return trace_model(mirror(model), example_inputs)
 
 
 @contextmanager

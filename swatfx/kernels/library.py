@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +28,17 @@ REFERENCE = "reference"
 _RUNS_ON = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 
 _state = {"off": 0}
+_lock = threading.RLock()
+
+
+def _library() -> tuple[str, ctypes.CDLL | None]:
+    """As `_found`, in which threads that ask first at the same time do not meet."""
+    with _lock:
+        return _found()
 
 
 @functools.cache
-def _library() -> tuple[str, ctypes.CDLL | None]:
+def _found() -> tuple[str, ctypes.CDLL | None]:
     """(instruction set, library), looked for once a process; says why there is none."""
     asked = os.environ.get(VARIABLE, "auto")
     if asked == REFERENCE:
@@ -77,11 +85,13 @@ def instruction_set() -> str:
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Run the plain-torch kernels inside, in every thread."""
-    _state["off"] += 1
+    with _lock:
+        _state["off"] += 1
     try:
         yield
     finally:
-        _state["off"] -= 1
+        with _lock:
+            _state["off"] -= 1
 
 
 def function(name: str, restype: Any = None) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ only then.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ class _Seen:
 
 
 _SEEN = _Seen()
+_LOCK = threading.Lock()  # models that train in several threads share it
 
 
 def _inside_backward() -> bool:
@@ -93,9 +95,12 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         key = (clock, advance, inputs[0].data_ptr(), tuple(inputs[0].shape))
     if _inside_backward():
         latest = max(now - 1, 0)
-        return torch.tensor([_SEEN.recall(key, latest) if key else latest, 1, now])
+        with _LOCK:
+            found = _SEEN.recall(key, latest) if key else latest
+        return torch.tensor([found, 1, now])
     if key is not None:
-        _SEEN.note(key, current)
+        with _LOCK:
+            _SEEN.note(key, current)
     return torch.tensor([current, 0, now + 1 if advance else now])
 
 
