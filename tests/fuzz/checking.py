@@ -61,7 +61,7 @@ class _Checked:
         try:
             self.gm = swatfx.compile(self.model, case.method.text(), **options)
         except Exception as error:
-            return [f"compile raised {_line(error)}"]
+            return [f"compile raised {said(error)}"]
         dense = ("layer",) if case.transposed else ()
         self.plain = twin(self.model, case.method, VALUES[case.value_dtype], dense)
         self._learn()
@@ -117,7 +117,7 @@ class _Checked:
             with grad, cast, watching:
                 outputs = self.gm(x)
         except Exception as error:
-            return _same_error(error, eager, x.detach(), cast)
+            return same_error(error, eager, x.detach(), cast)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         moment = Moment(
             self.iteration,
@@ -199,15 +199,15 @@ class _Checked:
         return {n: float(t.abs().max()) for n, t in found.items() if t is not None and t.numel()}
 
 
-def _same_error(error: Exception, eager: nn.Module, x: Tensor, cast: Any) -> list[str] | None:
+def same_error(error: Exception, eager: nn.Module, x: Tensor, cast: Any) -> list[str] | None:
     try:
         with torch.no_grad(), cast:
             eager(x)
     except Exception as right:
         if isinstance(error, (type(right), swatfx.SwatError)):
             return None
-        return [f"raised {_line(error)}, eager {_line(right)}"]
-    return [f"raised {_line(error)}, eager did not"]
+        return [f"raised {said(error)}, eager {said(right)}"]
+    return [f"raised {said(error)}, eager did not"]
 
 
 def _refused(error: Exception, eager: nn.Module, x: Tensor, cast: Any) -> list[str] | None:
@@ -216,9 +216,9 @@ def _refused(error: Exception, eager: nn.Module, x: Tensor, cast: Any) -> list[s
         with torch.no_grad(), cast:
             eager(x)
     except Exception as right:
-        return [f"gave a result where eager says {_line(right)}"]
+        return [f"gave a result where eager says {said(right)}"]
     return None  # transposed convolutions: single and double precision differ in what they refuse
 
 
-def _line(error: Exception) -> str:
+def said(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

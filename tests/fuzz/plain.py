@@ -288,11 +288,12 @@ class Layer(nn.Module):
             ranked = self._agreed(a, given["input"])
         state = given.get("weight_state") if self.learned is None else self.learned.detach()
         weight_keep = self.memory.keep(self.weight.detach(), state)
+        stored = ranked if rule.value_dtype is not None and moment.autocast is None else None
         activation_keep = torch.ones_like(ranked, dtype=torch.bool)
         if moment.training and (rule.backward_activation or rule.forward_activation):
             activation_keep = self._activation_keep(ranked, given)
         return _Product.apply(
-            a, self.weight, self.bias, self.learned, weight_keep, activation_keep, self
+            a, self.weight, self.bias, self.learned, weight_keep, activation_keep, stored, self
         )
 
     def _agreed(self, a: Tensor, seen: Tensor | None) -> Tensor:
@@ -339,13 +340,15 @@ class _Product(torch.autograd.Function):
     """The layer's product and its gradients, by the table of the paper."""
 
     @staticmethod
-    def forward(ctx, a, w, b, t, weight_keep, activation_keep, layer):  # type: ignore[no-untyped-def]
+    def forward(ctx, a, w, b, t, weight_keep, activation_keep, stored, layer):  # type: ignore[no-untyped-def]
         rule, autocast = layer.rule, NOW.moment.autocast
         seen_a, seen_w = rounded(a, autocast), rounded(w, autocast)
         used_a = seen_a * activation_keep if rule.forward_activation else seen_a
         used_w = seen_w * weight_keep if rule.forward_weight else seen_w
         kept_a = seen_a * activation_keep if rule.backward_activation else seen_a
         if rule.backward_activation and NOW.moment.training and weight_needs(ctx, t):
+            if stored is not None:  # a rounding error may be one step of the narrow dtype
+                kept_a = stored.to(a.dtype) * activation_keep
             kept_a = rounded(kept_a, rule.value_dtype)
         back_w = seen_w * weight_keep if rule.backward_weight else seen_w
         ctx.layer, ctx.absolute = layer, NOW.moment.absolute
@@ -386,9 +389,7 @@ class _Product(torch.autograd.Function):
             dw if wants[1] else None,
             db if wants[2] else None,
             dt if wants[3] else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
