@@ -17,7 +17,7 @@ from tests.fuzz.assembling import Part, network
 from tests.fuzz.building import twin
 from tests.fuzz.checking import TIE, VALUES, said, same_error
 from tests.fuzz.networks import NetworkCase
-from tests.fuzz.plain import NOW, Moment
+from tests.fuzz.plain import NOW, Moment, apart
 from tests.fuzz.tensors import draw, laid_out
 from tests.fuzz.watching import Watching
 
@@ -51,7 +51,7 @@ class _Checked:
     def __init__(self, case: NetworkCase) -> None:
         self.case = case
         self.undecided = False
-        self.error = 0.0
+        self.noise = 0.0
 
     def run(self) -> list[str]:
         case = self.case
@@ -75,10 +75,7 @@ class _Checked:
         for step, what in enumerate(case.steps):
             if step:
                 fill_network(self.model, case.seed + 7919 * step)
-                named = dict(self.model.named_parameters())
-                with torch.no_grad():
-                    for name, parameter in self.plain.named_parameters():
-                        parameter.copy_(named[name])
+                self._follow()
             problems = self._step(step, what, eager)
             if problems is None:
                 return []
@@ -86,12 +83,20 @@ class _Checked:
                 return [f"{what} {step}: {problem}" for problem in problems]
         return []
 
+    def _follow(self) -> None:
+        """The oracle goes on from swatfx's parameters and running statistics."""
+        mine = dict(self.gm.named_parameters()) | dict(self.gm.named_buffers())
+        with torch.no_grad():
+            for name, tensor in [*self.plain.named_parameters(), *self.plain.named_buffers()]:
+                tensor.copy_(mine[name])
+
     def _step(self, step: int, what: str, eager: nn.Module) -> list[str] | None:
         case, training = self.case, what == "train"
         x = draw(case.shape, case.seed + step, False, torch.float32)
         x = laid_out(x, case.order, case.seed).requires_grad_(training)
         for model in (self.gm, self.plain, eager):
             model.train(training)
+        before = {n: b.clone() for n, b in self.gm.named_buffers() if "running" in n}
         watching = Watching()
         try:
             with torch.set_grad_enabled(training), watching:
@@ -101,6 +106,8 @@ class _Checked:
         try:
             grads = self._output_gradients(outputs) if training else []
             got = _found(self.gm, x, outputs, grads)
+            if not training and any(not torch.equal(t, got[n]) for n, t in before.items()):
+                return ["evaluation changed a running statistic"]
         except Exception as error:
             return [f"backward raised {said(error)}"]
         single = copy.deepcopy(self.plain).float()
@@ -108,13 +115,13 @@ class _Checked:
         want = self._oracle(self.plain, x.detach().double(), grads, moment)
         self.iteration += training
         problems = list(moment.problems)
-        if moment.error > FORWARD:
-            problems.append(f"the input of a layer is off by {moment.error:.2g}")
 
         @functools.cache
         def noise() -> dict[str, float]:
             again = Moment(moment.iteration, training, iter(watching.calls))
             near = self._oracle(single, x.detach(), grads, again)
+            pairs = zip(again.inputs, moment.inputs, strict=True)
+            self.noise = max((apart(a.double(), b) for a, b in pairs), default=0.0)
             return {
                 name: float((t.double() - want[name]).abs().max())
                 for name, t in near.items()
@@ -122,6 +129,10 @@ class _Checked:
             }
 
         problems += self._differences(got, want, noise)
+        if moment.error > NEAR:
+            noise()
+            if moment.error > NOISE * self.noise:
+                problems.append(f"the input of a layer is off by {moment.error:.2g}")
         if moment.error <= FORWARD:
             self.undecided = self.undecided or moment.margin < max(TIE, 4 * moment.error)
         return problems
@@ -143,6 +154,12 @@ class _Checked:
         self, got: dict[str, Tensor | None], want: dict[str, Tensor | None], noise: Any
     ) -> Iterator[str]:
         coarse = self.case.norm_saves == "int8"
+        largest = {n: float(t.abs().max()) for n, t in want.items() if t is not None and t.numel()}
+
+        def beside(name: str) -> list[float]:
+            owner = name.rpartition(".")[0] + "."
+            return [0.0, *(size for n, size in largest.items() if n.startswith(owner))]
+
         for name, right in want.items():
             mine = got.get(name)
             if mine is None or right is None:
@@ -156,19 +173,17 @@ class _Checked:
                 continue
             difference = mine.double() - right
             error, size = float(difference.abs().max()), float(right.abs().max())
-            beside = want.get(name.replace(".bias", ".weight"))
-            if name.endswith(".bias") and beside is not None:  # before a norm it is rounding only
-                size = max(size, float(beside.abs().max()))
+            if name.startswith("gradient"):  # before a norm it is rounding only
+                size = max(size, *beside(name))
             if error <= NEAR * size:
                 continue
             if coarse and name.startswith("gradient"):
+                size = max(size, 0.3 * max(largest.values()))  # noise where norms follow norms
                 relative = float(difference.norm()) / (float(right.norm()) or 1.0)
-                if relative <= INT8 or error <= 100 * NOISE * noise()[name]:
+                if min(relative, error / (size or 1.0)) <= INT8:
                     continue
-            if (
-                noise()[name] > 1e-3 * size and error < 0.1 * size
-            ):  # single precision says nothing here
-                self.undecided = True
+            if 1e-3 * size < noise()[name] and error < 0.1 * size:
+                self.undecided = True  # single precision says nothing here
             if error <= NOISE * noise()[name]:
                 continue
             count = int((difference.abs() > NEAR * size).sum())

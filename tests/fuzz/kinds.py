@@ -8,7 +8,9 @@ from typing import Any
 
 from tests.fuzz.cases import LayerCase, random_layer
 from tests.fuzz.checking import check_layer
-from tests.fuzz.shrinking import smaller_layers
+from tests.fuzz.checking_networks import check_network
+from tests.fuzz.networks import NetworkCase, random_network
+from tests.fuzz.shrinking import smaller_layers, smaller_networks
 
 
 @dataclass(frozen=True)
@@ -50,5 +52,15 @@ KINDS = {
             dilation=(1, 1),
             kernels="dense",
         ),
+    ),
+    "network": Kind(
+        random_network,
+        NetworkCase.from_json,
+        check_network,
+        smaller_networks,
+        "from tests.fuzz.checking_networks import check_network as check\n"
+        "from tests.fuzz.methods import Method\n"
+        "from tests.fuzz.networks import Do, NetworkCase\n",
+        random_network(0, 1),
     ),
 }

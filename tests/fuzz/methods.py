@@ -132,6 +132,12 @@ def count(density: Fraction | float, elements: int) -> int:
     return min(elements, max(1, math.ceil(density * elements - 1e-6)))
 
 
+def count_held(density: Fraction | float, elements: int) -> int:
+    """Of a random mask that is held: no larger a share than the density, but one at least."""
+    share = density * elements + (0 if isinstance(density, Fraction) else 1e-6)
+    return min(elements, max(1, math.floor(share)))
+
+
 def spread(shapes: Sequence[tuple[int, ...]], sparsity: float, erk: bool) -> list[Fraction | float]:
     """Densities of layers: all alike, or by Erdos-Renyi-kernel with layers capped at 1."""
     if not erk:

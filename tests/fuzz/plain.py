@@ -18,7 +18,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from tests.fuzz.methods import Rule, count
+from tests.fuzz.methods import Rule, count, count_held
 
 Op = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,6 +37,7 @@ class Moment:
         problems: what was seen to be wrong on the way.
         margin: how near the nearest decision was to a tie, a fraction of the values' size.
         error: how far swatfx's layer inputs were from the oracle's, likewise.
+        inputs: the oracle's layer inputs, where swatfx's are known.
     """
 
     iteration: int = 0
@@ -47,6 +48,7 @@ class Moment:
     problems: list[str] = field(default_factory=list)
     margin: float = float("inf")
     error: float = 0.0
+    inputs: list[Tensor] = field(default_factory=list)
 
     def decides(self, distance: Tensor, scale: Tensor) -> None:
         """Note how near to a tie a decision on computed values was, in units of their size."""
@@ -72,6 +74,14 @@ class Now:
 
 
 NOW = Now()
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in units of the mean magnitude of `b`; infinite if NaN is in it."""
+    if not a.numel():
+        return 0.0
+    error = float((a - b).abs().max()) / (float(b.abs().mean()) or 1.0)
+    return error if error == error else float("inf")
 
 
 def threshold(scores: Tensor, density: Fraction | float, groups: tuple[int, ...] = ()) -> Tensor:
@@ -225,7 +235,7 @@ class WeightMemory:
         if rule.held:
             bits = [given[:-1] >> i & 1 for i in range(8)]
             keep = torch.stack(bits, 1).reshape(-1)[:n].bool().view(w.shape)
-            if int(keep.sum()) != count(rule.weight_density, n):
+            if int(keep.sum()) != count_held(rule.weight_density, n):
                 moment.problems.append(f"a random held mask keeps {int(keep.sum())} of {n}")
             if self.state is not None and not torch.equal(self.state, keep):
                 moment.problems.append("a held mask moved")
@@ -306,10 +316,8 @@ class Layer(nn.Module):
         if seen.shape != a.shape:
             moment.problems.append(f"an input of {tuple(seen.shape)}, not {tuple(a.shape)}")
             return a.detach()
-        if a.numel():
-            scale = float(a.detach().abs().mean()) or 1.0
-            error = float((wide - a.detach()).abs().max()) / scale
-            moment.error = max(moment.error, error if error == error else float("inf"))
+        moment.inputs.append(a.detach())
+        moment.error = max(moment.error, apart(wide, a.detach()))
         return wide
 
     def _activation_keep(self, a: Tensor, given: dict[str, Tensor | None]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.fuzz.cases import LayerCase
 from tests.fuzz.methods import Method
+from tests.fuzz.networks import Do, NetworkCase
 
 
 def symptom(problems: list[str]) -> str:
@@ -99,3 +100,53 @@ def _sizes(case: LayerCase) -> Iterable[LayerCase]:
             for fewer in {least, value // 2, value - 1}:
                 if least <= fewer < value:
                     yield replace(case, **{name: (*values[:i], fewer, *values[i + 1 :])})
+
+
+def smaller_networks(case: NetworkCase) -> list[NetworkCase]:
+    """Cases with an operation or an option less."""
+    ops = case.ops
+    found = []
+    for length in {len(ops) // 2, 3 * len(ops) // 4, len(ops) - 1}:
+        if 0 < length < len(ops):
+            found.append(replace(case, ops=ops[:length]))
+    found += [replace(case, ops=_without(ops, i)) for i in reversed(range(1, len(ops)))]
+    for i, op in enumerate(ops):
+        if op.body and op.options[0] > 1:
+            found.append(replace(case, ops=(*ops[:i], replace(op, options=(1,)), *ops[i + 1 :])))
+        for j in range(len(op.body)):
+            if len(op.body) > 1:
+                less = replace(op, body=_without(op.body, j))
+                found.append(replace(case, ops=(*ops[:i], less, *ops[i + 1 :])))
+    plain = NetworkCase()
+    for name in ("steps", "order", "norm_saves", "value_dtype", "threads", "kernels"):
+        if getattr(case, name) != getattr(plain, name):
+            found.append(replace(case, **{name: getattr(plain, name)}))
+    found += [replace(case, steps=case.steps[i:]) for i in range(1, len(case.steps))]
+    base = Method(first_dense=True)
+    for f in fields(Method):
+        value = getattr(base, f.name)
+        if getattr(case.method, f.name) != value:
+            found.append(replace(case, method=replace(case.method, **{f.name: value})))
+    for batch in {1, 2, 16}:
+        if batch < case.shape[0]:
+            found.append(replace(case, shape=(batch, *case.shape[1:])))
+    return found
+
+
+def _without(ops: tuple[Do, ...], gone: int) -> tuple[Do, ...]:
+    """Operations but one, whose first source stands in for its value."""
+    value, stand_in = gone + 1, ops[gone].sources[0]
+
+    def moved(source: int) -> int:
+        source = stand_in if source == value else source
+        return source - (source > value)
+
+    kept = []
+    for i, op in enumerate(ops):
+        if i == gone:
+            continue
+        options = op.options
+        if op.name == "again":
+            options = (options[0] - (options[0] > gone),)
+        kept.append(replace(op, sources=tuple(moved(s) for s in op.sources), options=options))
+    return tuple(kept)
