@@ -46,7 +46,7 @@ class LearnedThreshold(WeightThreshold):
             is_weight=True,
             seed=0,
         )
-        del self.threshold, self.previous
+        del self.threshold
         self.register_parameter("threshold", nn.Parameter(state, requires_grad))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedThreshold:

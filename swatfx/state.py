@@ -18,7 +18,8 @@ from swatfx import layouts, ops, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
-from swatfx.ops.current import Memory, recall
+from swatfx.ops.current import Ranked, recall
+from swatfx.ops.recomputed import History
 from swatfx.ops.state import HELD, check_rankable, compute_state, read_density
 from swatfx.selectors import Axes, Selector
 
@@ -86,14 +87,15 @@ class PartClock(nn.Module):
 
 
 def _tensors(inputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)][:1]
+    leaves = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+    return [x for x in leaves if x.layout is torch.strided and not x.is_nested]
 
 
 class Threshold(nn.Module):
     """One tensor's selection state, refreshed every `period` training iterations.
 
     Buffers: `threshold` (the selector's state), `stamp` (iteration of its last refresh), `density`
-    and `fraction`; `previous` (what a recomputation in backward may need) is not persistent.
+    and `fraction`. What a recomputation in backward may need of the past is in `history`.
     Stamp, density and fraction stay on the host in their own dtype, wherever the model is moved to:
     the host reads them at every step, and 0.1 in half precision would be another density.
     """
@@ -101,7 +103,6 @@ class Threshold(nn.Module):
     threshold: Tensor
     density: Tensor
     fraction: Tensor
-    previous: Tensor
     stamp: Tensor
 
     def __init__(
@@ -125,17 +126,21 @@ class Threshold(nn.Module):
         self.is_weight = is_weight
         self.seed = seed
         self.all_ranks = all_ranks
+        self.history = History()
         self.register_buffer("threshold", state)
         self.register_buffer("density", torch.zeros((), dtype=torch.float64, device="cpu"))
         self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device="cpu"))
-        self.register_buffer("previous", state.clone(), persistent=False)
         self.register_buffer("stamp", torch.full((), -1, dtype=torch.int64, device="cpu"))
         self.set_density(density)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Threshold:
-        for name in ("threshold", "previous"):
-            self._buffers[name] = fn(getattr(self, name))
+        self._buffers["threshold"] = fn(self.threshold)
+        self.history.forget()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.history.forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def chosen(self) -> Selector:
@@ -175,13 +180,12 @@ class Threshold(nn.Module):
             iteration=self._last_refresh,
         )
         self.threshold.copy_(state)
-        self.previous.copy_(state)
+        self.history.forget()
 
     def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = ops.refresh(
+        result: tuple[Tensor, Tensor, Tensor] = ops.refresh(
             x.detach(),
             self.threshold,
-            self.previous,
             self.stamp,
             step,
             self.density,
@@ -193,10 +197,10 @@ class Threshold(nn.Module):
             self.is_weight,
             self.seed,
             self.all_ranks,
+            self.history.token,
         )
-        use, threshold, previous, stamp = result
+        use, threshold, stamp = result
         self.threshold.copy_(threshold)
-        self.previous.copy_(previous)
         self.stamp.copy_(stamp)
         return use
 
@@ -211,7 +215,7 @@ class WeightThreshold(Threshold):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.remembered = Memory()
+        self.remembered = Ranked()
 
     @property
     def is_held(self) -> bool:

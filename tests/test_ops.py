@@ -202,7 +202,7 @@ def test_opcheck_refresh(selector: str, is_weight: bool, iteration: int) -> None
     step = torch.tensor([iteration, 0, iteration + 1])
     stamp = torch.tensor(0)
     buffers = (torch.tensor(density.value, dtype=torch.float64), torch.tensor([1, 2]))
-    args = (x, state, state.clone(), stamp, step, *buffers, 3, selector, "fc", 2, is_weight, 5)
+    args = (x, state, stamp, step, *buffers, 3, selector, "fc", 2, is_weight, 5)
     torch.library.opcheck(OPS.refresh, args)
 
 

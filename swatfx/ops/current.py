@@ -7,8 +7,6 @@ a compiled graph.
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from swatfx import selectors
+from swatfx.ops.memory import Memory
 from swatfx.ops.state import HELD, draw_seed, read_density
 from swatfx.selectors import Axes
 
@@ -39,13 +38,12 @@ class _Seen:
     state: Tensor
 
 
-class Memory:
-    """What one weight's last `swatfx::current` gave; a copy of a model remembers nothing."""
+class Ranked(Memory):
+    """What one weight's last `swatfx::current` gave."""
 
     def __init__(self) -> None:
-        self.token = next(_tokens)
+        super().__init__()
         self.seen: _Seen | None = None
-        _MEMORIES[self.token] = self
 
     def forget(self) -> None:
         """Rank anew at the next use, whatever the weight looks like."""
@@ -57,16 +55,6 @@ class Memory:
         if seen is None or seen.target != target or not _is_same(weight, seen):
             return None
         return seen.state.clone()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
-        return Memory()
-
-    def __reduce__(self) -> Any:
-        return Memory, ()
-
-
-_tokens = itertools.count()
-_MEMORIES: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
 
 
 def storage_id(x: Tensor) -> int:
@@ -82,8 +70,8 @@ def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After any optimizer's step: fused kernels write weights without autograd's knowledge."""
     if torch.compiler.is_compiling():
         return  # a compiled step does tell autograd
-    watched: dict[int, list[Memory]] = {}
-    for memory in list(_MEMORIES.values()):
+    watched: dict[int, list[Ranked]] = {}
+    for memory in Ranked.alive():
         if memory.seen is not None:
             watched.setdefault(memory.seen.storage.cdata, []).append(memory)
     if not watched:
@@ -130,7 +118,7 @@ def current(
         selector: name in `swatfx.selectors`.
         layer: for seeds.
         seed: of random selectors.
-        token: of the `Memory` that remembers the result; without effect on it.
+        token: of the `Ranked` that remembers the result; without effect on it.
 
     Returns:
         The selector's state, in the weight's precision; it aliases nothing.
@@ -138,7 +126,7 @@ def current(
     if int(stamp.item()) == HELD:
         return threshold.clone()
     target = _target(stamp, iteration, density, fraction)
-    memory = _MEMORIES.get(token)
+    memory = Ranked.find(token)
     found = None if memory is None else memory.recall(weight, target)
     if found is not None:
         return found
@@ -162,7 +150,7 @@ def _target(
 
 
 def recall(
-    memory: Memory,
+    memory: Ranked,
     weight: Tensor,
     threshold: Tensor,
     stamp: Tensor,

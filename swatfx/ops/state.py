@@ -8,9 +8,7 @@ only then.
 
 from __future__ import annotations
 
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -20,58 +18,13 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import InputError
+from swatfx.ops.recomputed import Forwards, History, inside_backward, key_of, may_be_recomputed
 from swatfx.selectors import Axes
 from swatfx.topk import holds_nan
 
 HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
 
-_Key = tuple[int, bool, int, tuple[int, ...]]  # (clock, of the root, data pointer, shape)
-
-
-class _Seen:
-    """Which training iterations a forward's input belonged to.
-
-    A recomputation gets the very tensor that the first pass got, and so finds the iteration whose
-    thresholds it has to see. Where several forwards got one tensor before a backward, autograd
-    recomputes the last of them first. A pointer that was freed and given out again belongs to its
-    new owner once something was recomputed from it, and to its last few owners until then.
-    """
-
-    _tensors = 4096
-    _forwards = 16
-
-    def __init__(self) -> None:
-        self._iterations: OrderedDict[_Key, list[int]] = OrderedDict()
-        self._recomputed: set[_Key] = set()
-
-    def note(self, key: _Key, iteration: int) -> None:
-        """A forward that is not a recomputation."""
-        known = self._iterations.setdefault(key, [])
-        self._iterations.move_to_end(key)
-        if key in self._recomputed:
-            self._recomputed.remove(key)
-            known.clear()
-        known.append(iteration)
-        del known[: -self._forwards]
-        if len(self._iterations) > self._tensors:
-            oldest, _ = self._iterations.popitem(last=False)
-            self._recomputed.discard(oldest)
-
-    def recall(self, key: _Key, default: int) -> int:
-        """The iteration of the forward that is recomputed now."""
-        known = self._iterations.get(key)
-        if not known:
-            return default
-        self._recomputed.add(key)
-        return known.pop() if len(known) > 1 else known[0]
-
-
-_SEEN = _Seen()
-_LOCK = threading.Lock()  # models that train in several threads share it
-
-
-def _inside_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+_FORWARDS = Forwards()
 
 
 @torch.library.custom_op("swatfx::step", mutates_args=())
@@ -81,26 +34,25 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
     Args:
         iteration: int64 0-dim, training forwards of the root so far.
         clock: identifies the compiled model in this process.
-        inputs: the tensors that the forward got; the first one identifies it when it is recomputed.
+        inputs: the tensors that the forward got; they identify it when it is recomputed.
         advance: True in the root's forward, False in a part that lies below eager code.
 
     Returns:
-        int64 [3]: this forward's iteration, 1 if it is a recomputation inside backward, and the
-        next value of `iteration`.
+        int64 [3]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
+        forward that is known and 2 for that of an unknown one, taken for the latest; and the next
+        value of `iteration`.
     """
     now = int(iteration.item())
     current = now if advance else max(now - 1, 0)
-    key = None
-    if inputs:
-        key = (clock, advance, inputs[0].data_ptr(), tuple(inputs[0].shape))
-    if _inside_backward():
-        latest = max(now - 1, 0)
-        with _LOCK:
-            found = _SEEN.recall(key, latest) if key else latest
-        return torch.tensor([found, 1, now])
-    if key is not None:
-        with _LOCK:
-            _SEEN.note(key, current)
+    if inside_backward():
+        key = (clock, advance, key_of(inputs))
+        known = _FORWARDS.recall(key)
+        if known is None:
+            return torch.tensor([max(now - 1, 0), 2, now])
+        _FORWARDS.note(key, known)
+        return torch.tensor([known, 1, now])
+    if may_be_recomputed():
+        _FORWARDS.note((clock, advance, key_of(inputs)), current)
     return torch.tensor([current, 0, now + 1 if advance else now])
 
 
@@ -178,7 +130,6 @@ def _sum_over_ranks(counts: Tensor) -> Tensor:
 def refresh(
     x: Tensor,
     threshold: Tensor,
-    previous: Tensor,
     stamp: Tensor,
     step: Tensor,
     density: Tensor,
@@ -190,13 +141,17 @@ def refresh(
     is_weight: bool,
     seed: int = 0,
     all_ranks: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    token: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold that this forward uses, recomputed from `x` if its iteration says so.
+
+    Where a layer is called several times in one forward, each call of an iteration that is due
+    computes a threshold of its own, and the last one is what later iterations use. A recomputation
+    in backward uses what its own call used: computed again from the same `x`, or remembered.
 
     Args:
         x: weight (F, C, *kernel), or activation.
-        threshold: state of the last refresh; `previous`: of the one before.
-        previous: see `threshold`.
+        threshold: state of the last refresh.
         stamp: int64 0-dim, iteration of the last refresh, -1 before the first, HELD where the
             state stays as it is.
         step: int64 [3] of `swatfx::step`.
@@ -209,25 +164,30 @@ def refresh(
         is_weight: what `x` is.
         seed: of random selectors.
         all_ranks: count over all ranks of the default process group.
+        token: of the `History` that remembers what calls used.
 
     Returns:
-        (to use now, new threshold, new previous, new stamp); none aliases an input.
+        (to use now, new threshold, new stamp); none aliases an input.
 
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
     iteration, recomputing, _ = (int(v) for v in step.tolist())
     last = int(stamp.item())
+    history = History.find(token)
     batch_shaped = not is_weight and selectors.get(selector).groups != ()
-    due = batch_shaped or iteration % period == 0 or last < 0
+    due = batch_shaped or iteration % period == 0 or (last < 0 and not recomputing)
     use = threshold
     if last == HELD:
         due = False
-    elif recomputing:
-        if not batch_shaped and last == iteration:
-            due = False  # the very threshold that the first pass computed
-        elif not due and last > iteration:
-            use = previous  # it was refreshed after the first pass; the new threshold stays
+    elif recomputing and not batch_shaped:
+        known = None
+        if history is not None and recomputing == 1:
+            known = history.of_only_refresh(iteration)
+        if history is not None and known is None and not due:
+            known = history.at(iteration)
+        if known is not None:
+            use, due = known, False
     # A rank whose batch is empty still has to add its zeros to the others' counts.
     fresh = due and (x.numel() > 0 or (all_ranks and _has_ranks()))
     if fresh:
@@ -245,16 +205,19 @@ def refresh(
         use = use.to(threshold.dtype)
     elif batch_shaped:
         use = threshold.new_zeros(_state_shape(x, selector, spatial, is_weight))
-    if recomputing or batch_shaped or not fresh:
-        return use.clone(), threshold.clone(), previous.clone(), stamp.clone()
-    return use, use.clone(), threshold.clone(), torch.full_like(stamp, iteration)
+    if recomputing or batch_shaped or last == HELD:
+        return use.clone(), threshold.clone(), stamp.clone()
+    if history is not None:
+        (history.refreshed if fresh else history.used)(iteration, use)
+    if not fresh:
+        return use.clone(), threshold.clone(), stamp.clone()
+    return use, use.clone(), torch.full_like(stamp, iteration)
 
 
 @refresh.register_fake
 def _(
     x: Tensor,
     threshold: Tensor,
-    previous: Tensor,
     stamp: Tensor,
     step: Tensor,
     density: Tensor,
@@ -266,11 +229,12 @@ def _(
     is_weight: bool,
     seed: int = 0,
     all_ranks: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    token: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
     use = torch.empty_like(threshold)
     if not is_weight and selectors.get(selector).groups:
         use = threshold.new_empty(_state_shape(x, selector, spatial, is_weight))
-    return use, torch.empty_like(threshold), torch.empty_like(previous), torch.empty_like(stamp)
+    return use, torch.empty_like(threshold), torch.empty_like(stamp)
 
 
 def _state_shape(x: Tensor, selector: str, spatial: int, is_weight: bool) -> tuple[int, ...]:

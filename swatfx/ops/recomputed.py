@@ -1,0 +1,156 @@
+"""Which call a recomputation in backward stands for, and the thresholds that this call used.
+
+Activation checkpointing runs part of a forward again inside backward: reentrant or not, nested or
+not, some calls of several, after other forwards. What runs again gets inputs with the very bits of
+the first run. Where two first runs had equal inputs, the autograd node that asks for the
+recomputation tells them apart: nodes are numbered in the order of the forward.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swatfx.ops.memory import Memory
+
+_SAMPLE = 64  # elements of an input that its key holds as they are
+
+
+def inside_backward() -> bool:
+    """Whether autograd runs a backward in this thread."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def may_be_recomputed() -> bool:
+    """Whether this forward may be run again: nothing is saved by autograd, or hooks see it saved.
+
+    Checkpointing of the one kind runs without gradients, of the other below saved-tensor hooks.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return not torch.is_grad_enabled() or hooks is not None
+
+
+def key_of(inputs: Sequence[Tensor]) -> Hashable:
+    """What tells tensors of other bits apart: shapes, a checksum and a sample of each."""
+    return tuple(_key(x.detach()) for x in inputs)
+
+
+def _key(x: Tensor) -> Hashable:
+    looks = (x.shape, x.stride(), x.dtype, x.device)
+    if not x.numel() or x.is_meta or x.layout != torch.strided:
+        return looks
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    pairs = [(n, s) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+    span = 1 + sum((n - 1) * s for n, s in pairs)
+    if span == x.numel():  # dense, in whatever order
+        flat = x.as_strided((span,), (1,), x.storage_offset())
+    else:
+        flat = x.reshape(-1)
+    words = flat.view(torch.uint8)
+    whole = words.numel() // 8 * 8
+    if whole and words.storage_offset() % 8 == 0:
+        rest, words = words[whole:], words[:whole].view(torch.int64)
+    else:
+        rest, words = words[:0], words
+    sample = words[:: max(1, words.numel() // _SAMPLE)]
+    total = words.sum(dtype=torch.int64).reshape(1)
+    numbers = torch.cat([total, sample.to(torch.int64), rest.to(torch.int64)])
+    return looks, tuple(numbers.tolist())
+
+
+class Forwards:
+    """The training iterations of the calls that may be recomputed, by their inputs."""
+
+    _inputs = 4096
+    _calls = 32
+
+    def __init__(self) -> None:
+        # (number of the next autograd node, iteration) of each call, by what it was called with.
+        self._seen: OrderedDict[Hashable, list[tuple[int, int]]] = OrderedDict()
+        self._lock = threading.Lock()  # models that train in several threads share it
+
+    def note(self, key: Hashable, iteration: int) -> None:
+        """A call, or its recomputation: what is checkpointed within it may follow."""
+        with self._lock:
+            calls = self._seen.setdefault(key, [])
+            self._seen.move_to_end(key)
+            calls.append((torch._C._autograd._get_sequence_nr(), iteration))
+            del calls[: -self._calls]
+            if len(self._seen) > self._inputs:
+                self._seen.popitem(last=False)
+
+    def recall(self, key: Hashable) -> int | None:
+        """The iteration of the call that is recomputed now; None if it was not noted."""
+        with self._lock:
+            calls = list(self._seen.get(key, ()))
+        if len({iteration for _, iteration in calls}) < 2:
+            return calls[-1][1] if calls else None
+        node = torch._C._current_autograd_node()
+        number = math.inf if node is None else node._sequence_nr()
+        if node is not None and "Checkpoint" in node.name():
+            # Reentrant: the node was made before what it runs again.
+            later = [call for call in calls if call[0] > number]
+            return min(later or calls[-1:])[1]
+        # Else the node is one of those that the call made, the last with something saved.
+        earlier = [call for call in calls if call[0] <= number]
+        return max(earlier or calls[:1])[1]
+
+
+@dataclass
+class _Period:
+    """A state and from when on it was used."""
+
+    start: int  # training iteration
+    refreshes: int  # by how many calls of that iteration it was recomputed; 0: found there
+    state: Tensor
+
+
+class History(Memory):
+    """The last states of one threshold, for calls that are recomputed after it was refreshed."""
+
+    _small = 4096  # elements; larger ones (masks) are kept but for the current and the last period
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._periods: list[_Period] = []
+
+    def forget(self) -> None:
+        """Whatever is used next was put there by something else than a refresh in forward."""
+        self._periods = []
+
+    def refreshed(self, iteration: int, state: Tensor) -> None:
+        """A call of `iteration` has computed `state`, which is used from here on."""
+        last = self._periods[-1] if self._periods else None
+        if last is not None and last.start == iteration and last.refreshes:
+            last.refreshes += 1
+            last.state = state.clone()
+        else:
+            self._add(_Period(iteration, 1, state.clone()))
+
+    def used(self, iteration: int, state: Tensor) -> None:
+        """A call of `iteration` uses `state` as it found it."""
+        if not self._periods:
+            self._add(_Period(iteration, 0, state.clone()))
+
+    def _add(self, period: _Period) -> None:
+        self._periods.append(period)
+        del self._periods[: -(32 if period.state.numel() <= self._small else 2)]
+
+    def of_only_refresh(self, iteration: int) -> Tensor | None:
+        """The state that the only call of `iteration` that refreshed computed."""
+        for period in self._periods:
+            if period.start == iteration and period.refreshes == 1:
+                return period.state
+        return None
+
+    def at(self, iteration: int) -> Tensor | None:
+        """The state that calls of `iteration` used without a refresh of their own."""
+        found = [period for period in self._periods if period.start <= iteration]
+        return found[-1].state if found else None
