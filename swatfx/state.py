@@ -229,8 +229,9 @@ class WeightThreshold(Threshold):
     def make_room(self, weight: Tensor) -> None:
         """Take the shape that the state of `weight` has."""
         state = initial_state(weight, weight, self.selector, self.spatial, True)
-        for name in ("threshold", "previous"):
-            self._buffers[name] = state.clone()
+        self._buffers["threshold"] = state
+        self.history.forget()
+        self.remembered.forget()
 
     @torch.no_grad()
     def renew(self, weight: Tensor) -> None:
