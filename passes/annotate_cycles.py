@@ -8,6 +8,7 @@ seeded generator. Changes no node.
 from __future__ import annotations
 
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from passes.trace_shapes import Run, Seen
 from swatfx import meta
 from swatfx.accelerators import Accelerator, Cycles
 from swatfx.accelerators.traffic import Traffic, operand_bytes
+from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, all_parts
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import LayerCall, LayerPlan
@@ -48,6 +50,20 @@ class SimulationOptions:
     draw_weights: bool = False
     bandwidth: float = 0.0
     word_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a value out of its range; names the option."""
+        for name, low in (("samples", 1), ("seed", 0), ("word_bytes", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise InputError(f"{name} is a whole number, at least {low}", value=value)
+        for name, high in (("natural_density", 1.0), ("bandwidth", sys.float_info.max)):
+            value = getattr(self, name)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not fits or not 0 <= value <= high:
+                raise InputError(f"{name} is a number from 0 to {high:g}", value=value)
+        if not isinstance(self.draw_weights, bool):
+            raise InputError("draw_weights is true or false", value=self.draw_weights)
 
 
 @dataclass(frozen=True)

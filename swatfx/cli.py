@@ -7,6 +7,8 @@ import contextlib
 import difflib
 import io
 import json
+import logging
+import math
 import os
 import re
 import signal
@@ -23,9 +25,10 @@ from tabulate import tabulate
 from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
 from swatfx.atomic import write_text
 from swatfx.checkpoint import load
-from swatfx.cli_types import LARGEST, file, given, number, whole
+from swatfx.cli_types import LARGEST, MOST_CLASSES, file, given, number, whole
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
+from swatfx.graph_module import evaluation_mode
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy
 from swatfx.reporting import Report, report
@@ -41,6 +44,9 @@ _EPILOG = """examples:
 
 A model is a torchvision name, a cifar/ name (swatfx models lists them), or package.module:callable.
 A policy is name:sparsity[,field=value...] (swatfx policies lists names and fields)."""
+
+
+_MOST_ELEMENTS = 2**40  # of an input: costs still fit what counts them
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name, or a sign, that a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
+    # What torch logs of a shape that does not fit, our error says in one line.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     parser = _parser()
     args = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
@@ -223,7 +231,7 @@ def _add_model(
         help_text = f"{text} ({default})"
         command.add_argument("model", nargs="?", type=given, default=default, help=help_text)
     command.add_argument(
-        "--num-classes", type=whole(), metavar="N", help="instead of the model's own"
+        "--num-classes", type=whole(1, MOST_CLASSES), metavar="N", help="instead of the model's own"
     )
     if with_policy:
         text = "e.g. swat-u:0.9,period=1000"
@@ -260,17 +268,33 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
                 "your own model wants an input shape", remedy="add --input-shape 3,224,224"
             )
         return (args.batch_size, *models.default_input_shape(args.model))
-    try:
-        shape = tuple(int(v) for v in args.input_shape.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
+    shape: tuple[int, ...] = ()
+    if re.fullmatch(r"[0-9]{1,10}([,x][0-9]{1,10})*", args.input_shape):
+        shape = tuple(int(extent) for extent in re.split("[,x]", args.input_shape))
     if not shape or min(shape) < 1 or max(shape) > LARGEST:
         raise InputError(
             "--input-shape is a list of positive numbers",
             value=args.input_shape,
             remedy="write it as 3,224,224",
         )
+    if args.batch_size * math.prod(shape) > _MOST_ELEMENTS:
+        raise InputError(
+            "--batch-size and --input-shape make an input of too many elements",
+            value=(args.batch_size, *shape),
+        )
     return (args.batch_size, *shape)
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    """Raises InputError where they take more memory than there is."""
+    try:
+        return torch.zeros(shape)
+    except RuntimeError as error:
+        raise InputError(
+            "an input of this shape cannot be allocated",
+            value=shape,
+            remedy="give a smaller --batch-size or --input-shape",
+        ) from error
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -314,18 +338,32 @@ def _emit(text: str, output: str | None) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     model = models.resolve(args.model, args.num_classes)
-    shape = read_shape(args)
+    inputs = _zeros(read_shape(args))
+    _check_takes(model, inputs[:1])
     if args.checkpoint:
         gm = load(args.checkpoint, model)
     else:
         gm = compile_model(model, read_policy(args.policy, args.sparsity))
-    export(gm, args.output, (torch.zeros(shape),), training=args.training)
+    export(gm, args.output, (inputs,), training=args.training)
     size = Path(args.output).stat().st_size
     if args.json:
         print(json.dumps({"path": args.output, "bytes": size}))
     else:
         print(f"{args.output}: {size:,} bytes")
     return 0
+
+
+def _check_takes(model: torch.nn.Module, inputs: torch.Tensor) -> None:
+    """Raise InputError unless `model` runs on `inputs`; some formats would not ask it to."""
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            model(inputs)
+        except Exception as error:  # of the user's own code, too
+            raise InputError(
+                f"the model cannot take an input of this shape: {type(error).__name__}: {error}",
+                value=tuple(inputs.shape),
+                remedy="check --input-shape",
+            ) from error
 
 
 def _compare(args: argparse.Namespace) -> int:

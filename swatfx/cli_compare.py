@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from swatfx import comparing
-from swatfx.cli_types import MOST_THREADS, file, given, number, whole
+from swatfx.cli_types import MOST_SAMPLES, MOST_THREADS, file, given, number, whole
 from swatfx.errors import InputError, PolicyError
 from swatfx.policy import CONSTRUCTORS
 
@@ -52,7 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--epochs", type=whole(), help="of each run (default: the recipe's)")
     add(
         "--seeds",
-        type=whole(),
+        type=whole(1, MOST_SAMPLES),
         metavar="N",
         help="runs of each policy, seeds from 0 on (default: 1)",
     )
@@ -63,7 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="recipe of the paper (default: by model and data)",
     )
-    add("--lr", type=number(above=0), help="first learning rate")
+    add("--lr", type=number(above=0, below=1e6), help="first learning rate")
     add(
         "--device",
         type=given,
@@ -121,6 +121,9 @@ def run(
         SwatError: as `comparing.compare`.
     """
     policies = split_policies(args.policies)
+    for text in args.policies:
+        if not split_policies([text]):
+            raise PolicyError("there is no policy to compare in a list", value=text)
     train = _training(args)
     inputs = None
     if train is None:

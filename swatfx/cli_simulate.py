@@ -17,7 +17,7 @@ from tqdm import tqdm
 from swatfx import accelerators, models, policy
 from swatfx.atomic import write_text
 from swatfx.checkpoint import load
-from swatfx.cli_types import file, fraction, given, number, whole
+from swatfx.cli_types import MOST_SAMPLES, file, fraction, given, number, whole
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule
@@ -41,7 +41,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--samples",
-        type=whole(),
+        type=whole(1, MOST_SAMPLES),
         default=1,
         metavar="N",
         help="samples to simulate, each by itself",
@@ -71,8 +71,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--trace", type=file, metavar="FILE", help="write the step as a Chrome / Perfetto trace")
     add("--table6", action="store_true", help="the paper's table 6 beside ours")
-    add("--seeds", type=whole(), default=3, metavar="N", help="mask seeds of --table6")
+    add(
+        "--seeds",
+        type=whole(1, MOST_SAMPLES),
+        default=3,
+        metavar="N",
+        help="mask seeds of --table6",
+    )
     add("--json", action="store_true")
+
+
+_MOST_VALUES = 1000  # of a sweep
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class Subject:
 
 def run(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
     """Run the command; `shape` is that of the input with its batch."""
+    if args.data_root is not None and args.data is None:
+        raise InputError("--data-root without --data", value=args.data_root, remedy="add --data")
     if args.table6:
         return _table6(args, chosen, shape)
     if args.sweep:
@@ -174,14 +185,16 @@ def sweep_values(text: str) -> tuple[str, list[float | int]]:
     try:
         if ".." in values:
             low, high = (int(v) for v in values.split("..", 1))
-            found: list[float | int] = list(range(low, high + 1))
+            found: list[float | int] = list(range(low, min(high, low + _MOST_VALUES) + 1))
         else:
             found = [float(v) if "." in v else int(v) for v in values.split(",")]
     except ValueError:
         found = []
-    if not equals or not found:
+    if not equals or not found or len(found) > _MOST_VALUES:
         raise InputError(
-            "a sweep is a name and values", value=text, remedy="write lookahead=1..4 or a,b,c"
+            f"a sweep is a name and at most {_MOST_VALUES} values",
+            value=text,
+            remedy="write lookahead=1..4 or a,b,c",
         )
     return name.strip().replace("-", "_"), found
 
@@ -205,6 +218,10 @@ def _sweep_rows(
     name: str,
     values: Sequence[float | int],
 ) -> Iterator[dict[str, Any]]:
+    if name in ("batch", "samples", "seed", "word_bytes"):
+        for value in values:
+            if not isinstance(value, int) or not 0 < value <= MOST_SAMPLES and name != "seed":
+                raise InputError(f"a sweep over {name} takes whole numbers", value=value)
     designs = args.accelerator or ["bit-tactical" if name != "sparsity" else "scnn"]
     for value in values:
         names, policy_now, options = list(designs), chosen, argparse.Namespace(**vars(args))

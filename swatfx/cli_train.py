@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--epochs", type=whole(), help="the recipe's schedule is scaled to them (default: its own)")
     add("--batch-size", type=whole(), help="images a step; the learning rate is not adapted to it")
-    add("--lr", type=number(above=0), help="first learning rate; later ones keep their ratio to it")
+    add(
+        "--lr",
+        type=number(above=0, below=1e6),
+        help="first learning rate; later ones keep their ratio to it",
+    )
     add("--seed", type=seed, default=0)
     add("--device", type=given, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--output-dir", type=file, metavar="DIR", help="for config, metrics and checkpoint")

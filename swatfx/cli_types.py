@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 from swatfx.atomic import as_path
@@ -11,16 +12,17 @@ from swatfx.errors import InputError
 
 LARGEST = 2**31 - 1  # of a count: what C and torch take everywhere
 MOST_THREADS = 4096
+MOST_CLASSES = 10**6
+MOST_SAMPLES = 10**5  # to simulate, which takes seconds each
 
 
 def whole(low: int = 1, high: int = LARGEST) -> Callable[[str], int]:
     """A whole number from `low` to `high`."""
 
     def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+        if not re.fullmatch(r"[+-]?[0-9]+", text):  # int() takes 1_0 and digits of other scripts
+            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}")
+        value = int(text[:99])
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{value} is not in {low} to {high}")
         return value
@@ -35,7 +37,7 @@ def number(
 
     def read(text: str) -> float:
         try:
-            value = float(text)
+            value = float(text if re.fullmatch(r"[-+.0-9a-zA-Z]+", text) else "")
         except ValueError:
             raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
         fits = low <= value < below if above is None else above < value < below

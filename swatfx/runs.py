@@ -92,10 +92,15 @@ def _refuse_ranks() -> None:
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError("unknown device", value=name, remedy="use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type)
+    if count is None:
+        raise InputError("runs train on cpu or cuda", value=name, remedy="use --device cpu")
+    if count == 0:
         raise InputError("PyTorch sees no GPU", value=name, remedy="use --device cpu")
+    if (device.index or 0) >= count:
+        raise InputError(f"there are {count} devices of this kind", value=name)
     return device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from swatfx.errors import InputError, SwatError, UnknownNameError
 
 NAMES = ("digits", "cifar10", "cifar100", "fake", "imagenet")
 """Data sets by name; ``fake`` also takes a shape, as in ``fake/3x32x32/10``."""
+
+_MOST_PIXELS, _MOST_CLASSES = 2**22, 10**6  # of a fake data set: it is all in memory
 
 # Per-channel mean and standard deviation over all training pixels in [0, 1]. For CIFAR-10 they
 # were computed from the images; the .2023/.1994/.2010 often seen is a mean of per-image values.
@@ -116,6 +119,8 @@ def load(name: str, root: str | pathlib.Path | None = None, *, limit: int | None
     """
     if limit is not None and limit < 1:
         raise InputError("the limit on training images must be at least 1", value=limit)
+    if root is not None and not pathlib.Path(root).exists():
+        raise InputError("root (--data-root) is not there", value=str(root))
     if name == "digits":
         data = _digits()
     elif name in ("cifar10", "cifar100"):
@@ -232,6 +237,12 @@ def _fake(name: str) -> Dataset:
             ) from error
         if min(*shape, classes) < 1:
             raise InputError("a fake data set needs positive sizes", value=name)
+        if math.prod(shape) > _MOST_PIXELS or classes > _MOST_CLASSES:
+            raise InputError(
+                f"a fake data set has at most {_MOST_PIXELS} pixels an image and"
+                f" {_MOST_CLASSES} classes",
+                value=name,
+            )
     generator = seeded(0, 0, name)
     parts: list[Tensor] = []
     for count in (512, 128):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from swatfx.errors import UnknownNameError
+from swatfx.errors import InputError, SwatError, UnknownNameError
 from swatfx.models.densenet import DenseNet
 from swatfx.models.digits import DigitsCNN
 from swatfx.models.resnet import ResNet
@@ -169,8 +169,19 @@ def create(name: str, *, num_classes: int | None = None, **kwargs: Any) -> nn.Mo
 def resolve(spec: str, num_classes: int | None = None) -> nn.Module:
     """Build the network `spec`: a name that `create` knows, or ``package.module:callable``.
 
-    Raises UnknownNameError or InputError where there is no such thing.
+    Raises UnknownNameError or InputError where there is no such thing, or it cannot be built.
     """
+    try:
+        return _resolve(spec, num_classes)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, SwatError):
+            raise
+        raise InputError(
+            f"the model cannot be built: {type(error).__name__}: {error}", value=spec
+        ) from error
+
+
+def _resolve(spec: str, num_classes: int | None) -> nn.Module:
     if ":" in spec:
         return build(spec, num_classes)
     return create(spec, num_classes=num_classes)
@@ -184,6 +195,6 @@ def resolve_on_meta(spec: str, num_classes: int | None = None) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            return resolve(spec, num_classes)
+            return _resolve(spec, num_classes)
     except (NotImplementedError, RuntimeError):
         return resolve(spec, num_classes)

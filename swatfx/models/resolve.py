@@ -27,9 +27,11 @@ def import_callable(spec: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever the user's module raises as it is run
+        known = isinstance(error, (ImportError, AttributeError, ValueError))
+        what = str(error) if known else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"cannot import the model: {error}",
+            f"cannot import the model: {what}",
             value=spec,
             remedy="write package.module:callable, importable from the current folder",
         ) from error
@@ -46,13 +48,15 @@ def build(spec: str, num_classes: int | None) -> nn.Module:
     if not callable(builder):
         raise InputError("not a callable that builds a model", value=spec)
     options = {}
-    if num_classes is not None and "num_classes" in inspect.signature(builder).parameters:
-        options["num_classes"] = num_classes
     try:
+        if num_classes is not None and "num_classes" in inspect.signature(builder).parameters:
+            options["num_classes"] = num_classes
         model = builder(**options)
-    except TypeError as error:
+    except (NotImplementedError, RuntimeError):
+        raise  # on the meta device, which not every builder can do; see `resolve_on_meta`
+    except (Exception, SystemExit) as error:
         raise InputError(
-            f"the model cannot be built: {error}",
+            f"the model cannot be built: {type(error).__name__}: {error}",
             value=spec,
             remedy="name a callable without required arguments",
         ) from error
