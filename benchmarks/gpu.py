@@ -178,7 +178,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU here: --device cpu tries the runner out")
-    small = parse_network("digits/cnn:16" if args.quick else "cifar/resnet20:32")
+    small = parse_network("digits/cnn:16" if args.quick else "cifar/resnet20:8")
     large = args.model or parse_network("digits/cnn:16" if args.quick else "resnet50:64")
     policies: Sequence[str] = args.policies or (POLICIES[:3] if args.quick else POLICIES)
     steps = step_sides("swat-u:0.9")
