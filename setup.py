@@ -4,6 +4,7 @@ A library that does not build is left out: swatfx then runs its plain-torch kern
 """
 
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,12 +24,15 @@ FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidde
 if sys.platform == "win32":
     TARGETS = {}  # MSVC has no vector extensions
 
+DIGEST = runpy.run_path("swatfx/kernels/sources.py")["digest"]()
+
 setup(
     ext_modules=[
         Extension(
             f"swatfx.kernels._{name}",
             SOURCES,
             depends=HEADERS,
+            define_macros=[("SWATFX_SOURCES", f'"{DIGEST}"')],
             extra_compile_args=[*FLAGS, *target],
             extra_link_args=["-fopenmp"],
             optional=True,

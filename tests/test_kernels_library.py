@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
 
 import pytest
-from kernel_builds import assert_passes_on, build, python
+from kernel_builds import assert_passes_on, build, need_gcc, python
 from torch.backends import cpu
 
 from swatfx import kernels
@@ -63,6 +64,25 @@ def test_what_is_not_there_is_said_once(value: str) -> None:
 def test_nothing_is_said_until_a_kernel_is_asked_for() -> None:
     result = python("-W", "error", "-c", "import swatfx", kernels="nonsense")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("built_from", ['"of another version"', None])
+def test_a_library_of_other_sources_is_not_called(
+    built_from: str | None, tmp_path: pathlib.Path
+) -> None:
+    """As after an update that was not installed again: its structures may be others."""
+    text = (
+        "int unrelated;"
+        if built_from is None
+        else f"char *swatfx_sources() {{ return {built_from}; }}"
+    )
+    source, library = tmp_path / "old.c", tmp_path / "old.so"
+    source.write_text(text)
+    command = [need_gcc(), "-fPIC", "-shared", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    first, warning = ask(str(library))
+    assert first == "False reference 1"
+    assert "built from other sources: install swatfx again" in warning
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")

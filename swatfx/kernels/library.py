@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from swatfx.errors import InputError
+from swatfx.kernels import sources
 
 VARIABLE = "SWATFX_KERNELS"
 REFERENCE = "reference"
@@ -47,20 +48,36 @@ def _found() -> tuple[str, ctypes.CDLL | None]:
         files = {asked: asked}
     else:
         files = _built(asked)
+    old = False
     for name, file in files.items():
         try:
             # After torch: both then share one OpenMP run-time and its threads.
-            return name, ctypes.CDLL(file)
+            library = ctypes.CDLL(file)
         except OSError:
             continue
+        if _is_current(library):
+            return name, library
+        old = True
+    remedy = "Install a C compiler with OpenMP and install swatfx again"
+    if old:
+        remedy = "They were built from other sources: install swatfx again"
     warnings.warn(
-        "swatfx runs without its compiled kernels: same results, but no faster than dense. Install"
-        " a C compiler with OpenMP and install swatfx again"
-        + ("" if asked == "auto" else f" (or unset {VARIABLE}={asked})"),
+        "swatfx runs without its compiled kernels: same results, but no faster than dense."
+        f" {remedy}" + ("" if asked == "auto" else f" (or unset {VARIABLE}={asked})"),
         RuntimeWarning,
         stacklevel=2,
     )
     return REFERENCE, None
+
+
+def _is_current(library: ctypes.CDLL) -> bool:
+    """Whether it was built from the sources that lie here, or by hand; another one would crash."""
+    try:
+        found = library.swatfx_sources
+    except AttributeError:  # older than the question
+        return False
+    found.restype = ctypes.c_char_p
+    return found() in (b"", sources.digest().encode())
 
 
 def _built(asked: str) -> dict[str, str]:
