@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swatfx import meta
 from swatfx.change_rules import (
@@ -43,6 +43,19 @@ def watch(gm: SwatModule) -> None:
     for prefix, part in all_parts(gm):
         assert isinstance(part, SwatModule)
         part.__dict__["watch"] = Watch(gm, part, prefix)
+
+
+def note_shapes(gm: SwatModule) -> None:
+    """Let plans tell the weights that dense layers have now: those the graph calls as modules."""
+    for _, part in all_parts(gm):
+        for node in part.graph.nodes:
+            plan = meta.read(node).plan
+            if plan is None or node.op != "call_module":
+                continue
+            weight = getattr(part.get_submodule(str(node.target)), "weight", None)
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
+            if plan.weight_shape and plan.weight_shape != shape:
+                meta.update(node, plan=replace(plan, weight_shape=shape))
 
 
 class Watch:

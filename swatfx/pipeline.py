@@ -31,7 +31,7 @@ from passes.verify import verify
 from passes.watch_products import Frame
 from swatfx import meta
 from swatfx.accelerators import Accelerator
-from swatfx.changes import watch
+from swatfx.changes import note_shapes, watch
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
 from swatfx.layers import SparseLayer, sparse_layers
@@ -267,6 +267,7 @@ def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> M
 
     Nothing of `gm` changes but the metadata of its nodes.
     """
+    note_shapes(gm)
     sparse = observe_run(gm, example_inputs, as_dense=False)
     dense = observe_run(gm, example_inputs, as_dense=True, products=True)
     annotate_cost(gm, sparse, dense, accounting)
