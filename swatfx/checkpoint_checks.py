@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from swatfx import saved_policy
 from swatfx.errors import CheckpointError, SwatError
 from swatfx.graph_module import SwatModule
 from swatfx.meta import VALUE_DTYPES
@@ -173,7 +174,10 @@ def check_plan(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
 def check_state(state: Mapping[str, Any], gm: SwatModule) -> None:
     """Refuse a state dict that `gm` cannot take as it is; names the first key that differs."""
     own = gm.state_dict()
+    policy = f"swat.{saved_policy.KEY}"  # the plan says it, too; earlier versions had no such key
     for name in [*state, *own]:
+        if name == policy:
+            continue
         if name not in own or name not in state:
             where = "the checkpoint" if name in state else "the model"
             raise CheckpointError(

@@ -164,11 +164,15 @@ class SwatModule(fx.GraphModule):
         self.follow_all()
         return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if "swat" in self._modules:  # before anything is loaded
+            self.swat.check_policy(state_dict, f"{prefix}swat.")
         for _, part in all_parts(self):
             if part.watch is not None:
                 part.watch.make_room()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = self._kinds()

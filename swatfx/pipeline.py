@@ -187,7 +187,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _add_state(gm: SwatModule, policy: Policy) -> None:
-    swat = SwatState(policy.name if policy.needs_optimizer else None)
+    swat = SwatState(policy)
     if policy.updates_masks or any(rule.updates_masks for _, rule in policy.rules):
         swat.remember(len(policy.rules) + 1)
     swat.train(gm.training)

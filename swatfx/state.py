@@ -7,20 +7,21 @@ sees one graph and a checkpoint holds all that resuming needs. Evaluation change
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from swatfx import layouts, ops, selectors
+from swatfx import layouts, ops, saved_policy, selectors
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
 from swatfx.ops.state import HELD, check_rankable, compute_state, read_density
+from swatfx.policy import Policy
 from swatfx.selectors import Axes, Selector
 
 _tokens = itertools.count()
@@ -325,9 +326,10 @@ class SwatState(nn.Module):
     clock: Clock
     memory: Tensor | None
 
-    def __init__(self, optimizer_wanted_by: str | None) -> None:
+    def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.clock = Clock(optimizer_wanted_by)
+        self.policy_made_for = policy
+        self.clock = Clock(policy.name if policy.needs_optimizer else None)
         self.part_clock = PartClock(self.clock)
         self.register_buffer("memory", None)
         self.stale = False  # a dense checkpoint was loaded: weight thresholds want recomputing
@@ -353,15 +355,29 @@ class SwatState(nn.Module):
             if isinstance(module, Threshold):
                 yield name, module
 
+    def get_extra_state(self) -> Tensor:
+        """The policy, so that a state dict says what it belongs to."""
+        return saved_policy.as_tensor(self.policy_made_for)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: a state of another policy was refused before."""
+
+    def check_policy(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise CheckpointError if `state_dict`, our keys at `prefix`, is of another policy."""
+        own = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
+        saved_policy.check(self.policy_made_for, state_dict, prefix, own)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self.check_policy(state_dict, prefix)
         # A checkpoint of the dense model has none of our keys: supply them, and note that weight
         # thresholds belong to other weights now.
         if not any(key.startswith(prefix) for key in state_dict):
             for key, value in self.state_dict().items():
                 state_dict[prefix + key] = value
             self.stale = True
+        state_dict.setdefault(prefix + saved_policy.KEY, self.get_extra_state())  # an old one
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -110,6 +110,34 @@ def grouped_kth_magnitude(scores: Tensor, density: Density, shape: tuple[int, ..
     return _kth_of_rows(rows, k).view(shape)
 
 
+def exact_top(scores: Tensor, density: Density, shape: tuple[int, ...]) -> Tensor:
+    """Bool mask of exactly `density.count` of the scores of each group, of scores' shape.
+
+    Of equal scores, those at the lowest index in row-major order are kept: a mask that is held has
+    the density that it was asked for, also where many weights are zero.
+
+    Args:
+        scores: non-negative floats of any shape.
+        density: how many to keep.
+        shape: () for one group, or as in `grouped_kth_magnitude`.
+    """
+    kept = [d for d, n in enumerate(shape) if n != 1 and scores.shape[d] == n]
+    order = kept + [d for d in range(scores.dim()) if d not in kept]
+    groups = 1
+    for d in kept:
+        groups *= scores.shape[d]
+    moved = scores.permute(order)
+    rows = moved.reshape(groups, -1)
+    k = density.count(rows.shape[1])
+    if not rows.numel() or k >= rows.shape[1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    t = kth_magnitude(scores, density) if groups == 1 else _kth_of_rows(rows, k).unsqueeze(1)
+    over, ties = rows > t, rows == t
+    keep = over | ties & (ties.cumsum(1) <= k - over.sum(1, keepdim=True))
+    back = [order.index(d) for d in range(scores.dim())]
+    return keep.view(moved.shape).permute(back)
+
+
 def _kth_of_rows(rows: Tensor, k: int) -> Tensor:
     wide = rows if rows.dtype in _DIGITS else rows.float()
     return wide.kthvalue(wide.shape[1] - k + 1, dim=1).values.to(rows.dtype)

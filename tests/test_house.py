@@ -37,6 +37,7 @@ FLOORS = {
         "swatfx.masks",
         "swatfx.structured",
         "swatfx.learned",
+        "swatfx.saved_policy",
         "swatfx.state",
         "swatfx.graph_module",
         "swatfx.wrappers",

@@ -11,7 +11,7 @@ from swatfx import bits
 from swatfx.density import Density
 from swatfx.errors import PolicyError
 from swatfx.selectors.base import Axes, Selector
-from swatfx.topk import Reduce
+from swatfx.topk import Reduce, exact_top
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class NofM(Selector):
         channels = scores.shape[-1]
         scores = torch.nn.functional.pad(scores, (0, -channels % self.m), value=-1.0)
         groups = scores.unflatten(-1, (-1, self.m))
-        top = groups.topk(self.n, dim=-1).indices
+        # Stable: of equal ones, the first.
+        top = groups.argsort(dim=-1, descending=True, stable=True)[..., : self.n]
         keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True)
         return bits.mask_to_bits(keep.flatten(-2)[..., :channels].movedim(-1, axes.channel))
 
@@ -124,13 +125,18 @@ class Held(Selector):
     def state(
         self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
     ) -> Tensor:
-        """The mask that `base` selects now; a random one of as many as the density allows.
+        """The mask that `base` selects now, of equal weights the first; or a random one.
 
-        Rounded down, since it holds: at least the asked sparsity, but never no weight at all.
+        That one has as many as the density allows, rounded down, since it holds: at least the asked
+        sparsity, but never no weight at all.
         """
         if density.is_dense:
             return self.from_mask(torch.ones(x.shape, dtype=torch.bool, device=x.device))
         if not isinstance(self.base, RandomSelector):
+            if type(self.base).state is Selector.state:
+                shape = self.base.state_shape(tuple(x.shape), axes)
+                keep = exact_top(self.base.score(x, axes), density, shape)
+                return self.from_mask(keep.expand_as(x))
             state = self.base.state(x, density, axes, seed, reduce)
             return self.from_mask(self.base.keep(x, state, axes).expand_as(x))
         generator = torch.Generator().manual_seed(seed)  # on the host, as above
