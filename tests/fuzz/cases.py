@@ -159,6 +159,11 @@ def random_layer(seed: int, number: int) -> LayerCase:
         case = replace(case, stem=False, after=after)
         if spatial == 3:  # torch's own bfloat16 gradients read memory that nobody wrote
             case = replace(case, dtype="float32")
+    if case.method.name == "meprop":  # ranks gradients, which have to be what the oracle's are
+        after = "" if case.after == "hardswish_" else case.after
+        case = replace(case, after=after, stem=case.stem and case.grid)
+    if case.dtype == "autocast" and case.method.name == "forward-activations":
+        case = replace(case, dtype="float32")  # the forward ranks what is rounded: ties are others
     if spatial and case.dtype != "autocast" and rng.random() < 0.05:
         case = replace(case, transposed=True, stem=True, padding=case.padding or 0, groups=1)
         if isinstance(case.padding, str) or case.pad_mode != "zeros":

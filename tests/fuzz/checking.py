@@ -142,7 +142,7 @@ class _Checked:
         problems = list(moment.problems)
         if [y.dtype for y in outputs] != [self.autocast or self.dtype] * len(outputs):
             problems.append(f"output is {outputs[0].dtype}")
-        if moment.error > 1e-5:
+        if moment.error > 1e-4:
             problems.append(f"the input of a layer is off by {moment.error:.2g}")
         if wants and any(y.requires_grad for y in outputs):
             grads = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.fuzz.cases import LayerCase, random_layer
@@ -61,6 +61,6 @@ KINDS = {
         "from tests.fuzz.checking_networks import check_network as check\n"
         "from tests.fuzz.methods import Method\n"
         "from tests.fuzz.networks import Do, NetworkCase\n",
-        random_network(0, 1),
+        replace(random_network(0, 1), kernels="dense"),
     ),
 }

@@ -103,6 +103,9 @@ class Method:
             gradient: Fraction | float = Fraction(1)
             if self.name == "meprop":
                 weight, activation, gradient = Fraction(1), Fraction(1), exact(self.sparsity)
+            acts = {"forward_weight": True, "backward_weight": True} | _FIELDS[self.name]
+            if not (acts["forward_weight"] or acts["backward_weight"]):
+                weight = Fraction(1)  # no product sees what would be selected
             selector = {"dst": "learned", "static": "random"}.get(self.name, self.weight_selector)
             result.append(
                 Rule(

@@ -86,6 +86,8 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def threshold(scores: Tensor, density: Fraction | float, groups: tuple[int, ...] = ()) -> Tensor:
     """The k-th largest score, k from the density: of each index along `groups`, sizes 1 else."""
+    if not scores.numel():
+        return scores.new_zeros([1] * scores.dim())
     rest = [d for d in range(scores.dim()) if d not in groups]
     rows = scores.permute(*groups, *rest).reshape(*[scores.shape[d] for d in groups], -1)
     k = count(density, rows.shape[-1])

@@ -32,7 +32,6 @@ class Worker:
         self.environment = {"OMP_NUM_THREADS": "1", **environment}
         self.process: subprocess.Popen[str] | None = None
         self.instruction_set = ""
-        self._said = tempfile.TemporaryFile("w+")
 
     def check(self, kind: str, case: Any) -> list[str]:
         """What is wrong with `case`: an answer that does not come is wrong, too."""
@@ -56,10 +55,10 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.communicate()
             self.process = None
+            self._said.close()
 
     def _start(self) -> subprocess.Popen[str]:
-        self._said.seek(0)
-        self._said.truncate()
+        self._said = tempfile.TemporaryFile("w+")
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.worker"],
@@ -73,8 +72,9 @@ class Worker:
         )
         ready = self._read()
         if ready is None:
+            said = self._last_words(0)
             self.close()
-            raise RuntimeError(f"a worker does not start{self._last_words(0)}")
+            raise RuntimeError(f"a worker does not start{said}")
         self.instruction_set = ready["ready"]
         return self.process
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -69,9 +68,9 @@ def draw(shape: Sequence[int], seed: int, grid: bool, dtype: torch.dtype) -> Ten
 
 def laid_out(x: Tensor, order: str, seed: int) -> Tensor:
     """A copy of `x` in a memory order; "expanded" repeats one of its slices."""
-    shape = stored_shape(x.shape, order, seed)
-    if math.prod(shape) == 0:
+    if not x.numel():
         return x.clone()
+    shape = stored_shape(x.shape, order, seed)
     if order == "expanded":
         return x.narrow(seed % x.dim(), 0, 1).clone().expand(x.shape)
     out = seen(x.new_zeros(shape), x.shape, order, seed)
