@@ -8,7 +8,6 @@ seeded generator. Changes no node.
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from passes.annotate_cost import activation_density
 from passes.trace_shapes import Run, Seen
-from swatfx import meta
+from swatfx import arguments, meta
 from swatfx.accelerators import Accelerator, Cycles
 from swatfx.accelerators.traffic import Traffic, operand_bytes
-from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, all_parts
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import LayerCall, LayerPlan
@@ -42,6 +40,9 @@ class SimulationOptions:
         draw_weights: draw weight masks even where real weights are at hand.
         bandwidth: bytes a cycle between memory and buffers; 0 ignores memory, as the paper does.
         word_bytes: bytes of a value.
+
+    Raises:
+        InputError: a value that is none of these.
     """
 
     samples: int = 1
@@ -53,17 +54,12 @@ class SimulationOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value out of its range; names the option."""
-        for name, low in (("samples", 1), ("seed", 0), ("word_bytes", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InputError(f"{name} is a whole number, at least {low}", value=value)
-        for name, high in (("natural_density", 1.0), ("bandwidth", sys.float_info.max)):
-            value = getattr(self, name)
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not fits or not 0 <= value <= high:
-                raise InputError(f"{name} is a number from 0 to {high:g}", value=value)
-        if not isinstance(self.draw_weights, bool):
-            raise InputError("draw_weights is true or false", value=self.draw_weights)
+        arguments.whole("samples", self.samples)
+        arguments.number("natural_density", self.natural_density, 0, 1, below=False)
+        arguments.whole("seed", self.seed, 0, 2**62)
+        arguments.flag("draw_weights", self.draw_weights)
+        arguments.number("bandwidth", self.bandwidth)
+        arguments.whole("word_bytes", self.word_bytes, 1, 1024)
 
 
 @dataclass(frozen=True)

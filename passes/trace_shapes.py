@@ -7,6 +7,7 @@ activations have their planned size; real inputs run for real, and give realised
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -129,6 +130,7 @@ def observe_run(
         with ExitStack() as inside:
             inside.enter_context(torch.enable_grad())
             inside.enter_context(_random_state_kept(tensors))
+            inside.enter_context(_quiet())
             inside.enter_context(observer.hooked())
             for each in (mode, watch):
                 if each is not None:
@@ -147,6 +149,18 @@ def observe_run(
     if watch is not None:
         run.products, run.norm_elements = watch.products, watch.norm_elements
     return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log of what failed on fake tensors: our error tells it, in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager

@@ -8,7 +8,8 @@ computes them from parameters and buffers alone. Changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,7 +119,7 @@ class Watch(TorchDispatchMode):
                     term.macs,
                     self._names(term.left),
                     self._names(term.right),
-                    (_wanted(term.left), _wanted(term.right)),
+                    (self._wanted(term.left), self._wanted(term.right)),
                     (_shape(term.left), _shape(term.right), _shape([result])),
                     term.convolution,
                 )
@@ -132,6 +134,15 @@ class Watch(TorchDispatchMode):
                 return frozenset()
             found |= names
         return frozenset(found)
+
+    def _wanted(self, side: Values) -> bool:
+        if torch.is_grad_enabled():
+            return any(x is None or x.requires_grad for x in side)
+        if not _in_own_function():
+            return False
+        if self._names(side):
+            return any(x is not None and x.requires_grad for x in side)
+        return any(x is None or x.is_floating_point() for x in side)
 
     def _trace(self, given: list[Tensor], results: list[Tensor]) -> None:
         """What is computed from weights alone is a weight; constants change nothing in that."""
@@ -168,8 +179,18 @@ def _storage(x: Tensor) -> int | None:
     return x.untyped_storage()._cdata if x.layout is torch.strided else None
 
 
-def _wanted(side: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(x is None or x.requires_grad for x in side)
+def _in_own_function() -> bool:
+    """Whether the forward of an autograd function runs, as of checkpointing: it has no gradients
+    while it runs, and has them afterwards.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward":
+            first = frame.f_code.co_varnames[:1]
+            if first and isinstance(frame.f_locals.get(first[0]), FunctionCtx):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _shape(side: Sequence[Tensor | None]) -> tuple[int, ...]:

@@ -20,16 +20,18 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from swatfx import comparing_runs, models
+from swatfx import arguments, comparing_runs, models
 from swatfx.comparing_runs import Run, Trained
 from swatfx.density import Density
-from swatfx.errors import InputError, PolicyError
+from swatfx.errors import InputError, PolicyError, UnknownNameError
 from swatfx.layers import sparse_layers
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
 from swatfx.reporting import Report, known_device, report
 
 __all__ = ["Comparison", "Row", "compare"]
+
+_OPTIONS = ("norm_saves", "value_dtype", "kernels")
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,15 @@ def compare(
         InputError: options that do not fit together, or runs in `output_dir` made with others.
     """
     named = _named(policies)
-    numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    options = dict(compile_options or {})
+    numbers = _seeds(seeds)
+    if not isinstance(model, str) and not callable(model):
+        raise InputError("a model is a name or a callable that builds it", value=repr(model)[:60])
+    if num_classes is not None:
+        arguments.whole("num_classes", num_classes)
+    for name, given in (("compile_options", compile_options), ("train", train)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InputError(f"{name} is a mapping of options", value=repr(given)[:60])
+    options = _compile_options(compile_options or {})
     config = None
     if train is not None:
         if not numbers or len(set(numbers)) < len(numbers):
@@ -236,9 +245,9 @@ def compare(
             "a comparison wants example inputs: MACs depend on shapes",
             remedy='pass e.g. torch.empty(32, 3, 224, 224, device="meta"); nothing is computed',
         )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = arguments.inputs(example_inputs)
     trains_on = None if config is None else config.device or _default_device()
-    where = known_device(device or trains_on or "cpu")
+    where = known_device(trains_on or "cpu" if device is None else device)
     count = _Counter(model, num_classes, inputs, accounting, activation_floor, options, where)
     # All are counted before the first is trained: what cannot be compiled is better known early.
     rows = {name: count.planned(name, as_policy(policy)) for name, policy in named.items()}
@@ -259,6 +268,20 @@ def compare(
     )
 
 
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        return tuple(range(arguments.whole("seeds", seeds, 0, 10_000)))
+    given = arguments.listed("seeds", seeds)
+    return tuple(arguments.whole("a seed", seed, -(2**62), 2**62) for seed in given)
+
+
+def _compile_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name not in _OPTIONS:
+            raise UnknownNameError("compile option", name, _OPTIONS)
+    return dict(given)
+
+
 def _named(
     policies: Sequence[Policy | str] | Mapping[str, Policy | str],
 ) -> dict[str, Policy | str]:
@@ -266,7 +289,8 @@ def _named(
     if isinstance(policies, Mapping):
         pairs = list(policies.items())
     else:
-        listed = [policies] if isinstance(policies, (str, Policy)) else policies
+        single = isinstance(policies, (str, Policy))
+        listed: list[Any] = [policies] if single else arguments.listed("policies", policies)
         pairs = [(_name(policy), policy) for policy in listed]
     if not pairs:
         raise PolicyError("there is no policy to compare", remedy="name one, e.g. swat-u:0.9")

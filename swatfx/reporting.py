@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from swatfx import macs
+from swatfx import arguments, macs
 from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
@@ -208,22 +208,23 @@ def report(
     root = unwrap(gm)
     costs = _topk_cost(topk_cost)
     kernels = None if device is None else kernels_on(root, known_device(device))
-    if accounting not in ACCOUNTINGS:
+    if not isinstance(accounting, str) or accounting not in ACCOUNTINGS:
         raise InputError("accounting is 'torch', 'paper' or 'exact'", value=accounting)
-    if not 0 <= activation_floor < 1:
-        raise InputError("activation_floor is a fraction in [0, 1)", value=activation_floor)
+    arguments.number("activation_floor", activation_floor, 0, 1)
     if example_inputs is None:
         raise InputError(
             "a report wants example inputs: MACs depend on shapes",
             remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
         )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = arguments.inputs(example_inputs)
     measured = measure(root, inputs, accounting)
     layers = tuple(_record(root, measured, kernels))
     totals = _totals(root, layers, measured, activation_floor, costs)
     policy = Policy.from_json(root.meta["policy"])
     simulated = None
-    if accelerators:
+    if isinstance(accelerators, (str, Accelerator)) or arguments.listed(
+        "accelerators", accelerators
+    ):
         simulated = simulate(root, inputs, accelerators, options=simulation_options)
     return Report(
         layers,
@@ -245,6 +246,8 @@ def known_device(device: str | torch.device) -> str:
         InputError: torch knows none of that name.
     """
     try:
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError("a number would be a GPU's")
         found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InputError("unknown device", value=device, remedy="use cpu or cuda") from error
@@ -254,7 +257,7 @@ def known_device(device: str | torch.device) -> str:
 def _topk_cost(asked: Any) -> tuple[float, float] | None:
     if asked is None:
         return None
-    if asked == PAPER:
+    if isinstance(asked, str) and asked == PAPER:
         return PAPER_TOPK_COST
     try:
         step, refresh = (float(x) for x in asked)

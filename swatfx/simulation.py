@@ -17,7 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import accelerators as designs
-from swatfx import meta
+from swatfx import arguments, meta
 from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError
 from swatfx.graph_module import all_parts, unwrap
@@ -182,9 +182,11 @@ def simulate(
         InputError: no accelerator, or a layer that a model cannot take; names the layer.
     """
     root = unwrap(gm)
-    chosen = options or SimulationOptions()
+    chosen = SimulationOptions() if options is None else options
     named = _named(accelerators)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if not isinstance(chosen, SimulationOptions):
+        raise InputError("options are swatfx.SimulationOptions", value=repr(chosen)[:60])
+    inputs = arguments.inputs(example_inputs)
     simulate_cycles(root, inputs, named, chosen, tick)
     rows, skipped, samples = [], {}, 1
     for _, part in all_parts(root):
@@ -204,13 +206,16 @@ def simulate(
 
 
 def _named(accelerators: Sequence[Accelerator | str]) -> dict[str, Accelerator]:
-    if not accelerators:
-        raise InputError("no accelerator to simulate", remedy="name one, e.g. scnn")
+    asked = [accelerators] if isinstance(accelerators, (str, Accelerator)) else accelerators
     result: dict[str, Accelerator] = {}
-    for one in accelerators:
-        model = designs.parse(one) if isinstance(one, str) else one
-        name = one if isinstance(one, str) else repr(one)
-        result[name] = model
+    for one in arguments.listed("accelerators", asked):
+        if not isinstance(one, (str, Accelerator)):
+            raise InputError("an accelerator is a design or its name", value=repr(one)[:60])
+        result[one if isinstance(one, str) else repr(one)] = (
+            designs.parse(one) if isinstance(one, str) else one
+        )
+    if not result:
+        raise InputError("no accelerator to simulate", remedy="name one, e.g. scnn")
     return result
 
 

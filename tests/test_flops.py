@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import swatfx
@@ -49,7 +50,10 @@ def counted(
     call: Callable[..., Any] | None = None,
 ) -> int:
     """MACs that FlopCounterMode counts of the dense model; attention as two products."""
-    mapping = {aten.convolution_backward: _backward_of_convolution}
+    mapping = {
+        aten.convolution_backward: _backward_of_convolution,
+        aten._grouped_mm: lambda a, b, *args, out_shape=None, **kwargs: 2 * math.prod(a) * b[-1],
+    }
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     model.train()
     attention: Any = nullcontext() if inputs[0].is_meta else sdpa_kernel(SDPBackend.MATH)
@@ -470,6 +474,44 @@ def test_products_without_gradients() -> None:
     assert rows["p"][1] == 4 * 64
 
 
+class Checkpointed(nn.Module):
+    """Products inside an autograd function have no gradient while it runs, and have one after."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.a = reentrant, nn.Linear(8, 8)
+        self.w, self.v = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return checkpoint(lambda y: y @ self.w @ self.v, y, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_products_have_gradients(reentrant: bool) -> None:
+    result, rows = _rows(Checkpointed(reentrant), torch.randn(4, 8))
+    assert {"w", "v"} < set(rows)
+    for layer in result.layers:
+        if layer.name in ("w", "v"):
+            assert layer.dense_input_gradient_macs == layer.dense_weight_gradient_macs == 256
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_products_inside_torchscript() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x @ self.w) @ self.w.t()
+
+    inner = torch.jit.trace(Inner(), torch.randn(4, 8))
+    result, _ = _rows(nn.Sequential(nn.Linear(8, 8), inner, nn.Linear(8, 8)), torch.randn(4, 8))
+    assert dense_macs(result)[0] == 4 * 4 * 64
+
+
 # ---- Norms ---------------------------------------------------------------------------------------
 
 
@@ -543,5 +585,7 @@ def test_transformers(build: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     model, ids = build()
     model.train()
     dense = counted(model, (ids,), False)
-    result = swatfx.report(swatfx.compile(model, "swat-u:0.9"), ids, accounting="torch")
+    # All of GPT-2's layers are Conv1D, products that are no layer's, but the last.
+    gm = swatfx.compile(model, "swat-u:0.9,first_dense=False", example_inputs=(ids,))
+    result = swatfx.report(gm, ids, accounting="torch")
     assert dense_macs(result)[0] == pytest.approx(dense, rel=0.01)

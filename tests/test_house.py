@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A file imports from its own floor and from lower ones, never from a higher one.
 FLOORS = {
     0: [
+        "swatfx.arguments",
         "swatfx.errors",
         "swatfx.version",
         "swatfx.locks",
