@@ -52,7 +52,7 @@ def _key(x: Tensor) -> Hashable:
     if span == x.numel():  # dense, in whatever order
         flat = x.as_strided((span,), (1,), x.storage_offset())
     else:
-        flat = x.reshape(-1)
+        flat = x.reshape(-1).contiguous()  # a view may have gaps
     words = flat.view(torch.uint8)
     whole = words.numel() // 8 * 8
     if whole and words.storage_offset() % 8 == 0:
