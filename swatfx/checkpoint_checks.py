@@ -215,9 +215,9 @@ def _check_counters(state: Mapping[str, Any], gm: SwatModule) -> None:
             refuse(f"state_dict.{prefix}.density", "is outside [0, 1]", density)
         numerator, denominator = held["fraction"].tolist()
         exact = denominator and numerator / denominator
-        if (numerator, denominator) != (0, 0) and not (
-            0 < numerator <= denominator and math.isclose(exact, density)
-        ):
+        # Without a denominator it is no exact fraction, but a held mask's number of weights.
+        counts = denominator == 0 and numerator >= 0
+        if not counts and not (0 < numerator <= denominator and math.isclose(exact, density)):
             refuse(f"state_dict.{prefix}.fraction", "is not the density", (numerator, denominator))
         if held["stamp"].item() < -1:
             refuse(f"state_dict.{prefix}.stamp", "is no iteration", held["stamp"].item())

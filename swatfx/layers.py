@@ -57,9 +57,15 @@ class SparseLayer:
         mask = weight_keep(weight, threshold.threshold, threshold.selector)
         return mask.expand_as(weight)
 
-    def set_density(self, density: Density) -> None:
-        """Move weight and activation density; both take effect at the next refresh."""
+    def set_density(self, density: Density, active: int = 0) -> None:
+        """Move weight and activation density; both take effect at the next refresh.
+
+        `active` is how many weights a held mask has at that density: where the density is no exact
+        fraction, the number takes its place, so that masks broken by averaging can be told.
+        """
         self.weight_threshold.set_density(density)
+        if density.exact is None:
+            self.weight_threshold.fraction[0] = active
         for threshold in self.activation_thresholds:
             threshold.set_density(density)
 

@@ -203,11 +203,11 @@ class MaskUpdater(JointUpdate):
             # Where updates are masked, no optimizer shall remember what a grown weight was not.
             gone = dropped if self._policy.update == "all" else ~stays
             forget(self._owners.of(layer.weight), layer.weight, gone)
+        active = int(keep.sum().item())
         if self._policy.ramp != "none":
-            layer.set_density(self._schedule.density(layer.plan.weight_density, step))
+            layer.set_density(self._schedule.density(layer.plan.weight_density, step), active)
         elif self._policy.grow_share != "layer":
-            active = int(keep.sum().item())
-            layer.set_density(Density(active / keep.numel()))
+            layer.set_density(Density(active / keep.numel()), active)
 
     def _open_gradients(self, next_step: int) -> None:
         """Masked updates let dense gradients through only where the next step grows by them."""

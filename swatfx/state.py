@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from swatfx import layouts, ops, saved_policy, selectors
+from swatfx.averages import mend
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
@@ -217,6 +218,22 @@ class WeightThreshold(Threshold):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.remembered = Ranked()
+        self.planned = self.density_now
+        self.is_copy = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.is_copy = True
+
+    @property
+    def density_now(self) -> Density:
+        """The target as it is now."""
+        return read_density(self.density, self.fraction)
+
+    def mend(self, weight: Tensor) -> None:
+        """Put right what may have been broken where buffers of a copy are averaged with others'."""
+        if self.is_copy and not torch.compiler.is_compiling():
+            mend(self, weight)
 
     @property
     def is_held(self) -> bool:
@@ -247,6 +264,7 @@ class WeightThreshold(Threshold):
         if self.training:
             return self._refresh(weight, step)
         weight = weight.detach()
+        self.mend(weight)
         decides = self.threshold, self.stamp, step, self.density, self.fraction
         if not torch.compiler.is_compiling():
             found = recall(self.remembered, weight, *decides)

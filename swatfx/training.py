@@ -93,6 +93,7 @@ def _masked_weights(gm: SwatModule) -> dict[str, Tensor]:
     masked: dict[int, Tensor] = {}
     for layer in sparse_layers(gm):
         rule = policy.rule_for(layer.plan.name)[1]
+        layer.weight_threshold.mend(layer.weight)
         sees = rule.forward_weight or rule.zero_inactive == "always"
         if layer.weight_threshold.is_held and sees:
             masked[id(layer.weight)] = layer.keep()

@@ -36,6 +36,7 @@ FLOORS = {
         "swatfx.macs",
         "swatfx.products",
         "swatfx.masks",
+        "swatfx.averages",
         "swatfx.structured",
         "swatfx.learned",
         "swatfx.saved_policy",
