@@ -29,6 +29,7 @@ test: lint
 	$(PYTEST)
 
 test-long: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,zoo]'
 	$(PYTEST) -m 'slow or not slow'
 
 clean:

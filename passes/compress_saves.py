@@ -18,7 +18,7 @@ from passes.aliasing import Versions
 from passes.saving_calls import Calls
 from passes.saving_leaves import Leaves
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.graph_module import SwatModule, all_parts, join, relative
 from swatfx.passing import Context, PassResult
 
 
@@ -57,10 +57,7 @@ class _Rewriter:
         self.part = part
         self.prefix = prefix
         self.leaves = leaves
-        eager = {
-            path.removeprefix(f"{prefix}.") if prefix else path: reason
-            for path, reason in gm.eager.items()
-        }
+        eager = {relative(prefix, path): reason for path, reason in gm.eager.items()}
         self.calls = Calls(part, eager)
         self.versions = Versions(part, eager)
         self.taken: set[fx.Node] = set()

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from torch import fx
 
+from passes.module_kinds import owns_matrix
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import FALLBACK, SwatModule, all_parts, is_root, join, weight_chain
 
+_PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear")
 Key = tuple[str, str]  # (part path, node name)
 
 if TYPE_CHECKING:
@@ -23,8 +25,16 @@ else:
     Graph = nx.DiGraph  # not subscriptable when it runs
 
 
-def to_networkx(gm: SwatModule) -> Graph:
-    """Nodes (part, name) with `op`, `target`, `layer` and `part`; edges from producer to reader."""
+def to_networkx(gm: SwatModule, fallback: bool = True) -> Graph:
+    """Nodes (part, name) with `op`, `target`, `layer` and `part`; edges from producer to reader.
+
+    A module that Python calls and that has a matrix of its own is one node, (path, "matrix");
+    `product` tells what multiplies by a parameter and is no layer.
+
+    Args:
+        gm: the model.
+        fallback: join the parts that only calls for which there is no graph come by.
+    """
     graph: Graph = nx.DiGraph()
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
@@ -34,25 +44,27 @@ def to_networkx(gm: SwatModule) -> Graph:
                 op=node.op,
                 target=str(node.target),
                 layer=record.plan.name if record.plan else None,
+                product=_is_product(node),
                 part=prefix,
             )
             for source in node.all_input_nodes:
                 graph.add_edge((prefix, source.name), (prefix, node.name))
-    _join_parts(gm, graph)
+    _join_parts(gm, graph, fallback)
     return graph
 
 
-def _join_parts(gm: SwatModule, graph: Graph) -> None:
+def _join_parts(gm: SwatModule, graph: Graph, fallback: bool) -> None:
     """Put each part between the eager call above it and that call's readers, one after another."""
     calls: dict[str, list[tuple[Key, fx.Node]]] = {}
     for prefix, part in all_parts(gm):
         for node in part.graph.nodes:
             if node.op == "call_module":
-                path = f"{prefix}.{node.target}" if prefix else str(node.target)
+                path = join(prefix, str(node.target))
                 calls.setdefault(path, []).append(((prefix, node.name), node))
     order = {name: i for i, (name, _) in enumerate(gm.named_modules())}
+    matrices = _matrices(gm, graph)
     below: dict[str, list[str]] = {}
-    for path in sorted(gm.parts, key=lambda p: order.get(p, 0)):
+    for path in sorted([*gm.parts, *matrices], key=lambda p: order.get(p, 0)):
         if any(path.startswith(f"{other}.") for other in gm.parts):
             continue  # another way into a part that is in the chain
         caller = path
@@ -61,9 +73,15 @@ def _join_parts(gm: SwatModule, graph: Graph) -> None:
         below.setdefault(caller or "swat.eager_root", []).append(path)
     for caller, paths in below.items():
         for key, node in calls.get(caller, []):
+            if key[0] == FALLBACK and not fallback:
+                continue
             readers = [(key[0], user.name) for user in node.users]
             sources = [key]
             for path in paths:
+                if path in matrices:
+                    graph.add_edges_from((s, matrices[path]) for s in sources)
+                    sources = [matrices[path]]
+                    continue
                 nodes = list(gm.parts[path].graph.nodes)
                 ends = [(path, n.name) for n in nodes if n.op == "output"]
                 for n in nodes:
@@ -71,6 +89,24 @@ def _join_parts(gm: SwatModule, graph: Graph) -> None:
                         graph.add_edges_from((s, (path, n.name)) for s in sources)
                 sources = ends
             graph.add_edges_from((s, r) for s in sources for r in readers)
+
+
+def _matrices(gm: SwatModule, graph: Graph) -> dict[str, Key]:
+    """A node for each module that multiplies by a matrix of its own where no graph sees it."""
+    found: dict[str, Key] = {}
+    seen = {
+        join(prefix, str(node.target)).rpartition(".")[0]
+        for prefix, part in all_parts(gm)
+        for node in part.graph.nodes
+        if node.op == "get_attr"
+    }
+    for path, module in gm.named_modules():
+        if owns_matrix(module) and path and path not in gm.parts and path not in seen:
+            found[path] = (path, "matrix")
+            graph.add_node(
+                found[path], op="eager", target=path, layer=None, product=True, part=path
+            )
+    return found
 
 
 def first_and_last(graph: Graph) -> tuple[set[Key], set[Key]]:
@@ -82,6 +118,26 @@ def first_and_last(graph: Graph) -> tuple[set[Key], set[Key]]:
     )
 
 
+def reached_layers(graph: Graph) -> set[str]:
+    """Names of the layers that a graph input leads to."""
+    inputs = ((key, data) for key, data in graph.nodes(data=True) if data["op"] == "placeholder")
+    starts = [key for key, data in inputs if is_root(data["part"])]
+    reached = set(starts).union(*(nx.descendants(graph, key) for key in starts))
+    return {graph.nodes[key]["layer"] for key in reached} - {None}
+
+
+def _multiplies(data: dict[str, Any]) -> bool:
+    return bool(data["layer"] or data["product"])
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether `node` multiplies by a matrix that is a parameter: a layer in all but name."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function") or name not in _PRODUCTS:
+        return False
+    return any(weight_chain(n) is not None for n in node.all_input_nodes if n.op != "placeholder")
+
+
 def _frontier(graph: Graph, order: list[Key], start: str, before: Any) -> set[Key]:
     reached: set[Key] = set()
     behind_layer: set[Key] = set()
@@ -89,9 +145,9 @@ def _frontier(graph: Graph, order: list[Key], start: str, before: Any) -> set[Ke
     for key in order:
         data = graph.nodes[key]
         above = list(before(key))
-        if (data["op"] == start and not data["part"]) or any(k in reached for k in above):
+        if (data["op"] == start and is_root(data["part"])) or any(k in reached for k in above):
             reached.add(key)
-        if any(k in behind_layer or graph.nodes[k]["layer"] for k in above):
+        if any(k in behind_layer or _multiplies(graph.nodes[k]) for k in above):
             behind_layer.add(key)
         if data["layer"] and key in reached and key not in behind_layer:
             frontier.add(key)

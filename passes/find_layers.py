@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from passes.dataflow import Key, first_and_last, to_networkx
+from passes.dataflow import Key, first_and_last, reached_layers, to_networkx
 from passes.layer_calls import Site, expression, find_site, normal_call, roots
 from passes.module_kinds import LAYERS, opaque_reason
 from swatfx import meta
@@ -37,9 +37,25 @@ def find_layers(gm: SwatModule, ctx: Context) -> PassResult:
             meta.write(node, NodeRecord(plan=plan, call=call, role="layer"))
             found[(prefix, node.name)] = node
     if found:
-        first, last = first_and_last(to_networkx(gm))
-        _mark(found, first, last)
+        _mark_ends(gm, found)
     return PassResult(gm, bool(found), (f"{len(set(names.values()))} layers",))
+
+
+def _mark_ends(gm: SwatModule, found: dict[Key, fx.Node]) -> None:
+    """Mark the first and the last layers."""
+    if gm.ways is None or gm.ways.fallback is None:
+        first, last = first_and_last(to_networkx(gm))
+        _mark(found, first & set(found), last & set(found))
+        return
+    # In which order Python calls the parts is a guess: only for layers that no graph leads to.
+    graph = to_networkx(gm, fallback=False)
+    known = reached_layers(graph)
+    sure = {k: n for k, n in found.items() if _plan_of(n).name in known}
+    first, last = first_and_last(graph)
+    _mark(sure, first & set(sure), last & set(sure))
+    rest = {k: n for k, n in found.items() if k not in sure}
+    first, last = first_and_last(to_networkx(gm))
+    _mark(rest, first & set(rest), last & set(rest))
 
 
 def _mark(found: dict[Key, fx.Node], first: set[Key], last: set[Key]) -> None:

@@ -19,7 +19,7 @@ from passes.aliasing import Versions
 from passes.layer_calls import Site, find_site
 from passes.layer_states import States, activation_threshold, weight_threshold
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule, all_parts, is_root, relative
 from swatfx.layouts import ROW_MAJOR
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.where import Where, density_text
@@ -31,10 +31,18 @@ def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
     """Insert thresholds, packs and sparse ops, in the root graph and in every part."""
     states = States(gm)
     rewriters = [_Rewriter(gm, part, prefix, states) for prefix, part in all_parts(gm)]
-    count = sum(rewriter.run() for rewriter in rewriters)
-    if count and not any(node.target == "swat.clock" for node in gm.graph.nodes):
-        rewriters[0].insert_clock()  # all layers are below eager code: the root still counts
-        gm.recompile()
+    # Older versions knew only the first of these graphs: their checkpoints lack the others' states.
+    first = [r for r in rewriters if "(" not in r.prefix and r.prefix not in gm.spare]
+    count = sum(rewriter.run() for rewriter in first)
+    known = {id(threshold) for _, threshold in gm.swat.thresholds()}
+    count += sum(rewriter.run() for rewriter in rewriters if rewriter not in first)
+    for _, threshold in gm.swat.thresholds():
+        threshold.is_spare = threshold.is_spare or id(threshold) not in known
+    for rewriter in rewriters if count else ():
+        graph = rewriter.graph
+        if is_root(rewriter.prefix) and not any(n.target == "swat.clock" for n in graph.nodes):
+            rewriter.insert_clock()  # all layers are below eager code: the root still counts
+            rewriter.part.recompile()
     return PassResult(gm, count > 0, (f"{count} sparse calls",))
 
 
@@ -74,10 +82,7 @@ class _Rewriter:
                 todo.append(node)
         if not todo:
             return 0
-        eager = {
-            path.removeprefix(f"{self.prefix}.") if self.prefix else path: reason
-            for path, reason in self.gm.eager.items()
-        }
+        eager = {relative(self.prefix, path): reason for path, reason in self.gm.eager.items()}
         versions = Versions(self.part, eager)
         # Before the first rewrite: a layer's input may be another layer's node, which is replaced.
         seen_at = {node: self._version(versions, node) for node in todo}
@@ -99,7 +104,7 @@ class _Rewriter:
 
     def insert_clock(self) -> None:
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        target = "swat.part_clock" if self.prefix else "swat.clock"
+        target = "swat.clock" if is_root(self.prefix) else "swat.part_clock"
         with self.graph.inserting_after(placeholders[-1]):
             args = tuple(placeholders)
             self.step = self.graph.create_node("call_module", target, args, name="step")

@@ -19,6 +19,7 @@ from torch import fx, nn
 from passes.aliasing import Versions
 from passes.verify import OPS
 from swatfx import saves
+from swatfx.graph_module import relative
 from swatfx.layouts import BATCH_INNERMOST, ROW_MAJOR
 from swatfx.ops.layout import laid_out
 
@@ -96,10 +97,7 @@ class LayoutFlow:
     ) -> None:
         self.part = part
         self.graph = part.graph
-        self.eager = {
-            path.removeprefix(f"{prefix}.") if prefix else path: reason
-            for path, reason in eager.items()
-        }
+        self.eager = {relative(prefix, path): reason for path, reason in eager.items()}
         self.sparse = dict.fromkeys(sparse)
         self.versions = Versions(part, self.eager)
         self.nodes = list(self.graph.nodes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import fx, nn
 
@@ -50,15 +48,20 @@ def may_call_layers(m: nn.Module) -> bool:
     """Whether `m` might: it holds layers, or a matrix of its own in a user's class."""
     if has_layers(m):
         return True
-    return any(_owns_matrix(child) for child in m.modules())
+    return any(_holds_matrix(child) for child in m.modules())
 
 
 def owns_layer(m: nn.Module) -> bool:
     """Whether the forward of `m` itself might use a layer's weight that is its own."""
-    return bool(layer_weights(m)) or (_owns_matrix(m) and not isinstance(m, _LISTS))
+    return bool(layer_weights(m)) or owns_matrix(m)
 
 
-def _owns_matrix(m: nn.Module) -> bool:
+def owns_matrix(m: nn.Module) -> bool:
+    """Whether `m` is a user's module with a matrix, which it might multiply by."""
+    return _holds_matrix(m) and not isinstance(m, _LISTS)
+
+
+def _holds_matrix(m: nn.Module) -> bool:
     foreign = isinstance(m, _LISTS) or not type(m).__module__.startswith("torch.nn.")
     return foreign and any(p is not None and p.dim() > 1 for p in m._parameters.values())
 
@@ -83,9 +86,3 @@ def layer_weights(m: nn.Module) -> dict[str, str]:
 
 def _is_attention(m: nn.Module) -> bool:
     return isinstance(m, nn.MultiheadAttention)
-
-
-def has_defaults(m: nn.Module) -> bool:
-    """Whether forward has arguments that a caller may leave out."""
-    parameters = inspect.signature(type(m).forward).parameters.values()
-    return any(p.default is not p.empty or p.kind >= p.VAR_KEYWORD for p in parameters)

@@ -110,7 +110,14 @@ class WatchedAttribute(WatchedProxy, fx.proxy.Attribute):
     def __init__(self, root: fx.Proxy, attr: str) -> None:
         fx.proxy.Attribute.__init__(self, root, attr)
 
-    node = fx.proxy.Attribute.node  # type: ignore[assignment]
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        """Made when it is first asked for; again if that was in a forward that was rolled back."""
+        if self._node is not None and self._node._erased:
+            self._node = None
+        made: Any = fx.proxy.Attribute.node
+        node: fx.Node = made.fget(self)
+        return node
 
 
 def _asks(frame: Any) -> bool:

@@ -7,8 +7,6 @@ itself into a *part*. Nothing else of the model changes.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +17,6 @@ from passes import composites
 from passes.layer_calls import find_site
 from passes.module_kinds import (
     LAYERS,
-    has_defaults,
     is_patched,
     is_script,
     may_call_layers,
@@ -27,42 +24,138 @@ from passes.module_kinds import (
     owns_layer,
 )
 from passes.tracer import Tracer, reason_of
+from swatfx.calls import Arguments, Pattern, Ways, holds_none, split_inputs
 from swatfx.errors import InputError
-from swatfx.graph_module import EagerRoot, SwatModule, join
+from swatfx.graph_module import (
+    EagerRoot,
+    SwatModule,
+    all_parts,
+    is_root,
+    join,
+    signature_of,
+)
+from swatfx.reaching import Reroute, lends_layers
 
-_OPTIONAL_BELOW = "untraceable: optional arguments below eager code"
+_VARIADIC = "untraceable: variadic arguments, and no example_inputs"
+_NO_INPUT = "untraceable: every argument is optional, and no example_inputs"
 
 
-def trace_model(twin: nn.Module, example_inputs: Sequence[Any] | None) -> SwatModule:
+def trace_model(twin: nn.Module, example_inputs: Any) -> SwatModule:
     """Trace a mirrored model.
 
     Args:
         twin: a mirror (`swatfx.graph_module.mirror`); its modules are changed in place.
-        example_inputs: tells how many of forward's arguments are inputs.
+        example_inputs: a call that shall be a graph: positional inputs, or a dict by name.
 
     Raises:
-        InputError: more example inputs than forward has arguments.
+        InputError: the example inputs are no call of forward.
     """
-    count = None if example_inputs is None else len(example_inputs)
-    names = [
-        p for p in inspect.signature(twin.forward).parameters.values() if p.kind <= p.KEYWORD_ONLY
-    ]
-    if (
-        count is not None
-        and not any(p.kind == p.VAR_POSITIONAL for p in names)
-        and count > len(names)
-    ):
-        raise InputError(f"forward takes {len(names)} arguments", value=f"{count} example inputs")
     _check_wrappers(twin)
-    try:
-        gm, tracer = _trace(twin, "", count)
-        eager = tracer.eager
-    except Exception as error:  # tracing a user's forward may fail in any way
-        gm, eager = _eager_root(twin), {"": reason_of(error)}
+    signature, arguments = signature_of(twin), Arguments(twin.forward)
+    first = None if example_inputs is None else _example(arguments, example_inputs)
+    gm = _trace_ways(twin, arguments, first)
+    gm.__dict__["signature"] = signature
     gm.share_hooks(twin)
-    gm.eager.update(eager)
-    for path in list(eager):
-        _trace_below(gm, twin.get_submodule(path), path)
+    gm.__dict__["mirrored"] = twin
+    if "" not in gm.eager:
+        for path in list(gm.eager):
+            _trace_below(gm, twin.get_submodule(path), path, gm.eager)
+        gm.__dict__["lends"] = arguments.is_open or lends_layers(twin)
+        if gm.ways is not None and gm.ways.arguments.is_open:
+            gm.ways.fallback = _eager_graph(twin, gm)
+        if gm.__dict__["lends"] and not composites.takes_any(twin):
+            _trace_below(gm, twin, "", gm.otherwise)
+    else:
+        gm.__dict__["lends"] = True
+        for path in list(gm.eager):
+            _trace_below(gm, twin.get_submodule(path), path, gm.eager)
+    twin.__dict__["forward"] = Reroute(gm)
+    gm.recompile()
+    return gm
+
+
+def _example(arguments: Arguments, example_inputs: Any) -> Pattern:
+    """The pattern of the example call."""
+    args, kwargs = split_inputs(example_inputs)
+    given = arguments.bind(args, kwargs)
+    if given is None:
+        try:
+            arguments.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"the example inputs are no call of forward{arguments.signature}: {error}",
+                value=f"{len(args)} by position, {', '.join(kwargs) or 'none'} by name",
+                remedy="give a sequence of positional inputs, or a dict of inputs by name",
+            ) from error
+    assert given is not None  # else Python refuses it
+    return arguments.pattern(given)
+
+
+def _trace_ways(twin: nn.Module, arguments: Arguments, example: Pattern | None) -> SwatModule:
+    """The root traced for the example call, or for the likeliest, and for a few others."""
+    if composites.takes_any(twin):
+        gm, tracer = _trace(twin, "", arguments, None)
+        gm.eager.update(tracer.eager)
+        return gm
+    if example is not None and any(holds_none(v) for v in example.values.values() if v is not None):
+        gm = _eager_root(twin)
+        gm.eager[""] = "untraceable: None inside an input"
+        return gm
+    todo = [] if example is None else [example]
+    if not arguments.rest or arguments.required:
+        todo += list(arguments.patterns())
+    found, reason = _trace_patterns(twin, "", arguments, todo, example is not None)
+    if not found:
+        gm = _eager_root(twin)
+        gm.eager[""] = reason
+        return gm
+    gm = _joined(found, arguments)
+    gm.__dict__["_modules"] = dict(twin._modules)
+    for _, graph, tracer in found:
+        graph.__dict__["_modules"] = gm.__dict__["_modules"]
+        gm.eager.update(tracer.eager)
+    return gm
+
+
+_Found = list[tuple[Pattern, SwatModule, Tracer]]
+
+
+def _trace_patterns(
+    root: nn.Module, prefix: str, arguments: Arguments, todo: list[Pattern], must: bool
+) -> tuple[_Found, str]:
+    """A graph for each pattern that can be traced; and why there is none, if there is none.
+
+    Args:
+        root: what to trace.
+        prefix: its path.
+        arguments: of its forward.
+        todo: patterns, the likeliest first.
+        must: whether the first one has to be traced.
+    """
+    found: _Found = []
+    reason = _VARIADIC if not todo else ""
+    for number, pattern in enumerate(todo):
+        if any(pattern.values == other.values for other in todo[:number]):
+            continue
+        if not pattern.inputs:
+            reason = reason or _NO_INPUT
+            continue
+        try:
+            graph, tracer = _trace(root, prefix, arguments, pattern)
+        except Exception as error:  # tracing a user's forward may fail in any way
+            reason = reason or reason_of(error)
+            if must and not number:
+                break
+            continue
+        found.append((pattern, graph, tracer))
+    return found, reason
+
+
+def _joined(found: _Found, arguments: Arguments) -> SwatModule:
+    """The first graph, with the others as further ways."""
+    pattern, gm, _ = found[0]
+    gm.__dict__["ways"] = ways = Ways(arguments, pattern)
+    ways.graphs = [(pattern, graph) for pattern, graph, _ in found[1:]]
     return gm
 
 
@@ -81,12 +174,14 @@ def _check_wrappers(twin: nn.Module) -> None:
         )
 
 
-def _trace(root: nn.Module, prefix: str, inputs: int | None) -> tuple[SwatModule, Tracer]:
+def _trace(
+    root: nn.Module, prefix: str, arguments: Arguments, pattern: Pattern | None
+) -> tuple[SwatModule, Tracer]:
     if is_patched(root):
         raise fx.proxy.TraceError("forward replaced on the instance")
     tracer = Tracer(prefix)
     kept = set(root.__dict__)
-    graph = tracer.trace_root(root, inputs)
+    graph = tracer.trace_root(root, arguments, pattern)
     gm = SwatModule(root, graph)
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     gm.__dict__["called"] = frozenset(leaves.union(tracer.inlined))
@@ -111,65 +206,100 @@ def _eager_root(twin: nn.Module) -> SwatModule:
     return gm
 
 
-def _trace_below(gm: SwatModule, module: nn.Module, path: str) -> None:
-    """Give the layers below the eager `module` parts of their own."""
+def _eager_graph(twin: nn.Module, gm: SwatModule) -> SwatModule:
+    """What runs the calls that no graph of `gm` is for."""
+    fallback = _eager_root(twin)
+    fallback.__dict__["_modules"] = gm.__dict__["_modules"]
+    return fallback
+
+
+def _trace_below(gm: SwatModule, module: nn.Module, path: str, notes: dict[str, str]) -> None:
+    """Give the layers below the eager `module` parts of their own; reasons go to `notes`."""
     if isinstance(module, (*LAYERS, nn.MultiheadAttention)) or is_script(module):
         return  # attention reads its children's weights and does not call them
     composites.avoid_fused_path(module)
-    if gm.eager.get(path) == "hook on the module" and path and _trace_part(gm, module, path):
-        _trace_owners(gm, module, path)
+    if gm.eager.get(path) == "hook on the module" and path and _trace_part(gm, module, path, notes):
+        _trace_owners(gm, module, path, notes)
         return
     for name, child in module.named_children():
         below = join(path, name)
-        if below in gm.parts or below in gm.eager:
+        if below in gm.parts or below in gm.eager or below in notes:
             continue
         if reason := opaque_reason(child):
             if is_script(child) or may_call_layers(child):
-                gm.eager[below] = reason
+                notes[below] = reason
         elif not may_call_layers(child):
             continue
-        elif type(child).forward is not nn.Module.forward and _trace_part(gm, child, below):
-            _trace_owners(gm, child, below)
+        elif _splits(gm, below):
             continue
-        _trace_below(gm, child, below)
+        elif type(child).forward is not nn.Module.forward and _trace_part(gm, child, below, notes):
+            _trace_owners(gm, child, below, notes)
+            continue
+        _trace_below(gm, child, below, notes)
 
 
-def _trace_owners(gm: SwatModule, module: nn.Module, path: str) -> None:
+def _trace_owners(gm: SwatModule, module: nn.Module, path: str, notes: dict[str, str]) -> None:
     """Give every module below a part that owns a weight a part of its own.
 
     Eager code need not call what it holds: it may walk through a Sequential, or use a whole network
     as a bag of stages.
     """
     for name, below in module.named_modules(prefix=path):
-        if name == path or name in gm.parts or name in gm.eager or not owns_layer(below):
+        known = name in gm.parts or name in gm.eager or name in notes
+        if name == path or known or not owns_layer(below):
             continue
-        if not _is_split(gm.parts[path], name.removeprefix(f"{path}.")):
-            _trace_part(gm, below, name)
+        if not _is_split(gm.parts[path], name.removeprefix(f"{path}.")) and not _splits(gm, name):
+            _trace_part(gm, below, name, notes)
 
 
-def _is_split(part: SwatModule, attention: str) -> bool:
+def _splits(gm: SwatModule, attention: str) -> bool:
+    """Whether a graph of the whole model projects with slices of this attention's weight."""
+    return any(_is_split(g, attention) for prefix, g in all_parts(gm) if is_root(prefix))
+
+
+def _is_split(part: fx.GraphModule, attention: str) -> bool:
     """Whether `part` projects with slices of this attention's weight: layers other than its own."""
     weight = f"{attention}.in_proj_weight"
     readers = [node.users for node in part.graph.nodes if node.target == weight]
     return any(user.target is not F.linear for users in readers for user in users)
 
 
-def _trace_part(gm: SwatModule, module: nn.Module, path: str) -> bool:
-    """Trace `module` as a part; False (with a reason noted) if it has to stay eager."""
-    if has_defaults(module) and not isinstance(module, LAYERS) and not composites.takes_any(module):
-        gm.eager.setdefault(path, _OPTIONAL_BELOW)
-        return False
+def _trace_part(gm: SwatModule, module: nn.Module, path: str, notes: dict[str, str]) -> bool:
+    """Trace `module` as a part; False (with a reason noted) if it has to stay eager.
+
+    Where its arguments may be left out, the part is for calls that do, and Python for the others.
+    """
+    arguments = Arguments(module.forward)
+    any_value = composites.takes_any(module)
     try:
-        part, tracer = _trace(module, path, None)
+        if any_value:
+            found = [(arguments.bare(), *_trace(module, path, arguments, None))]
+            reason = ""
+        else:
+            todo = list(arguments.patterns())
+            found, reason = _trace_patterns(module, path, arguments, todo, False)
     except Exception as error:  # as above
-        gm.eager.setdefault(path, reason_of(error))
+        found, reason = [], reason_of(error)
+    if not found:
+        notes.setdefault(path, reason)
         return False
-    if not tracer.eager and not any(find_site(part, node) for node in part.graph.nodes):
+    inner = {below: why for _, _, tracer in found for below, why in tracer.eager.items()}
+    graphs = [graph for _, graph, _ in found]
+    if not inner and not any(find_site(graph, n) for graph in graphs for n in graph.graph.nodes):
         return True  # no layer in it: it may stay what it was
+    part = graphs[0]
+    if not any_value:
+        _joined(found, arguments)
+        part.recompile()
     module.__dict__["forward"] = part
-    part.__dict__["swat_owner"] = module
+    for graph in graphs:
+        graph.__dict__["swat_owner"] = module
     gm.parts[path] = part
-    for below, reason in tracer.eager.items():
-        gm.eager[join(path, below)] = reason
-        _trace_below(gm, module.get_submodule(below), join(path, below))
+    if notes is gm.otherwise or arguments.is_open:
+        gm.spare.add(path)
+    for below, why in inner.items():
+        notes[join(path, below)] = why
+        _trace_below(gm, module.get_submodule(below), join(path, below), notes)
+    if arguments.is_open and not any_value and not isinstance(module, LAYERS):
+        _trace_below(gm, module, path, gm.otherwise)
     return True

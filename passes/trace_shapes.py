@@ -25,8 +25,9 @@ from torch.utils import _pytree as pytree
 from passes.verify import OPS
 from passes.watch_products import Frame, Frames, Product, Watch
 from swatfx import bits, layouts, meta
+from swatfx.calls import split_inputs
 from swatfx.errors import InputError, SwatError
-from swatfx.graph_module import SwatModule, private_copy
+from swatfx.graph_module import SwatModule, all_parts, private_copy
 from swatfx.ops.layout import laid_out
 from swatfx.saves import Saver
 from swatfx.state import Pack
@@ -90,7 +91,7 @@ class Run:
 
 def observe_run(
     gm: SwatModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     *,
     as_dense: bool,
     masks: bool = False,
@@ -100,7 +101,8 @@ def observe_run(
 
     Args:
         gm: the compiled model.
-        example_inputs: positional inputs; on the meta device: nothing is computed.
+        example_inputs: positional inputs, or a dict by name; on the meta device: nothing is
+            computed.
         as_dense: run every layer as the dense layer it was.
         masks: also keep where each layer's input is not zero (real inputs only).
         products: also note the products of matrices, and the elements of batch norms.
@@ -111,17 +113,16 @@ def observe_run(
     twin = private_copy(gm)
     twin.train()
     twin.swat.clock.optimizer_wanted_by = None
-    tensors = [x for x in pytree.tree_leaves(example_inputs) if isinstance(x, Tensor)]
+    inputs = split_inputs(example_inputs)
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     fake = any(x.is_meta for x in tensors) or any(p.is_meta for p in gm.parameters())
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
     if mode is not None:
         _make_fake(twin, mode)
-        example_inputs = pytree.tree_map_only(
-            Tensor, lambda x: _fake_like(mode, x), tuple(example_inputs)
-        )
+        inputs = pytree.tree_map_only(Tensor, lambda x: _fake_like(mode, x), inputs)
     else:  # the model may work in place on its inputs
-        example_inputs = pytree.tree_map_only(
-            Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), example_inputs
+        inputs = pytree.tree_map_only(
+            Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), inputs
         )
     run = Run()
     observer = _Run(twin, run, as_dense, fake, masks and not fake)
@@ -135,13 +136,13 @@ def observe_run(
             for each in (mode, watch):
                 if each is not None:
                     inside.enter_context(each)
-            output = observer.root(*example_inputs)
+            output = observer.root(*inputs[0], **inputs[1])
     except SwatError:
         raise
     except Exception as error:
         raise InputError(
             f"the model does not run on the example inputs: {_first_line(error)}",
-            value=_shapes(example_inputs),
+            value=_shapes(inputs),
             remedy=observer.remedy,
         ) from error
     del output  # until here it kept the saved storages, and so their identities, alive
@@ -215,9 +216,10 @@ class _Run:
         self.calling: nn.Module | None = None
         self.modules = Frames(gm, self._enter, self._leave)
         self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
-        self.root: Callable[..., Any] = _Interpreter(gm, "", self).call
-        for prefix, part in gm.parts.items():
-            part.__dict__["forward"] = _Interpreter(part, prefix, self).call
+        runs = {id(part): _Interpreter(part, prefix, self) for prefix, part in all_parts(gm)}
+        self.root: Callable[..., Any] = _caller(gm, runs)
+        for part in gm.parts.values():
+            part.__dict__["forward"] = _caller(part, runs)
 
     def settle(self) -> None:
         """Put every storage on one account."""
@@ -256,6 +258,24 @@ class _Run:
 
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t), self.modules.hooked():
             yield
+
+
+def _caller(gm: SwatModule, runs: dict[int, _Interpreter]) -> Callable[..., Any]:
+    """Runs the graph that a call of `gm` is for."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        ways = gm.ways
+        if ways is None:
+            return runs[id(gm)].call(*args, **kwargs)
+        chosen = ways.choose(args, kwargs)
+        if chosen is not None:
+            graph, inputs = chosen
+            return runs[id(gm if graph is None else graph)].call(*inputs)
+        if ways.fallback is not None:
+            return runs[id(ways.fallback)].call(*args, **kwargs)
+        return gm.call_eagerly(args, kwargs)
+
+    return call
 
 
 class _Interpreter(fx.Interpreter):

@@ -24,6 +24,11 @@ from torch import Tensor, fx, nn
 _MISSING = object()
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 _OPAQUE = (Tensor, nn.Module, fx.Proxy, types.ModuleType, types.FunctionType, types.MethodType)
+# Whose objects have caches of their own, that are no state of a model.
+_MACHINERY = frozenset(
+    "torch logging threading _thread multiprocessing concurrent asyncio weakref io _io re functools"
+    " inspect builtins".split()
+)
 _DEEPEST = 8
 _MOST = 20_000  # objects looked at: beyond, a model's attributes are data, not state
 
@@ -121,7 +126,7 @@ def _contents(value: Any) -> Any:
     kind: Any = type(value)
     if kind.__module__.split(".")[0] == "numpy":
         return _numpy_contents(value)
-    if isinstance(value, tuple) or callable(value) and not hasattr(value, "__dict__"):
+    if kind.__module__.split(".")[0] in _MACHINERY or isinstance(value, tuple):
         return None
     table = getattr(value, "__dict__", None)
     if isinstance(table, dict):

@@ -6,9 +6,7 @@ root's failure is the caller's to handle.
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ from torch import fx, nn
 
 from passes import composites
 from passes.module_kinds import LAYERS, has_layers, is_script, opaque_reason
+from passes.rebuilding import is_own, take_apart
 from passes.trace_guards import (
     ON_LOOP,
     ON_TENSOR,
@@ -31,6 +30,7 @@ from passes.trace_guards import (
 from passes.trace_random import DRAWN, Generators
 from passes.trace_state import State
 from passes.trace_tensors import RealTensors
+from swatfx.calls import Arguments, Pattern, label
 from swatfx.graph_module import SwatModule, join
 
 
@@ -46,12 +46,15 @@ class Tracer(fx.Tracer):
         self._cache: dict[str, fx.Proxy] = {}
         self._generators = Generators()
         self._thread = threading.get_ident()
-        self._inputs: int | None = None
+        self._arguments: Arguments | None = None
+        self._pattern: Pattern | None = None
         self._ambient: tuple[Any, ...] = ()
 
-    def trace_root(self, root: nn.Module, inputs: int | None) -> fx.Graph:
-        """Trace `root`, whose first `inputs` arguments (None: those without default) are inputs."""
-        self._inputs = inputs
+    def trace_root(
+        self, root: nn.Module, arguments: Arguments, pattern: Pattern | None
+    ) -> fx.Graph:
+        """Trace `root` for calls of this pattern; None: all arguments are inputs."""
+        self._arguments, self._pattern = arguments, pattern
         for name, module in root.named_modules():
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
@@ -88,46 +91,28 @@ class Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Placeholders; arguments that are no inputs are fixed to their defaults, and checked."""
+        """Placeholders for the inputs; other arguments are what the pattern says."""
+        arguments, pattern = self._arguments, self._pattern
+        assert arguments is not None
         expand = composites.find(self.root)
-        any_value = composites.takes_any(self.root)
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
-        checks: list[tuple[Any, ...]] = []
-        rest: tuple[Any, str, int] | None = None
-        for index, p in enumerate(list(inspect.signature(root_fn).parameters.values())[1:]):
-            if p.kind is p.VAR_POSITIONAL:
-                if self._inputs is None:
-                    raise fx.proxy.TraceError("variadic arguments, and no example_inputs")
-                proxy = self.create_proxy("placeholder", f"*{p.name}", (), {})
-                rest = proxy, p.name, max(self._inputs - index, 0)
-                continue
-            if p.kind is p.VAR_KEYWORD:
-                checks.append((self.create_proxy("placeholder", f"**{p.name}", (), {}), p.name, {}))
-                continue
-            default = () if p.default is p.empty else (p.default,)
-            proxy = self.create_proxy("placeholder", p.name, default, {})
-            reached = self._inputs is not None and index < self._inputs
-            free = not default or any_value or (reached and p.kind is not p.KEYWORD_ONLY)
-            if not free:
-                checks.append((proxy, p.name, p.default))
-            value = proxy if free else p.default
-            if p.kind is p.KEYWORD_ONLY:
-                keywords[p.name] = value
-            else:
-                positional.append(value)
-        for check in checks:
-            self.create_proxy("call_function", composites.check_default, check, {})
-        if rest is not None:
-            self.create_proxy("call_function", composites.check_count, rest, {})
-            positional += [rest[0][i] for i in range(rest[2])]
+        values: dict[str, Any] = {}
+        if pattern is None:
+            for name in (*arguments.positional, *arguments.keywords):
+                known = arguments.defaults
+                default = (known[name],) if name in known else ()
+                values[name] = self.create_proxy("placeholder", name, default, {})
+        else:
+            values = dict(pattern.values)
+            for name in pattern.inputs:
+                values[name] = self.create_proxy("placeholder", label(name), (), {})
+        args, keywords = arguments.unbind(values)
 
-        def call(*args: Any) -> Any:
+        def call(root: nn.Module, *_: Any) -> Any:
             if expand is not None:
-                return expand(self, *args, **keywords)
-            return self._watched(lambda: root_fn(*args, **keywords))
+                return expand(self, root, *args, **keywords)
+            return self._watched(lambda: root_fn(root, *args, **keywords))
 
-        return call, [self.root, *positional]
+        return call, [self.root]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Trace through `m`, or call it: a leaf, or one whose forward cannot be traced."""
@@ -169,13 +154,14 @@ class Tracer(fx.Tracer):
         return WatchedProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """As in fx; training flags are read when the graph runs, ordered dicts keep their type."""
+        """As in fx; training flags are read when the graph runs, containers keep their type."""
         if isinstance(a, TrainingFlag):
             owner = self.create_node("get_attr", a.path, (), {})
             return self.create_node("call_function", getattr, (owner, "training"), {})
-        if type(a) is OrderedDict:
-            pairs = [(key, self.create_arg(value)) for key, value in a.items()]
-            return self.create_node("call_function", OrderedDict, (pairs,), {})
+        if is_own(a):
+            target, args, kwargs = take_apart(a)
+            args, kwargs = self.create_arg(args), self.create_arg(kwargs)
+            return self.create_node("call_function", target, args, kwargs)
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

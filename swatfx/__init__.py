@@ -5,7 +5,7 @@ from swatfx.attachment import Handle
 from swatfx.checkpoint import load, save
 from swatfx.comparing import Comparison, compare
 from swatfx.density import Density
-from swatfx.errors import SwatError
+from swatfx.errors import SwatError, SwatWarning
 from swatfx.exporting import export, load_sparse
 from swatfx.observing import observe
 from swatfx.pipeline import compile, to_networkx
@@ -45,6 +45,7 @@ __all__ = [
     "Policy",
     "Report",
     "SwatError",
+    "SwatWarning",
     "__version__",
     "attach",
     "compare",

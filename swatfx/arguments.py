@@ -50,17 +50,19 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def inputs(value: Any) -> tuple[Any, ...]:
-    """Example inputs as the positional inputs of forward: a tensor alone is the only one.
+def inputs(value: Any) -> Any:
+    """Example inputs as a tuple of forward's positional inputs, or as a dict of inputs by name.
 
     Raises:
         InputError: no sequence of inputs, or one without any.
     """
     if isinstance(value, Tensor):
         return (value,)
+    if isinstance(value, dict) and value:
+        return value
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not len(value):
         raise InputError(
-            "example inputs are a tensor, or a tuple of forward's positional inputs",
+            "example inputs are a tensor, a tuple of forward's positional inputs, or a dict by name",
             value=_short(value),
             remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
         )

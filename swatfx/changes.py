@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from swatfx import meta
 from swatfx.change_rules import (
@@ -43,19 +43,6 @@ def watch(gm: SwatModule) -> None:
     for prefix, part in all_parts(gm):
         assert isinstance(part, SwatModule)
         part.__dict__["watch"] = Watch(gm, part, prefix)
-
-
-def note_shapes(gm: SwatModule) -> None:
-    """Let plans tell the weights that dense layers have now: those the graph calls as modules."""
-    for _, part in all_parts(gm):
-        for node in part.graph.nodes:
-            plan = meta.read(node).plan
-            if plan is None or node.op != "call_module":
-                continue
-            weight = getattr(part.get_submodule(str(node.target)), "weight", None)
-            shape = tuple(weight.shape) if isinstance(weight, Tensor) else (0,)
-            if plan.weight_shape and plan.weight_shape != shape:
-                meta.update(node, plan=replace(plan, weight_shape=shape))
 
 
 class Watch:
@@ -283,9 +270,11 @@ def _values(options: tuple[tuple[str, Any], ...]) -> Any:
 def _move_part(part: SwatModule, module: nn.Module) -> None:
     """Let `part` stand for the forward of `module` instead of that of the one before."""
     part.__dict__["swat_owner"].__dict__.pop("forward", None)
-    for table in TABLES:
-        part.__dict__[table] = module.__dict__[table]
-    part.__dict__["swat_owner"] = module
+    further = () if part.ways is None else part.ways.graphs
+    for graph in (part, *(graph for _, graph in further)):
+        for table in TABLES:
+            graph.__dict__[table] = module.__dict__[table]
+        graph.__dict__["swat_owner"] = module
+        if isinstance(graph.watch, Watch):
+            graph.watch.look_up()
     module.__dict__["forward"] = part
-    if isinstance(part.watch, Watch):
-        part.watch.look_up()

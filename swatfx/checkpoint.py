@@ -76,7 +76,7 @@ def load(
     model: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> SwatModule:
     """Compile `model` as the checkpoint was, and put weights, state and optimizer back.
 

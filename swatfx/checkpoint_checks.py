@@ -175,8 +175,9 @@ def check_state(state: Mapping[str, Any], gm: SwatModule) -> None:
     """Refuse a state dict that `gm` cannot take as it is; names the first key that differs."""
     own = gm.state_dict()
     policy = f"swat.{saved_policy.KEY}"  # the plan says it, too; earlier versions had no such key
+    spare = {f"swat.{key}" for key in gm.swat.spare_keys()}
     for name in [*state, *own]:
-        if name == policy:
+        if name == policy or (name in spare and name not in state):
             continue
         if name not in own or name not in state:
             where = "the checkpoint" if name in state else "the model"
@@ -209,6 +210,8 @@ def _check_counters(state: Mapping[str, Any], gm: SwatModule) -> None:
             refuse(f"state_dict.{key}", "counts below zero", state[key].item())
     for path, module in gm.swat.thresholds():
         prefix = f"swat.{path}"
+        if module.is_spare and f"{prefix}.stamp" not in state:
+            continue
         held = {n: state[f"{prefix}.{n}"] for n in ("density", "fraction", "stamp", "threshold")}
         density = float(held["density"])
         if not 0 <= density <= 1:

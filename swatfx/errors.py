@@ -47,6 +47,10 @@ def _short(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
+class SwatWarning(UserWarning):
+    """What a user should know of, though it is no error: part of a model stays eager Python."""
+
+
 class PolicyError(SwatError, ValueError):
     """A policy asks for something impossible, such as a sparsity outside [0, 1)."""
 

@@ -19,7 +19,15 @@ from swatfx import bits, meta
 from swatfx.atomic import write_atomically
 from swatfx.errors import ExportError, UnknownNameError
 from swatfx.export_program import Example, exported
-from swatfx.graph_module import SwatModule, all_parts, evaluate, join, private_copy, unwrap
+from swatfx.graph_module import (
+    SwatModule,
+    all_parts,
+    evaluate,
+    join,
+    private_copy,
+    relative,
+    unwrap,
+)
 from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
@@ -176,7 +184,7 @@ def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
     residual, relu = options.pop("residual", None), options.pop("relu", False)
     with graph.inserting_before(node):
         if isinstance(module, Bound):
-            path = module.path.removeprefix(f"{prefix}.") if prefix else module.path
+            path = relative(prefix, module.path)
             plain = graph.call_module(path, node.args)
         else:
             plain = graph.call_function(_PLAIN[type(module)], node.args, options)

@@ -10,6 +10,7 @@ the `forward` of one module each.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from swatfx.calls import Ways
 from swatfx.errors import CheckpointError, InputError
 from swatfx.meta import LayerPlan
+from swatfx.reaching import reach
 from swatfx.state import SwatState
 
 TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -100,20 +103,28 @@ class SwatModule(fx.GraphModule):
     Attributes:
         swat: the clock and the thresholds (a child of the root; parts only refer to it).
         parts: path -> SwatModule that stands in for the forward of the module there.
+        ways: which calls the graph is for, and what runs the others; None: it is for all.
         eager: path -> why symbolic tracing left the module there to Python.
+        otherwise: likewise, for calls that no graph is for.
+        spare: paths of the parts that only such calls come by, or calls that leave arguments out.
         unreached: name -> plan of a conv or linear layer that no graph calls, with its reason.
         called: paths of the modules that the graph called when it was traced.
         iterates: whether the module that was traced runs through all its children.
         watch: looks at every call whether the modules are still those that were compiled.
+        mirrored: the mirror, whose methods and attributes this module lends; None in a part.
     """
 
     swat: SwatState
     parts: dict[str, SwatModule]
+    ways: Ways | None
     eager: dict[str, str]
+    otherwise: dict[str, str]
+    spare: set[str]
     unreached: dict[str, LayerPlan]
     called: frozenset[str]
     iterates: bool
     watch: Watch | None
+    mirrored: nn.Module | None
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
@@ -121,8 +132,13 @@ class SwatModule(fx.GraphModule):
             self.__dict__[table] = root.__dict__[table]
         self.training = root.training
         self.__dict__["parts"] = {}
+        self.__dict__["ways"] = None
         self.__dict__["eager"] = {}
+        self.__dict__["otherwise"] = {}
+        self.__dict__["spare"] = set()
+        self.__dict__["lends"] = False
         self.__dict__["unreached"] = {}
+        self.__dict__["mirrored"] = None
         self.__dict__["called"] = frozenset()
         self.__dict__["iterates"] = False
         self.__dict__["watch"] = None
@@ -145,14 +161,69 @@ class SwatModule(fx.GraphModule):
         if watch is not None:
             watch.check()
 
+    def recompile(self) -> Any:
+        """As in fx; calls that the graph is not for go another way."""
+        code = super().recompile()
+        cls: Any = type(self)
+        if self.__dict__.get("ways") is not None:
+            cls.forward = _dispatching(cls.forward)
+        if signature := self.__dict__.get("signature"):
+            cls.forward.__signature__ = signature
+        return code
+
+    def call_eagerly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that no graph is for.
+
+        Raises:
+            InputError: the model was compiled for other arguments alone.
+        """
+        ways = self.ways
+        assert ways is not None  # else the graph takes every call
+        if ways.fallback is not None:
+            return ways.fallback.forward(*args, **kwargs)
+        owner = self.__dict__.get("swat_owner")
+        if owner is not None:
+            return type(owner).forward(owner, *args, **kwargs)
+        ways.arguments.signature.bind(*args, **kwargs)  # raises what a call of the model raises
+        raise InputError(
+            "an argument is None, or holds None, that was an input when the model was compiled",
+            remedy="give swatfx.compile such arguments as example_inputs",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self.__dict__.get("mirrored") is None or name.startswith("__"):
+                raise
+        return reach(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        mirrored = self.__dict__.get("mirrored")
+        if mirrored is not None and name in mirrored._modules:
+            mirrored._modules[name] = self._modules.get(name)
+
+    def train(self, mode: bool = True) -> SwatModule:
+        """As in torch; a `train` of the model's own has its say."""
+        super().train(mode)
+        mirrored = self.__dict__.get("mirrored")
+        if mirrored is not None:
+            mirrored.training = mode
+            if type(mirrored).train is not nn.Module.train:
+                mirrored.train(mode)
+        return self
+
     def adopt_parts(self) -> None:
-        """Let every part see this root's `swat`, and finish an eager root's graph."""
-        for part in self.parts.values():
-            part.__dict__["swat"] = self.swat
-        if "pending_graph" in self.__dict__:
-            self.swat.add_module("eager_root", self.__dict__.pop("pending_eager_root"))
-            self.swat.train(self.training)
-            self.graph = self.__dict__.pop("pending_graph")
+        """Let every graph see this root's `swat`, and finish those that run Python."""
+        for prefix, part in all_parts(self):
+            if not is_root(prefix):
+                part.__dict__["swat"] = self.swat
+        for module in (self, None if self.ways is None else self.ways.fallback):
+            if module is not None and "pending_graph" in module.__dict__:
+                self.swat.add_module("eager_root", module.__dict__.pop("pending_eager_root"))
+                self.swat.train(self.training)
+                module.graph = module.__dict__.pop("pending_graph")
 
     def follow_all(self) -> None:
         """`follow` in the root and in every part."""
@@ -209,7 +280,9 @@ class SwatModule(fx.GraphModule):
                     memo.setdefault(id(value), value.detach().clone())
         fx.GraphModule.__init__(twin, nn.Module(), fx.Graph(), self.__class__.__name__)
         for key, value in self.__dict__.items():
-            if key not in _GRAPH_STATE:
+            if key == "mirrored" and value is not None:
+                twin.__dict__[key] = _copied_mirror(value, memo)
+            elif key not in _GRAPH_STATE:
                 twin.__dict__[key] = copy.deepcopy(value, memo)
         twin.graph = copy.deepcopy(self.graph)
         if "swat" in self._modules:
@@ -223,20 +296,90 @@ class SwatModule(fx.GraphModule):
         )
 
 
+def _copied_mirror(mirrored: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy that shares what cannot be copied, as `mirror` does."""
+    if id(mirrored) in memo:
+        result: nn.Module = memo[id(mirrored)]
+        return result
+    twin = mirrored.__class__.__new__(mirrored.__class__)
+    memo[id(mirrored)] = twin
+    for key, value in mirrored.__dict__.items():
+        if key in TABLES:
+            twin.__dict__[key] = copy.deepcopy(value, memo)
+        else:
+            twin.__dict__[key] = _copy_attribute(key, value, memo)
+    return twin
+
+
+def _dispatching(generated: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that runs `generated` on the calls that it is for."""
+
+    def forward(self: SwatModule, *args: Any, **kwargs: Any) -> Any:
+        ways = self.__dict__["ways"]
+        chosen = ways.choose(args, kwargs)
+        if chosen is None:
+            return self.call_eagerly(args, kwargs)
+        graph, inputs = chosen
+        if graph is None:
+            return generated(self, *inputs)
+        if not torch.compiler.is_compiling():
+            graph.follow()
+        return graph.forward(*inputs)
+
+    forward.__wrapped__ = generated  # type: ignore[attr-defined]
+    return forward
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """The signature of the model's forward, unbound."""
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    bound = inspect.signature(model.forward)
+    if "self" in bound.parameters:
+        own = own.replace(name="self_")
+    first = [own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)]
+    return bound.replace(parameters=[*first, *bound.parameters.values()])
+
+
 def private_copy(gm: SwatModule) -> SwatModule:
     """A copy that shares the parameters and owns its buffers: to run or rewrite without a trace."""
     return copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
 
 
 def all_parts(gm: SwatModule) -> Iterator[tuple[str, SwatModule]]:
-    """(path prefix, graph module) of the root ("") and of every part below eager code."""
+    """(path prefix, graph module) of the root ("") and of every part below eager code.
+
+    The prefix of further graphs, for other calls, ends in their arguments, in parentheses.
+    """
     yield "", gm
-    yield from gm.parts.items()
+    ways = gm.ways
+    if ways is not None:
+        yield from ((str(pattern), graph) for pattern, graph in ways.graphs)
+        if ways.fallback is not None:
+            yield FALLBACK, ways.fallback
+    for path, part in gm.parts.items():
+        yield path, part
+        if part.ways is not None:
+            yield from ((f"{path}{pattern}", graph) for pattern, graph in part.ways.graphs)
+
+
+FALLBACK = "(...)"
+
+
+def is_root(prefix: str) -> bool:
+    """Whether a graph with this prefix stands in for the whole model."""
+    return not prefix or prefix.startswith("(")
 
 
 def join(prefix: str, name: str) -> str:
     """Path of `name` below `prefix`."""
-    return f"{prefix}.{name}" if prefix else name
+    path = prefix.partition("(")[0]
+    return f"{path}.{name}" if path else name
+
+
+def relative(prefix: str, path: str) -> str:
+    """Inverse of `join`: `path` as seen from `prefix`, if it lies below."""
+    above = prefix.partition("(")[0]
+    return path.removeprefix(f"{above}.") if above else path
 
 
 def unwrap(module: nn.Module) -> SwatModule:
@@ -331,10 +474,13 @@ class EagerRoot(nn.Module):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.__dict__["root"] = root  # hidden: its parameters already have their names
+        self.__dict__["own_forward"] = root.__dict__.get("forward")
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the original forward in this module's mode."""
         root: nn.Module = self.__dict__["root"]
         root.training = self.training
+        own = self.__dict__["own_forward"]
         # fx.Interpreter, which torch.export runs a graph by, hands over [] where it has no kwargs.
-        return root.forward(*args, **dict(kwargs))
+        named = dict(kwargs)
+        return type(root).forward(root, *args, **named) if own is None else own(*args, **named)

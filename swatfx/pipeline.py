@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from passes.annotate_cost import activation_density, annotate_cost, other_saves, saved_by
 from passes.annotate_cycles import SimulationOptions, annotate_cycles
@@ -31,7 +32,9 @@ from passes.verify import verify
 from passes.watch_products import Frame
 from swatfx import meta
 from swatfx.accelerators import Accelerator
-from swatfx.changes import note_shapes, watch
+from swatfx.calls import split_inputs
+from swatfx.changes import watch
+from swatfx.eager_share import warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
 from swatfx.layers import SparseLayer, sparse_layers
@@ -87,7 +90,7 @@ def compile(
     model: nn.Module,
     policy: Policy | str,
     *,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     passes: Sequence[Pass] | None = None,
     norm_saves: str = EXACT,
     value_dtype: str | torch.dtype | None = None,
@@ -98,8 +101,9 @@ def compile(
     Args:
         model: any module. It keeps working as it was; parameters and buffers are shared with it.
         policy: what is sparse where: a Policy, or its string form such as "swat-u:0.9".
-        example_inputs: positional inputs; needed only if forward has optional arguments that
-            shall be inputs of the graph.
+        example_inputs: a call that shall be a graph: positional inputs, or a dict of inputs by
+            name. Without, the graphs are for the required arguments, and for up to three that are
+            None by default. Other calls run as Python, their layers compiled one by one.
         passes: instead of `default_passes()`.
         norm_saves: what batch norms keep for backward, where some layer packs its input: "exact",
             or "int8", a byte an element of their normalised input (`swatfx.ops.norm_codes`).
@@ -131,7 +135,24 @@ def compile(
         gm = _traced(model, example_inputs)
         _add_state(gm, ctx.policy)
         gm.meta.update(options)
-        return run_passes(gm, default_passes() if passes is None else passes, ctx)
+        gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
+    example = None if example_inputs is None else _without_values(example_inputs)
+    warn_of_eager(gm, None if example is None else lambda: _macs(gm, example))
+    return gm
+
+
+def _without_values(example_inputs: Any) -> Any:
+    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.detach().to("meta"), (args, kwargs)
+    )
+    return kwargs if kwargs else args
+
+
+def _macs(gm: SwatModule, example_inputs: Any) -> dict[str, int]:
+    """MACs of a forward, layer by layer, as if dense."""
+    costs = measure(gm, example_inputs, "paper").costs
+    return {name: cost.dense_forward_macs for name, cost in costs.items()}
 
 
 def _saving_options(norm_saves: Any, value_dtype: Any) -> dict[str, str | None]:
@@ -163,7 +184,7 @@ def _known_kernels(kernels: str) -> str:
     return kernels
 
 
-def _traced(model: nn.Module, example_inputs: Sequence[Any] | None) -> SwatModule:
+def _traced(model: nn.Module, example_inputs: Any) -> SwatModule:
     """Trace a mirror of `model`; again where another thread may have drawn the random numbers."""
     for _ in range(2):
         gm = trace_model(mirror(model), example_inputs)
@@ -262,12 +283,11 @@ class Measured:
     row_parameters: dict[str, int] = field(default_factory=dict)
 
 
-def measure(gm: SwatModule, example_inputs: Sequence[Any], accounting: str) -> Measured:
+def measure(gm: SwatModule, example_inputs: Any, accounting: str) -> Measured:
     """Run `gm` on example inputs, annotate its layers with costs, and collect them.
 
     Nothing of `gm` changes but the metadata of its nodes.
     """
-    note_shapes(gm)
     sparse = observe_run(gm, example_inputs, as_dense=False)
     dense = observe_run(gm, example_inputs, as_dense=True, products=True)
     annotate_cost(gm, sparse, dense, accounting)
@@ -338,7 +358,7 @@ def _add_row(result: Measured, row: ProductRow, kept: tuple[int, int]) -> None:
 
 def simulate_cycles(
     gm: SwatModule,
-    example_inputs: Sequence[Any],
+    example_inputs: Any,
     accelerators: Mapping[str, Accelerator],
     options: SimulationOptions,
     tick: Callable[[], object] = lambda: None,

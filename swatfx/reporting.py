@@ -175,7 +175,7 @@ class Report:
 
 def report(
     gm: nn.Module,
-    example_inputs: Sequence[Any] | Tensor | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
     *,
     accounting: str = "paper",
     activation_floor: float = 0.0,
@@ -188,8 +188,9 @@ def report(
 
     Args:
         gm: a compiled model; it is not changed, and neither are its buffers.
-        example_inputs: positional inputs. On the meta device nothing is computed and saved bytes
-            are planned; real inputs are run through a copy and give realised densities.
+        example_inputs: positional inputs, or a dict by name. On the meta device nothing is
+            computed and saved bytes are planned; real inputs are run through a copy and give
+            realised densities.
         accounting: "paper" (appendix A.3, the tables' conventions), "torch" (as
             torch.utils.flop_counter counts), or "exact" (products that a kernel skipping every
             zero would form); see `swatfx.macs`.

@@ -162,7 +162,7 @@ class Simulation:
 
 def simulate(
     gm: nn.Module,
-    example_inputs: Sequence[Any] | Tensor,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     accelerators: Sequence[Accelerator | str],
     *,
     options: SimulationOptions | None = None,
@@ -172,8 +172,8 @@ def simulate(
 
     Args:
         gm: a compiled model; only the metadata of its nodes changes.
-        example_inputs: positional inputs. A real batch gives the activations' masks; on the meta
-            device they are drawn.
+        example_inputs: positional inputs, or a dict by name. A real batch gives the activations'
+            masks; on the meta device they are drawn.
         accelerators: models, or strings such as "bit-tactical:lookahead=4".
         options: samples, where masks come from, memory.
         tick: called after each layer and accelerator.

@@ -100,6 +100,7 @@ class Threshold(nn.Module):
     and `fraction`. What a recomputation in backward may need of the past is in `history`.
     Stamp, density and fraction stay on the host in their own dtype, wherever the model is moved to:
     the host reads them at every step, and 0.1 in half precision would be another density.
+    A spare one belongs to calls that earlier versions had no graph for, and had no state of.
     """
 
     threshold: Tensor
@@ -126,6 +127,7 @@ class Threshold(nn.Module):
         self.period = period
         self.spatial = spatial
         self.is_weight = is_weight
+        self.is_spare = False
         self.seed = seed
         self.all_ranks = all_ranks
         self.history = History()
@@ -385,6 +387,14 @@ class SwatState(nn.Module):
         own = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
         saved_policy.check(self.policy_made_for, state_dict, prefix, own)
 
+    def spare_keys(self) -> set[str]:
+        """Keys of thresholds that a checkpoint may lack: see `Threshold`."""
+        return {
+            f"{path}.{key}"
+            for path, threshold in self.thresholds()
+            for key in (threshold.state_dict() if threshold.is_spare else ())
+        }
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -396,6 +406,9 @@ class SwatState(nn.Module):
                 state_dict[prefix + key] = value
             self.stale = True
         state_dict.setdefault(prefix + saved_policy.KEY, self.get_extra_state())  # an old one
+        own = self.state_dict()
+        for key in self.spare_keys():
+            state_dict.setdefault(prefix + key, own[key])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -62,8 +62,8 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return off / (wanted.norm().item() + 1e-6)
 
 
-def assert_equal(found: Sequence[Tensor], wanted: Sequence[Tensor], limit: float = 1e-4) -> None:
-    """Fail where any is further off than rounding of float32 sums, some of which nearly cancel."""
+def assert_equal(found: Sequence[Tensor], wanted: Sequence[Tensor], limit: float = 1e-5) -> None:
+    """Fail where any is further off than rounding of a float32 sum."""
     names = ("output", "input gradient", "weight gradient", "bias gradient")
     assert len(found) == len(wanted)
     for name, one, other in zip(names, found, wanted, strict=False):

@@ -185,16 +185,6 @@ def test_what_takes_effect(change: Callable[[SwatModule], None], kernels: str) -
         loss_of(gm(X)).backward()
 
 
-def test_reports_tell_dense_layers_as_they_are() -> None:
-    gm = _compiled()
-    gm.stem = nn.Conv2d(1, 32, 3)
-    layer = next(a for a in swatfx.report(gm, (X[:, :1],)).layers if a.name == "stem")
-    assert layer.weight_shape == (32, 1, 3, 3) and layer.parameters == 32 * 9
-    gm.stem = nn.Sequential(nn.Conv2d(3, 32, 3))
-    layers = {a.name: a for a in swatfx.report(gm, (X,)).layers}
-    assert layers["stem"].parameters == 0 and layers["stem.0"].parameters == 32 * 27
-
-
 def test_a_copy_follows_by_itself() -> None:
     gm = _compiled()
     twin = copy.deepcopy(gm)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DENSITY_1, HALF, assert_matches_at_density_1, assert_same, skipped, train_step
+from compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train_step
 from torch import Tensor, nn
 
 import swatfx
@@ -180,19 +180,31 @@ class Optional(nn.Module):
         return x if mask is None else x * mask
 
 
-def test_optional_arguments_are_fixed_unless_example_inputs_reach_them() -> None:
+def test_every_call_of_optional_arguments_is_right() -> None:
     x, mask = image(2, 3), torch.tensor([[1.0, 0.0, 1.0]])
     model = Optional()
-    gm = assert_matches_at_density_1(model, x)
-    assert_same(gm(x, None), gm(x))
-    with pytest.raises(InputError, match="'mask' was fixed"):
-        gm(x, mask)
-    with pytest.raises(InputError, match="'scale' was fixed"):
-        gm(x, scale=3.0)
-    gm = assert_matches_at_density_1(model, x, mask, example_inputs=(x, mask))
-    assert not gm.eager
-    with pytest.raises(InputError, match="forward takes 3 arguments"):
+    for example in (None, (x, mask), {"x": x, "scale": 3.0}):
+        for args, kwargs in [
+            ((x,), {}),
+            ((x, None), {}),
+            ((x, mask), {}),
+            ((), {"mask": mask, "x": x}),
+            ((x,), {"scale": 3.0}),
+            ((x, mask), {"scale": 2}),
+        ]:
+            gm = assert_matches_at_density_1(model, *args, example_inputs=example, **kwargs)
+            assert not gm.eager
+    assert gm.ways is not None
+    assert [str(pattern) for pattern, _ in gm.ways.graphs] == [
+        "(x, mask=None, scale=2.0)",
+        "(x, mask, scale=2.0)",
+        "(x, scale, mask=None)",
+        "(x, mask, scale)",
+    ]
+    with pytest.raises(InputError, match="no call of forward.*multiple|too many"):
         swatfx.compile(model, DENSITY_1, example_inputs=(x, mask, 1, 2))
+    with pytest.raises(TypeError, match="missing"):
+        gm(mask=mask)
 
 
 class Variadic(nn.Module):
@@ -214,10 +226,8 @@ def test_variadic_arguments() -> None:
     assert gm(x, y, x, shift=1.0).shape == (2, 3)  # eager: takes whatever the model takes
     gm = assert_matches_at_density_1(Variadic(), x, y, example_inputs=(x, y))
     assert not gm.eager
-    with pytest.raises(InputError, match="had 2 values"):
-        gm(x)
-    with pytest.raises(InputError, match="'options' was fixed"):
-        gm(x, y, other=1)
+    for args, kwargs in [((x,), {}), ((x, y, x), {"shift": 1.0}), ((x, y), {"other": 1})]:
+        assert_matches_at_density_1(Variadic(), *args, example_inputs=(x, y), **kwargs)
 
 
 class KeywordOnly(nn.Module):

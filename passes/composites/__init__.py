@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from passes.composites.attention import multihead_attention
-from passes.composites.common import check_count, check_default
 from passes.composites.padded import CONVOLUTIONS, convolution
 from passes.composites.transformer import (
     avoid_fused_path,
@@ -24,7 +23,7 @@ from passes.composites.transformer import (
 from passes.composites.window import shifted_window_attention, shifted_window_attention_3d
 from passes.module_kinds import is_patched
 
-__all__ = ["avoid_fused_path", "check_count", "check_default", "find", "find_function", "takes_any"]
+__all__ = ["avoid_fused_path", "find", "find_function", "takes_any"]
 
 _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.MultiheadAttention: multihead_attention,
