@@ -93,9 +93,9 @@ def known_now(known: Known, module: nn.Module | None, name: str) -> Known:
     if module is None:
         raise ChangedModelError("was removed from the compiled model", layer=name, remedy=_REMEDY)
     moved = module is not known.module
-    if "_is_fsdp_managed_module" in module.__dict__:
-        raise sharded(name)
     if type(module) is not known.kind:
+        if "_is_fsdp_managed_module" in module.__dict__:
+            raise sharded(name)
         raise ChangedModelError(
             f"is now a {_name(type(module))}, but a {_name(known.kind)} was compiled",
             layer=name,

@@ -175,7 +175,6 @@ class Watch:
             and not any(table.get("bias") is not None for table in self._biasless)
             and all(one.get(a) is other.get(b) for one, a, other, b in self._pairs)
             and (self._size is None or len(self._part._modules) == self._size)
-            and not self._is_sharded()
         )
 
     def _is_sharded(self) -> bool:
@@ -186,7 +185,10 @@ class Watch:
     def _follow(self) -> None:
         part = self._part
         if self._is_sharded():
-            raise sharded(self._weights[0].layer if self._weights else None)
+            whole = {at for at, known, now in self._tensors_now() if now is known.tensor}
+            for at, known_weight in enumerate(self._weights):
+                if at not in whole:
+                    raise sharded(known_weight.layer)
         if self._size is not None and len(part._modules) != self._size:
             raise children_differ(len(part._modules))
         known = [
@@ -255,6 +257,8 @@ class Watch:
 
         It belongs to none that came from the meta device: those have no values yet.
         """
+        if self._is_sharded():
+            return
         for at, weight, tensor in self._tensors_now():
             if tensor.shape == weight.shape and tensor.is_meta >= weight.tensor.is_meta:
                 self._weights[at] = replace(weight, tensor=tensor)
