@@ -144,3 +144,8 @@ def test_the_oracles_product_is_torchs() -> None:
         op, _ = product(layer)
         x = torch.randn(2, 3, 11).double()
         torch.testing.assert_close(op(x, layer.weight), layer(x))
+
+
+def test_inputs_of_one_long_strided_dimension_are_told_apart() -> None:
+    case = replace(CONV, batch=None, inputs=1, outputs=1, size=(2,), order="sliced")
+    assert check_layer(case) == []
