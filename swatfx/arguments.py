@@ -62,7 +62,7 @@ def inputs(value: Any) -> Any:
         return value
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not len(value):
         raise InputError(
-            "example inputs are a tensor, a tuple of forward's positional inputs, or a dict by name",
+            "example inputs are a tensor, a tuple of forward's positional inputs or a dict by name",
             value=_short(value),
             remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
         )
