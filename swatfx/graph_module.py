@@ -97,6 +97,9 @@ class Watch(Protocol):
         """Take the weights as they are for those that the layers' state belongs to."""
 
 
+_LATER = ("attachment", "pass_records", "signature", "swat_owner")  # attributes set after making it
+
+
 class SwatModule(fx.GraphModule):
     """A GraphModule over the tables of a mirrored module.
 
@@ -143,7 +146,19 @@ class SwatModule(fx.GraphModule):
         self.__dict__["iterates"] = False
         self.__dict__["watch"] = None
         self.__dict__["choose_kernels"] = None  # set by compile: called where the model was moved
+        self._refuse_names()
         self.graph = graph
+
+    def _refuse_names(self) -> None:
+        """Raise InputError where a name of the model's hides one of this module's own."""
+        for table in ("_modules", "_parameters", "_buffers"):
+            for name in self.__dict__[table]:
+                if name in self.__dict__ or name in _LATER or hasattr(SwatModule, name):
+                    raise InputError(
+                        f"the model has a child, parameter or buffer named {name!r}, as a compiled"
+                        " model has itself",
+                        remedy="rename it, or compile a module that holds the model as its child",
+                    )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph, once what was done to its modules since is followed."""
