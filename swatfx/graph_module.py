@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ class SwatModule(fx.GraphModule):
         iterates: whether the module that was traced runs through all its children.
         watch: looks at every call whether the modules are still those that were compiled.
         mirrored: the mirror, whose methods and attributes this module lends; None in a part.
+        copied_from: what this is a deep copy of, and what that is one of, while they live.
     """
 
     swat: SwatState
@@ -128,6 +130,7 @@ class SwatModule(fx.GraphModule):
     iterates: bool
     watch: Watch | None
     mirrored: nn.Module | None
+    copied_from: tuple[weakref.ref[SwatModule], ...]
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
@@ -145,6 +148,7 @@ class SwatModule(fx.GraphModule):
         self.__dict__["called"] = frozenset()
         self.__dict__["iterates"] = False
         self.__dict__["watch"] = None
+        self.__dict__["copied_from"] = ()
         self.__dict__["choose_kernels"] = None  # set by compile: called where the model was moved
         self._refuse_names()
         self.graph = graph
@@ -302,6 +306,7 @@ class SwatModule(fx.GraphModule):
         twin.graph = copy.deepcopy(self.graph)
         if "swat" in self._modules:
             twin.swat.clock.attached = False  # the optimizer's hook is on the original
+        twin.__dict__["copied_from"] = (*self.copied_from, weakref.ref(self))
         return twin
 
     def __reduce__(self) -> Any:

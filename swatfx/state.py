@@ -53,7 +53,8 @@ class Clock(nn.Module):
         """Return int64 [3] of `swatfx::step` in training, the bare counter in evaluation."""
         if not self.training:
             return self.iteration
-        if self.optimizer_wanted_by is not None and not self.attached:
+        unattached = self.optimizer_wanted_by is not None and not self.attached
+        if unattached and torch.is_grad_enabled():  # else it only gathers statistics: `update_bn`
             raise AttachError(
                 f"policy {self.optimizer_wanted_by!r} acts after the optimizer's steps, but none is"
                 f" attached{self.lost}",

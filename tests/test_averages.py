@@ -21,12 +21,19 @@ from swatfx.training import compiled_models
 
 
 class Ema(nn.Module):
-    """As timm keeps one: a copy whose whole state dict follows, integers too unless `floats`."""
+    """A copy whose whole state dict follows, integers too unless `floats`.
+
+    By hand: swatfx watches wrappers that take a copy in as their `module`, and not this one.
+    """
 
     def __init__(self, model: nn.Module, floats: bool = False, decay: float = 0.9) -> None:
         super().__init__()
-        self.module = copy.deepcopy(model).eval()
+        self.average = copy.deepcopy(model).eval()
         self.floats, self.decay = floats, decay
+
+    @property
+    def module(self) -> nn.Module:
+        return self.average
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -54,7 +61,8 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
     "floats of the state dict": lambda m: Ema(m, floats=True),
 }
 NAMES = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "ssc"]
-EXACT = ("swa", "ema", "floats of the state dict")  # their masks are those of the model
+# Their masks are those of the model.
+EXACT = tuple(kind for kind in KINDS if not kind.startswith("state dict"))
 
 
 class Outer(nn.Module):
