@@ -15,6 +15,7 @@ from torch import fx
 from passes.module_kinds import owns_matrix
 from swatfx import meta
 from swatfx.graph_module import FALLBACK, SwatModule, all_parts, is_root, join, weight_chain
+from swatfx.kinds import FLAG, checked, instance
 
 _PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear")
 Key = tuple[str, str]  # (part path, node name)
@@ -25,6 +26,7 @@ else:
     Graph = nx.DiGraph  # not subscriptable when it runs
 
 
+@checked(gm=instance(SwatModule), fallback=FLAG)
 def to_networkx(gm: SwatModule, fallback: bool = True) -> Graph:
     """Nodes (part, name) with `op`, `target`, `layer` and `part`; edges from producer to reader.
 

@@ -28,6 +28,7 @@ from swatfx.graph_module import (
     relative,
     unwrap,
 )
+from swatfx.kinds import FLAG, INPUTS, PATH, checked
 from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
@@ -47,6 +48,7 @@ _PLAIN: dict[type[Saver], Callable[..., Any]] = {
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
 
 
+@checked(path=PATH, example_inputs=INPUTS, training=FLAG)
 def export(
     gm: nn.Module,
     path: str | os.PathLike[str],
@@ -327,6 +329,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     )
 
 
+@checked(path=PATH)
 def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read what `export` wrote as `.safetensors`: a dense state dict with zeros where Top-K was.
 

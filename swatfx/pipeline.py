@@ -37,6 +37,7 @@ from swatfx.changes import watch
 from swatfx.eager_share import warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
+from swatfx.kinds import INPUTS, SEVERAL, checked, optional
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import VALUE_DTYPES, LayerCost, LayerPlan, NodeRecord
 from swatfx.ops.norm import EXACT, INT8
@@ -86,6 +87,7 @@ def default_passes() -> list[Pass]:
     ]
 
 
+@checked(example_inputs=INPUTS, passes=optional(SEVERAL))
 def compile(
     model: nn.Module,
     policy: Policy | str,

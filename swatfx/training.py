@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from swatfx.attachment import Attachment, Handle, attachment_of
 from swatfx.graph_module import SwatModule, all_parts, unwrap
+from swatfx.kinds import COUNT, checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.optimizers import held_by, optimizers_of
 from swatfx.policy import Policy
@@ -50,6 +51,7 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
         attachment.restart()
 
 
+@checked(gm=instance(nn.Module))
 def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
     """The state dict that the original model would have: no key of ours, and weights dense.
 
@@ -110,6 +112,7 @@ def compiled_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         yield from compiled_models(child, f"{prefix}.{name}" if prefix else name)
 
 
+@checked(gm=instance(nn.Module), steps_per_epoch=optional(COUNT), total_steps=optional(COUNT))
 def attach(
     gm: nn.Module,
     optimizer: torch.optim.Optimizer

@@ -21,6 +21,7 @@ from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule, unwrap
+from swatfx.kinds import BATCHES, COUNT, FLAG, FUNCTION, checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.meta import LayerPlan
 from swatfx.pipeline import SimulationOptions
@@ -68,6 +69,14 @@ class _Item:
     levels: range
 
 
+@checked(
+    data=BATCHES,
+    loss_fn=optional(FUNCTION),
+    batches=COUNT,
+    separate=FLAG,
+    simulation_options=optional(instance(SimulationOptions)),
+    quiet=FLAG,
+)
 def tune(
     gm: nn.Module,
     data: Iterable[Any],
@@ -118,8 +127,6 @@ def tune(
     policy = Policy.from_json(root.meta["policy"])
     plans = {layer.plan.name: layer.plan for layer in sparse_layers(root)}
     _check_policy(policy, plans)
-    if not isinstance(batches, int) or batches < 1:
-        raise InputError("tune wants one batch at least", value=batches)
     seen = batches_of(data, batches)
     inputs = planned_inputs(root, seen[0][0])
     fraction = _fraction(budget, inputs, objective, simulation_options)

@@ -18,6 +18,7 @@ FLOORS = {
         "swatfx.version",
         "swatfx.locks",
         "swatfx.atomic",
+        "swatfx.kinds",
         "swatfx.density",
         "swatfx.policy",
         "swatfx.meta",

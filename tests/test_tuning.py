@@ -250,7 +250,7 @@ def test_a_model_without_gradients() -> None:
 
 def test_no_batches() -> None:
     _, gm = compiled()
-    with pytest.raises(InputError, match="one batch"):
+    with pytest.raises(InputError, match="batches has to be a whole number, at least 1"):
         tune(gm, images(), budget=0.5, batches=0)
 
 

@@ -8,9 +8,11 @@ masks want `swatfx.attach(gm, optimizer, total_steps=..., steps_per_epoch=...)`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from swatfx.errors import PolicyError
 from swatfx.policy.fields import Policy
 
 _DEFAULT_DENSITY = 0.5  # "default sparsity" of activations, appendix A.3
@@ -205,9 +207,23 @@ def ssc(
     another number stay dense. `q` is the `p` of 1x1 layers, where it differs. Layers' densities
     follow from their shapes; first and last layer are dense.
     """
+    _check_periods(g=g, p=p, **({} if q is None else {"q": q}))
     name = f"ssc:g{_periods(g)}:p{_periods(p)}" + ("" if q is None else f":q{_periods(q)}")
     ends = {"first_dense": True, "last_dense": True}
     return _masked("ssc", 0.0, options, weight_selector=name, **ends)
+
+
+def _check_periods(**periods: Any) -> None:
+    for name, period in periods.items():
+        values = [*period, *period.values()] if isinstance(period, Mapping) else [period]
+        whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+        text = isinstance(period, str) and re.fullmatch(r"[0-9=/]+", period)
+        if not values or not (whole or text):
+            raise PolicyError(
+                f"{name} of ssc is a period, or periods by number of filters",
+                value=period,
+                remedy='write 4, {64: 2, 128: 4} or "64=2/128=4"',
+            )
 
 
 def _periods(period: int | str | Mapping[int, int]) -> str:

@@ -38,14 +38,14 @@ CONSTRUCTORS: dict[str, Callable[..., Policy]] = {
 }
 
 
-def as_policy(policy: Policy | str) -> Policy:
-    """A policy from itself or from its string form."""
+def as_policy(policy: Policy | str, argument: str = "policy") -> Policy:
+    """A policy from itself or from its string form; `argument` is what errors call it."""
     if isinstance(policy, Policy):
         return policy
     if isinstance(policy, str):
         return parse(policy)
     raise PolicyError(
-        "a policy is a swatfx.Policy or a string",
+        f"a policy is a swatfx.Policy or a string, and {argument} is not",
         value=policy,
         remedy='e.g. swatfx.swat_u(0.9) or "swat-u:0.9"',
     )
@@ -130,10 +130,14 @@ def per_layer(rules: Mapping[str, Policy | str], default: Policy | str = "dense"
     Each rule's budget is shared over the layers that the rule takes. A pattern that matches no
     layer is an error at compile time.
     """
-    base = as_policy(default)
+    if not isinstance(rules, Mapping) or not all(isinstance(name, str) for name in rules):
+        raise PolicyError("rules map layer name patterns to policies", value=rules)
+    base = as_policy(default, "default")
     if base.rules:
         raise PolicyError("per_layer's default is itself per_layer", remedy="put its rules here")
-    pairs = tuple((pattern, as_policy(rule)) for pattern, rule in rules.items())
+    pairs = tuple(
+        (pattern, as_policy(rule, f"rules[{pattern!r}]")) for pattern, rule in rules.items()
+    )
     for pattern, rule in pairs:
         if rule.rules:
             raise PolicyError("per_layer rules do not nest", value=pattern)
