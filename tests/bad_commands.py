@@ -205,6 +205,8 @@ def _values(action: argparse.Action, folder: pathlib.Path) -> list[str]:
         return ["", "1", "false"]
     if action.choices is not None:
         return [*WORDS, *(f"{choice}x" for choice in action.choices)]
+    if action.dest == "data_root":  # a folder that no other option has made meanwhile
+        return [path.replace("absent", "nowhere") for path in odd_paths(folder)]
     if action.dest in PATHS:
         return odd_paths(folder)
     if action.type is None or getattr(action.type, "__name__", "") == "given":
