@@ -24,6 +24,7 @@ from swatfx import arguments, comparing_runs, models
 from swatfx.comparing_runs import Run, Trained
 from swatfx.density import Density
 from swatfx.errors import InputError, PolicyError, UnknownNameError
+from swatfx.kinds import FUNCTION, INPUTS, MAPPING, MODEL, PATH, checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
@@ -183,6 +184,15 @@ class Comparison:
         return notes + [f"{policy}, seed {run.seed}: {run.failure}" for policy, run in failed]
 
 
+@checked(
+    model=MODEL,
+    policies=instance(list, tuple, Mapping, str, Policy),
+    example_inputs=INPUTS,
+    compile_options=optional(MAPPING),
+    train=optional(MAPPING),
+    output_dir=optional(PATH),
+    tell=FUNCTION,
+)
 def compare(
     model: str | Callable[[], nn.Module],
     policies: Sequence[Policy | str] | Mapping[str, Policy | str],

@@ -18,6 +18,7 @@ from swatfx import arguments, macs
 from swatfx.accelerators import Accelerator
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
+from swatfx.kinds import checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.ops.norm import EXACT
 from swatfx.pipeline import Measured, SimulationOptions, kernels_on, measure
@@ -173,6 +174,7 @@ class Report:
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
 
+@checked(simulation_options=optional(instance(SimulationOptions)))
 def report(
     gm: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,

@@ -27,6 +27,7 @@ CALLED = {
     "loss_fn": r"ReLU\.__init__",
     "optimizer": "optimizer",
     "rules": "a policy",
+    "seeds": "seed",
     "weight_selector": "selector",
     "activation_selector": "selector",
     "gradient_selector": "selector",
