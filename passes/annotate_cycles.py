@@ -19,9 +19,10 @@ from torch import Tensor
 
 from passes.annotate_cost import activation_density
 from passes.trace_shapes import Run, Seen
-from swatfx import arguments, meta
+from swatfx import meta
 from swatfx.accelerators import Accelerator, Cycles
 from swatfx.accelerators.traffic import Traffic, operand_bytes
+from swatfx.arguments import AMOUNT, COUNT, DENSITY, FLAG, check, whole
 from swatfx.graph_module import SwatModule, all_parts
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import LayerCall, LayerPlan
@@ -54,12 +55,15 @@ class SimulationOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError for a value out of its range; names the option."""
-        arguments.whole("samples", self.samples)
-        arguments.number("natural_density", self.natural_density, 0, 1, below=False)
-        arguments.whole("seed", self.seed, 0, 2**62)
-        arguments.flag("draw_weights", self.draw_weights)
-        arguments.number("bandwidth", self.bandwidth)
-        arguments.whole("word_bytes", self.word_bytes, 1, 1024)
+        check(
+            vars(self),
+            samples=COUNT,
+            natural_density=DENSITY,
+            seed=whole(0, 2**62 - 1),
+            draw_weights=FLAG,
+            bandwidth=AMOUNT,
+            word_bytes=whole(1, 1024),
+        )
 
 
 @dataclass(frozen=True)

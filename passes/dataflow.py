@@ -14,8 +14,8 @@ from torch import fx
 
 from passes.module_kinds import owns_matrix
 from swatfx import meta
+from swatfx.arguments import FLAG, checked, instance
 from swatfx.graph_module import FALLBACK, SwatModule, all_parts, is_root, join, weight_chain
-from swatfx.kinds import FLAG, checked, instance
 
 _PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear")
 Key = tuple[str, str]  # (part path, node name)

@@ -20,11 +20,23 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from swatfx import arguments, comparing_runs, models
+from swatfx import comparing_runs, models
+from swatfx.arguments import (
+    COUNT,
+    FUNCTION,
+    INPUTS,
+    MAPPING,
+    MODEL,
+    PATH,
+    SEEDS,
+    as_inputs,
+    checked,
+    instance,
+    optional,
+)
 from swatfx.comparing_runs import Run, Trained
 from swatfx.density import Density
 from swatfx.errors import InputError, PolicyError, UnknownNameError
-from swatfx.kinds import FUNCTION, INPUTS, MAPPING, MODEL, PATH, checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
@@ -188,8 +200,10 @@ class Comparison:
     model=MODEL,
     policies=instance(list, tuple, Mapping, str, Policy),
     example_inputs=INPUTS,
+    num_classes=optional(COUNT),
     compile_options=optional(MAPPING),
     train=optional(MAPPING),
+    seeds=SEEDS,
     output_dir=optional(PATH),
     tell=FUNCTION,
 )
@@ -233,18 +247,11 @@ def compare(
         InputError: options that do not fit together, or runs in `output_dir` made with others.
     """
     named = _named(policies)
-    numbers = _seeds(seeds)
-    if not isinstance(model, str) and not callable(model):
-        raise InputError("a model is a name or a callable that builds it", value=repr(model)[:60])
-    if num_classes is not None:
-        arguments.whole("num_classes", num_classes)
-    for name, given in (("compile_options", compile_options), ("train", train)):
-        if given is not None and not isinstance(given, Mapping):
-            raise InputError(f"{name} is a mapping of options", value=repr(given)[:60])
+    numbers = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     options = _compile_options(compile_options or {})
     config = None
     if train is not None:
-        if not numbers or len(set(numbers)) < len(numbers):
+        if len(set(numbers)) < len(numbers):
             raise InputError("training wants seeds, each of them once", value=seeds)
         config = comparing_runs.run_config(model, {**train, **options})
         shape, num_classes = comparing_runs.data_shape(config)
@@ -255,7 +262,7 @@ def compare(
             "a comparison wants example inputs: MACs depend on shapes",
             remedy='pass e.g. torch.empty(32, 3, 224, 224, device="meta"); nothing is computed',
         )
-    inputs = arguments.inputs(example_inputs)
+    inputs = as_inputs(example_inputs)
     trains_on = None if config is None else config.device or _default_device()
     where = known_device(trains_on or "cpu" if device is None else device)
     count = _Counter(model, num_classes, inputs, accounting, activation_floor, options, where)
@@ -278,13 +285,6 @@ def compare(
     )
 
 
-def _seeds(seeds: Any) -> tuple[int, ...]:
-    if isinstance(seeds, int):
-        return tuple(range(arguments.whole("seeds", seeds, 0, 10_000)))
-    given = arguments.listed("seeds", seeds)
-    return tuple(arguments.whole("a seed", seed, -(2**62), 2**62) for seed in given)
-
-
 def _compile_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in _OPTIONS:
@@ -300,7 +300,7 @@ def _named(
         pairs = list(policies.items())
     else:
         single = isinstance(policies, (str, Policy))
-        listed: list[Any] = [policies] if single else arguments.listed("policies", policies)
+        listed: list[Any] = [policies] if single else list(policies)
         pairs = [(_name(policy), policy) for policy in listed]
     if not pairs:
         raise PolicyError("there is no policy to compare", remedy="name one, e.g. swat-u:0.9")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from swatfx import bits, meta
+from swatfx.arguments import FLAG, INPUTS, PATH, checked
 from swatfx.atomic import write_atomically
 from swatfx.errors import ExportError, UnknownNameError
 from swatfx.export_program import Example, exported
@@ -28,7 +29,6 @@ from swatfx.graph_module import (
     relative,
     unwrap,
 )
-from swatfx.kinds import FLAG, INPUTS, PATH, checked
 from swatfx.layers import read_dense, sparse_layers
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight

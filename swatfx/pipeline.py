@@ -32,12 +32,12 @@ from passes.verify import verify
 from passes.watch_products import Frame
 from swatfx import meta
 from swatfx.accelerators import Accelerator
+from swatfx.arguments import INPUTS, SEVERAL, checked, optional
 from swatfx.calls import split_inputs
 from swatfx.changes import watch
 from swatfx.eager_share import warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.graph_module import SwatModule, all_parts, mirror
-from swatfx.kinds import INPUTS, SEVERAL, checked, optional
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import VALUE_DTYPES, LayerCost, LayerPlan, NodeRecord
 from swatfx.ops.norm import EXACT, INT8

@@ -14,16 +14,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from swatfx import arguments, macs
+from swatfx import macs
 from swatfx.accelerators import Accelerator
+from swatfx.arguments import SHARE, as_inputs, checked, instance, optional
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
-from swatfx.kinds import checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.ops.norm import EXACT
 from swatfx.pipeline import Measured, SimulationOptions, kernels_on, measure
 from swatfx.policy import Policy
-from swatfx.simulation import Simulation, simulate
+from swatfx.simulation import DESIGNS, Simulation, simulate
 
 PAPER = "paper"
 ACCOUNTINGS = (PAPER, "torch", "exact")
@@ -174,7 +174,11 @@ class Report:
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
 
-@checked(simulation_options=optional(instance(SimulationOptions)))
+@checked(
+    activation_floor=SHARE,
+    accelerators=DESIGNS,
+    simulation_options=optional(instance(SimulationOptions)),
+)
 def report(
     gm: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
@@ -213,21 +217,18 @@ def report(
     kernels = None if device is None else kernels_on(root, known_device(device))
     if not isinstance(accounting, str) or accounting not in ACCOUNTINGS:
         raise InputError("accounting is 'torch', 'paper' or 'exact'", value=accounting)
-    arguments.number("activation_floor", activation_floor, 0, 1)
     if example_inputs is None:
         raise InputError(
             "a report wants example inputs: MACs depend on shapes",
             remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
         )
-    inputs = arguments.inputs(example_inputs)
+    inputs = as_inputs(example_inputs)
     measured = measure(root, inputs, accounting)
     layers = tuple(_record(root, measured, kernels))
     totals = _totals(root, layers, measured, activation_floor, costs)
     policy = Policy.from_json(root.meta["policy"])
     simulated = None
-    if isinstance(accelerators, (str, Accelerator)) or arguments.listed(
-        "accelerators", accelerators
-    ):
+    if isinstance(accelerators, (str, Accelerator)) or accelerators:
         simulated = simulate(root, inputs, accelerators, options=simulation_options)
     return Report(
         layers,

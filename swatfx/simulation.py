@@ -17,12 +17,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import accelerators as designs
-from swatfx import arguments, meta
+from swatfx import meta
 from swatfx.accelerators import Accelerator
+from swatfx.arguments import as_inputs, checked, instance, optional
 from swatfx.errors import InputError
 from swatfx.graph_module import all_parts, unwrap
 from swatfx.pipeline import SimulationOptions, simulate_cycles
 
+DESIGNS = instance(Accelerator, str, list, tuple)
 PASSES = ("forward", "input_gradient", "weight_gradient")
 
 
@@ -160,6 +162,7 @@ class Simulation:
         return "\n".join(lines)
 
 
+@checked(accelerators=DESIGNS, options=optional(instance(SimulationOptions)))
 def simulate(
     gm: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
@@ -184,9 +187,7 @@ def simulate(
     root = unwrap(gm)
     chosen = SimulationOptions() if options is None else options
     named = _named(accelerators)
-    if not isinstance(chosen, SimulationOptions):
-        raise InputError("options are swatfx.SimulationOptions", value=repr(chosen)[:60])
-    inputs = arguments.inputs(example_inputs)
+    inputs = as_inputs(example_inputs)
     simulate_cycles(root, inputs, named, chosen, tick)
     rows, skipped, samples = [], {}, 1
     for _, part in all_parts(root):
@@ -208,7 +209,7 @@ def simulate(
 def _named(accelerators: Sequence[Accelerator | str]) -> dict[str, Accelerator]:
     asked = [accelerators] if isinstance(accelerators, (str, Accelerator)) else accelerators
     result: dict[str, Accelerator] = {}
-    for one in arguments.listed("accelerators", asked):
+    for one in asked:
         if not isinstance(one, (str, Accelerator)):
             raise InputError("an accelerator is a design or its name", value=repr(one)[:60])
         result[one if isinstance(one, str) else repr(one)] = (

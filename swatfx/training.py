@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swatfx.arguments import COUNT, checked, instance, optional
 from swatfx.attachment import Attachment, Handle, attachment_of
 from swatfx.graph_module import SwatModule, all_parts, unwrap
-from swatfx.kinds import COUNT, checked, instance, optional
 from swatfx.layers import sparse_layers
 from swatfx.optimizers import held_by, optimizers_of
 from swatfx.policy import Policy

@@ -73,7 +73,7 @@ CALLS: dict[str, tuple[Callable[[SwatModule, Any], Any], Callable[[Any], bool]]]
     "device": (lambda gm, v: swatfx.report(gm, X, device=v), _nothing),
     "accelerators": (
         lambda gm, v: swatfx.report(gm, X, accelerators=v),
-        lambda v: isinstance(v, (list, dict)),
+        lambda v: isinstance(v, list),
     ),
     "simulation_options": (
         lambda gm, v: swatfx.report(gm, X, accelerators=["ideal"], simulation_options=v),

@@ -283,7 +283,7 @@ def test_policies_that_cannot_be(policies: Any, error: type[Exception], message:
     ("options", "error", "message"),
     [
         ({}, InputError, "wants example inputs"),
-        ({"train": TRAIN, "seeds": 0}, InputError, "wants seeds"),
+        ({"train": TRAIN, "seeds": 0}, InputError, "seeds has to be"),
         ({"train": TRAIN, "seeds": [1, 1]}, InputError, "wants seeds"),
         ({"train": {"epochs": 1}}, InputError, "wants a data set"),
         ({"train": TRAIN | {"epochz": 1}}, UnknownNameError, "did you mean epochs"),

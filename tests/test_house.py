@@ -18,7 +18,6 @@ FLOORS = {
         "swatfx.version",
         "swatfx.locks",
         "swatfx.atomic",
-        "swatfx.kinds",
         "swatfx.density",
         "swatfx.policy",
         "swatfx.meta",
