@@ -90,5 +90,6 @@ def train_step(gm: SwatModule, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def skipped(gm: SwatModule, *args: Any) -> dict[str, str | None]:
-    """Layer name -> why it is dense, of every layer in the report."""
-    return {layer.name: layer.skipped for layer in swatfx.report(gm, args).layers}
+    """Layer name -> why it is dense, of every convolution and linear layer in the report."""
+    rows = swatfx.report(gm, args).layers
+    return {row.name: row.skipped for row in rows if row.kind.startswith(("conv", "linear"))}
