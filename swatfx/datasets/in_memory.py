@@ -200,25 +200,30 @@ def _cifar(name: str, root: str | pathlib.Path | None) -> Dataset:
 
 def _npz(path: pathlib.Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Read (train images, train labels, test images, test labels) of CIFAR-10 from an .npz."""
-    remedy = "the file needs x_train, x_test (uint8 [N, 3, 32, 32]) and y_train, y_test (0..9)"
+    remedy = (
+        "the file needs x_train, x_test (uint8 [N, 3, 32, 32]) and y_train, y_test (integers 0..9)"
+    )
     parts: list[Tensor] = []
     try:
         with path.open("rb") as file, numpy.load(file, allow_pickle=False) as stored:
             for split in ("train", "test"):
                 parts.append(torch.from_numpy(stored[f"x_{split}"]))
-                parts.append(torch.from_numpy(stored[f"y_{split}"]).long())
+                parts.append(torch.from_numpy(stored[f"y_{split}"]))
     except Exception as error:  # zip, zlib, header and dtype errors have no common base
         raise InputError(
             f"cannot read the data set: {error}", value=str(path), remedy=remedy
         ) from error
     for images, labels in (parts[:2], parts[2:]):
         shaped = images.dtype == torch.uint8 and images.shape[1:] == (3, 32, 32)
-        if not shaped or labels.shape != images.shape[:1] or len(labels) == 0:
-            found = f"{images.dtype} {list(images.shape)}, labels {list(labels.shape)}"
+        integers = not labels.dtype.is_floating_point and not labels.dtype.is_complex
+        counted = integers and labels.dtype != torch.bool and labels.shape == images.shape[:1]
+        if not shaped or not counted or len(labels) == 0:
+            found = f"{images.dtype} {list(images.shape)}, labels {labels.dtype}"
+            found += f" {list(labels.shape)}"
             raise InputError(f"{path} holds other arrays", value=found, remedy=remedy)
-        if int(labels.min()) < 0 or int(labels.max()) > 9:
+        if int(labels.long().min()) < 0 or int(labels.long().max()) > 9:
             raise InputError(f"{path} holds labels outside 0..9", remedy=remedy)
-    return parts[0], parts[1], parts[2], parts[3]
+    return parts[0], parts[1].long(), parts[2], parts[3].long()
 
 
 def _fake(name: str) -> Dataset:
