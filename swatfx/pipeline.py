@@ -44,7 +44,7 @@ from swatfx.ops.norm import EXACT, INT8
 from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
-from swatfx.training import after_load
+from swatfx.training import after_load, watch_loads
 from swatfx.wrappers import watch_wrappers
 
 # Tracing patches torch while it runs: one thread at a time. Forwards in others go straight through.
@@ -138,6 +138,7 @@ def compile(
         _add_state(gm, ctx.policy)
         gm.meta.update(options)
         gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
+        watch_loads(model, gm)
     example = None if example_inputs is None else _without_values(example_inputs)
     warn_of_eager(gm, None if example is None else lambda: _macs(gm, example))
     return gm

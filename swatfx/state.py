@@ -50,7 +50,7 @@ class Clock(nn.Module):
         self.lost = f" (layer {layer!r} has another weight since one was)"
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [3] of `swatfx::step` in training, the bare counter in evaluation."""
+        """Return int64 [4] of `swatfx::step` in training, the bare counter in evaluation."""
         if not self.training:
             return self.iteration
         unattached = self.optimizer_wanted_by is not None and not self.attached
@@ -81,7 +81,7 @@ class PartClock(nn.Module):
         self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [3] of `swatfx::step`, without advancing."""
+        """Return int64 [4] of `swatfx::step`, without advancing."""
         clock: Clock = self.__dict__["clock"]
         if not self.training:
             return clock.iteration
@@ -132,6 +132,7 @@ class Threshold(nn.Module):
         self.seed = seed
         self.all_ranks = all_ranks
         self.history = History()
+        self.is_parameter = False  # set where it is known to be one, not computed at every forward
         self.register_buffer("threshold", state)
         self.register_buffer("density", torch.zeros((), dtype=torch.float64, device="cpu"))
         self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device="cpu"))
@@ -203,6 +204,8 @@ class Threshold(nn.Module):
             self.seed,
             self.all_ranks,
             self.history.token,
+            autocast_dtype(x) == torch.float16,
+            self.is_parameter,
         )
         use, threshold, stamp = result
         self.threshold.copy_(threshold)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from swatfx.arguments import COUNT, checked, instance, optional
 from swatfx.attachment import Attachment, Handle, attachment_of
 from swatfx.graph_module import SwatModule, all_parts, unwrap
 from swatfx.layers import sparse_layers
+from swatfx.ops.origin import note_load
 from swatfx.optimizers import held_by, optimizers_of
 from swatfx.policy import Policy
 
@@ -37,6 +38,8 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
     """After `load_state_dict` of a dense checkpoint: thresholds belong to the new weights."""
     assert isinstance(module, SwatModule)
     if not module.swat.stale:  # what came along belongs to what came along
+        for _, threshold in module.swat.thresholds():
+            threshold.history.forget()
         for _, part in all_parts(module):
             if part.watch is not None:
                 part.watch.accept_weights()
@@ -49,6 +52,27 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
     attachment = attachment_of(module)
     if attachment is not None:
         attachment.restart()
+
+
+def watch_loads(model: nn.Module, gm: SwatModule) -> None:
+    """Let weights that are loaded into modules of `model` or of `gm` alone have other thresholds.
+
+    `gm`'s own `load_state_dict` brings thresholds along.
+    """
+    kept: set[int] = set()
+    for layer in sparse_layers(gm):
+        source = layer.node.args[1]
+        assert isinstance(source, fx.Node)
+        threshold = layer.weight_threshold
+        if source.op == "get_attr" and isinstance(layer.weight, nn.Parameter):
+            threshold.is_parameter = True
+            if threshold.period > 1:
+                kept.add(id(layer.weight))
+    for module in (*model.modules(), *gm.modules()):
+        if module is gm or not any(id(p) in kept for p in module._parameters.values()):
+            continue
+        if note_load not in module._load_state_dict_post_hooks.values():
+            module.register_load_state_dict_post_hook(note_load)
 
 
 @checked(gm=instance(nn.Module))

@@ -199,7 +199,7 @@ def test_opcheck_refresh(selector: str, is_weight: bool, iteration: int) -> None
     if chosen.groups and not is_weight:
         shape = ()
     state = torch.zeros(shape, dtype=chosen.state_dtype(x.dtype))
-    step = torch.tensor([iteration, 0, iteration + 1])
+    step = torch.tensor([iteration, 0, iteration + 1, 0])
     stamp = torch.tensor(0)
     buffers = (torch.tensor(density.value, dtype=torch.float64), torch.tensor([1, 2]))
     args = (x, state, stamp, step, *buffers, 3, selector, "fc", 2, is_weight, 5)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from swatfx.ops.memory import Memory
+from swatfx.ops.origin import Origin
 
 _SAMPLE = 64  # elements of an input that its key holds as they are
 
@@ -120,10 +121,14 @@ class History(Memory):
     def __init__(self) -> None:
         super().__init__()
         self._periods: list[_Period] = []
+        self.origin = Origin()
+        self.is_owed = False  # a refresh that was due found nothing that it could rank
 
     def forget(self) -> None:
         """Whatever is used next was put there by something else than a refresh in forward."""
         self._periods = []
+        self.origin = Origin()
+        self.is_owed = False
 
     def refreshed(self, iteration: int, state: Tensor) -> None:
         """A call of `iteration` has computed `state`, which is used from here on."""

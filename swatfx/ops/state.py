@@ -8,6 +8,7 @@ only then.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from swatfx import selectors
-from swatfx.density import Density
+from swatfx.density import DENSE, Density
 from swatfx.errors import InputError
 from swatfx.ops.recomputed import Forwards, History, inside_backward, key_of, may_be_recomputed
 from swatfx.selectors import Axes
@@ -25,6 +26,7 @@ from swatfx.topk import holds_nan
 HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
 
 _FORWARDS = Forwards()
+_OVERFLOW = threading.local()  # `at`: (clock, iteration) of the last forward with one in float16
 
 
 @torch.library.custom_op("swatfx::step", mutates_args=())
@@ -38,9 +40,9 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         advance: True in the root's forward, False in a part that lies below eager code.
 
     Returns:
-        int64 [3]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
+        int64 [4]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
         forward that is known and 2 for that of an unknown one, taken for the latest; and the next
-        value of `iteration`.
+        value of `iteration`; `clock`.
     """
     now = int(iteration.item())
     current = now if advance else max(now - 1, 0)
@@ -48,17 +50,17 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         key = (clock, advance, key_of(inputs))
         known = _FORWARDS.recall(key)
         if known is None:
-            return torch.tensor([max(now - 1, 0), 2, now])
+            return torch.tensor([max(now - 1, 0), 2, now, clock])
         _FORWARDS.note(key, known)
-        return torch.tensor([known, 1, now])
+        return torch.tensor([known, 1, now, clock])
     if may_be_recomputed():
         _FORWARDS.note((clock, advance, key_of(inputs)), current)
-    return torch.tensor([current, 0, now + 1 if advance else now])
+    return torch.tensor([current, 0, now + 1 if advance else now, clock])
 
 
 @step.register_fake
 def _(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool) -> Tensor:
-    return torch.empty(3, dtype=torch.int64)
+    return torch.empty(4, dtype=torch.int64)
 
 
 def draw_seed(seed: int, layer: str, iteration: int, is_weight: bool) -> int:
@@ -116,6 +118,25 @@ def compute_state(
     return chosen.state(x, density, axes, draw, reduce)
 
 
+def _overflowed(x: Tensor, half: bool, forward: tuple[int, int]) -> bool:
+    """Whether `x` holds NaN because float16 ended here, or further up in the same forward."""
+    if not (half or x.dtype == torch.float16 or getattr(_OVERFLOW, "at", None) == forward):
+        return False
+    if x.is_complex() or not holds_nan(x):
+        return False
+    _OVERFLOW.at = forward
+    return True
+
+
+def _keep_all(x: Tensor, selector: str, spatial: int, all_ranks: bool) -> Tensor:
+    """The state that keeps all of an activation, whatever it holds."""
+    axes = Axes.of(x.dim(), spatial, False)
+    if all_ranks and _has_ranks():  # the others wait for this rank's counts
+        known = x.nan_to_num(nan=torch.inf)
+        selectors.get(selector).state(known, DENSE, axes, 0, _sum_over_ranks)
+    return selectors.get(selector).state(x, DENSE, axes, 0)
+
+
 def _has_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -142,6 +163,8 @@ def refresh(
     seed: int = 0,
     all_ranks: bool = False,
     token: int = -1,
+    half: bool = False,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold that this forward uses, recomputed from `x` if its iteration says so.
 
@@ -149,12 +172,16 @@ def refresh(
     computes a threshold of its own, and the last one is what later iterations use. A recomputation
     in backward uses what its own call used: computed again from the same `x`, or remembered.
 
+    A weight whose values came from outside since, by a load or in another storage, is due. An
+    activation that holds NaN because half precision overflowed is kept whole and changes nothing: a
+    gradient scaler will skip the step, and the next forward is due instead.
+
     Args:
         x: weight (F, C, *kernel), or activation.
         threshold: state of the last refresh.
         stamp: int64 0-dim, iteration of the last refresh, -1 before the first, HELD where the
             state stays as it is.
-        step: int64 [3] of `swatfx::step`.
+        step: int64 [4] of `swatfx::step`.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
         period: refresh where iteration mod period is 0.
@@ -165,6 +192,8 @@ def refresh(
         seed: of random selectors.
         all_ranks: count over all ranks of the default process group.
         token: of the `History` that remembers what calls used.
+        half: whether the layer sees `x` in float16.
+        own: whether `x` is a parameter, and so in the same storage at every call.
 
     Returns:
         (to use now, new threshold, new stamp); none aliases an input.
@@ -172,7 +201,7 @@ def refresh(
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
-    iteration, recomputing, _ = (int(v) for v in step.tolist())
+    iteration, recomputing, _, clock = (int(v) for v in step.tolist())
     last = int(stamp.item())
     history = History.find(token)
     batch_shaped = not is_weight and selectors.get(selector).groups != ()
@@ -180,6 +209,8 @@ def refresh(
     use = threshold
     if last == HELD:
         due = False
+    elif not recomputing and not batch_shaped and history is not None:
+        due = due or history.is_owed or (own and history.origin.is_other(x))
     elif recomputing and not batch_shaped:
         known = None
         if history is not None and recomputing == 1:
@@ -190,7 +221,12 @@ def refresh(
             use, due = known, False
     # A rank whose batch is empty still has to add its zeros to the others' counts.
     fresh = due and (x.numel() > 0 or (all_ranks and _has_ranks()))
-    if fresh:
+    if fresh and not is_weight and _overflowed(x, half, (clock, iteration)):
+        fresh = False
+        use = _keep_all(x, selector, spatial, all_ranks).to(threshold.dtype)
+        if history is not None and not recomputing:
+            history.is_owed = True
+    elif fresh:
         use = compute_state(
             x,
             read_density(density, fraction),
@@ -209,6 +245,10 @@ def refresh(
         return use.clone(), threshold.clone(), stamp.clone()
     if history is not None:
         (history.refreshed if fresh else history.used)(iteration, use)
+        if fresh:
+            history.is_owed = False
+        if own:
+            history.origin.accept(x)
     if not fresh:
         return use.clone(), threshold.clone(), stamp.clone()
     return use, use.clone(), torch.full_like(stamp, iteration)
@@ -230,6 +270,8 @@ def _(
     seed: int = 0,
     all_ranks: bool = False,
     token: int = -1,
+    half: bool = False,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     use = torch.empty_like(threshold)
     if not is_weight and selectors.get(selector).groups:
