@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.sides import Network, StepSide, make_model
 from benchmarks.training_runs import (
     Partial,
@@ -256,7 +256,9 @@ def _draw(measured: Mapping[str, Any], path: pathlib.Path) -> bool:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = list(sides("dense"))
-    parser.add_argument("--policy", default="swat-u:0.9", help="of all sides but the dense one")
+    parser.add_argument(
+        "--policy", type=options.policy, default="swat-u:0.9", help="of all sides but the dense one"
+    )
     parser.add_argument("--sides", nargs="+", choices=names, default=names, help="to train")
     add_arguments(parser, seeds=2, epochs=_EPOCHS[0])
 

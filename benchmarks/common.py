@@ -29,7 +29,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks import options
 from swatfx import kernels
+from swatfx.errors import SwatError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,12 +259,20 @@ class Benchmark:
 def run(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, print, and write the dated result file."""
     given = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(benchmark).parse_args(given)
+    parser = _parser(benchmark)
+    args = parser.parse_args(given)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.worker:
-        print(json.dumps(benchmark.measure(args)))
-        return 0
+    try:
+        if args.worker:
+            print(json.dumps(benchmark.measure(args)))
+            return 0
+        return _measured(benchmark, args, given)
+    except SwatError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+def _measured(benchmark: Benchmark, args: argparse.Namespace, given: Sequence[str]) -> int:
     allocator = args.allocator or ("current" if args.quick else benchmark.allocator)
     measured = {}
     for one in ("tuned", "default") if allocator == "both" else (allocator,):
@@ -357,13 +367,13 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
         prog=f"python -m benchmarks.{benchmark.name}", description=benchmark.description
     )
     benchmark.add_arguments(parser)
-    parser.add_argument("--repeats", type=positive, help="rounds that are recorded")
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--repeats", type=options.positive, help="rounds that are recorded")
+    parser.add_argument("--threads", type=options.threads, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the runner out")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--output",
-        type=pathlib.Path,
+        type=options.output,
         metavar="FILE",
         help=f"result file (default: benchmarks/results/DATE-{benchmark.name}.json; no file with"
         " --quick)",
@@ -376,11 +386,3 @@ def _parser(benchmark: Benchmark) -> argparse.ArgumentParser:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def positive(text: str) -> int:
-    """An option's value that is a whole number, at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
 import swatfx
-from benchmarks import common
+from benchmarks import common, options
 from swatfx import models
 from swatfx.state import Threshold
 
@@ -207,8 +207,10 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="*", metavar="NAME", help="of swatfx.models.create")
-    parser.add_argument("--chain-lengths", nargs="*", type=common.positive, metavar="N")
+    parser.add_argument(
+        "--models", nargs="*", type=options.given, metavar="NAME", help="of swatfx.models.create"
+    )
+    parser.add_argument("--chain-lengths", nargs="*", type=options.positive, metavar="N")
 
 
 BENCHMARK = common.Benchmark(

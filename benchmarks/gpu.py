@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.sides import Network, as_form, failure, parse_network
 from swatfx import models
 from swatfx.errors import SwatError
@@ -233,8 +233,12 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "cuda"
     parser.add_argument("--model", type=parse_network, metavar="NAME[:BATCH[:SIDE]]")
-    parser.add_argument("--device", default=default, help=f"(default: {default})")
-    parser.add_argument("--policies", nargs="+", help="to compare (default: one of every kind)")
+    parser.add_argument(
+        "--device", type=options.device, default=default, help=f"(default: {default})"
+    )
+    parser.add_argument(
+        "--policies", nargs="+", type=options.policy, help="to compare (default: one of every kind)"
+    )
 
 
 BENCHMARK = common.Benchmark(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
 from benchmarks.sides import failure
 from swatfx import layouts
@@ -179,15 +179,8 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     return headers, rows
 
 
-def _sparsity(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
-
-
 def _number(text: str) -> int:
-    value = common.positive(text)
+    value = options.positive(text)
     if value > len(LAYERS):
         raise argparse.ArgumentTypeError(f"there are {len(LAYERS)} layers, not {value}")
     return value
@@ -202,9 +195,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NUMBER",
         help=f"which (default: all): {listed}",
     )
-    parser.add_argument("--batch", type=common.positive, help="images, for every layer")
+    parser.add_argument("--batch", type=options.positive, help="images, for every layer")
     parser.add_argument(
-        "--sparsities", nargs="+", type=_sparsity, default=[0.8, 0.9, 0.95], metavar="S"
+        "--sparsities", nargs="+", type=options.sparsity, default=[0.8, 0.9, 0.95], metavar="S"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
 

@@ -27,7 +27,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.sides import DENSE, Network, StepSide, Trainer, failure, parse_network
 
 _POLICY = "swat-u:0.9,period=1000"
@@ -225,10 +225,12 @@ def _megabytes(quantities: Mapping[str, Mapping[str, float]], key: str) -> str:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = list(sides(_POLICY))
     parser.add_argument("--model", type=parse_network, metavar="NAME[:BATCH[:SIDE]]")
-    parser.add_argument("--policy", default=_POLICY, help=f"of SWAT (default: {_POLICY})")
+    parser.add_argument(
+        "--policy", type=options.policy, default=_POLICY, help=f"of SWAT (default: {_POLICY})"
+    )
     parser.add_argument("--sides", nargs="+", choices=names, help="to weigh (default: all)")
     parser.add_argument(
-        "--steps", type=common.positive, default=5, help="that are timed in each process"
+        "--steps", type=options.positive, default=5, help="that are timed in each process"
     )
     parser.add_argument("--weigh", choices=names, help=argparse.SUPPRESS)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
+from benchmarks import options
 from swatfx import models
 from swatfx.graph_module import SwatModule
 
@@ -54,10 +55,10 @@ def parse_network(text: str) -> Network:
     """NAME, NAME:BATCH or NAME:BATCH:SIDE; without a batch 16 at 224 pixels, else 128."""
     name, *rest = text.split(":")
     try:
-        numbers = [int(word) for word in rest]
-    except ValueError:
+        numbers = [options.positive(word) for word in rest]
+    except argparse.ArgumentTypeError:
         numbers = [0]
-    if len(numbers) > 2 or any(n < 1 for n in numbers):
+    if not name.strip() or len(numbers) > 2 or 0 in numbers:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME[:BATCH[:SIDE]]")
     batch = numbers[0] if numbers else (128 if "/" in name else 16)
     return Network(name, batch, numbers[1] if len(numbers) > 1 else None)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, options
 from swatfx.accelerators import ACCELERATORS, Accelerator, cache_clear, parse
 
 # name, K, C, kernel, H = W, stride, padding
@@ -144,8 +144,14 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", metavar="NAME", default=list(ACCELERATORS))
-    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=list(ACCELERATORS),
+        metavar="NAME",
+        default=list(ACCELERATORS),
+    )
+    parser.add_argument("--sparsity", type=options.sparsity, default=0.8)
 
 
 BENCHMARK = common.Benchmark(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.op_times import time_budget
 from benchmarks.sides import (
     DENSE,
@@ -32,7 +32,6 @@ from benchmarks.sides import (
     policy_sides,
 )
 from swatfx import models
-from swatfx.errors import SwatError
 from swatfx.policy import as_policy
 
 _NETWORKS = (Network("resnet50", 16), Network("cifar/resnet18", 128))
@@ -211,14 +210,6 @@ def _rows(network: str, what: str, result: Mapping[str, Any]) -> list[common.Row
     return rows
 
 
-def _policy(text: str) -> str:
-    try:
-        as_policy(text)
-    except SwatError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -227,18 +218,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:BATCH[:SIDE]]",
         help="networks of swatfx.models.create (default: resnet50:16 cifar/resnet18:128)",
     )
-    parser.add_argument("--batch", type=common.positive, help="images a step, for every network")
-    parser.add_argument("--policies", nargs="+", type=_policy, metavar="POLICY", help="to train by")
+    parser.add_argument("--batch", type=options.positive, help="images a step, for every network")
+    parser.add_argument(
+        "--policies", nargs="+", type=options.policy, metavar="POLICY", help="to train by"
+    )
     parser.add_argument(
         "--form", choices=FORMS, default="channels_last", help="of the model that is rewritten"
     )
     parser.add_argument(
-        "--budget-steps", type=common.positive, default=3, help="steps that a time budget covers"
+        "--budget-steps", type=options.positive, default=3, help="steps that a time budget covers"
     )
     parser.add_argument(
-        "--inference-batches", nargs="*", type=common.positive, default=[1, 16], metavar="N"
+        "--inference-batches", nargs="*", type=options.positive, default=[1, 16], metavar="N"
     )
-    parser.add_argument("--inference-policy", type=_policy, default="swat-u:0.9")
+    parser.add_argument("--inference-policy", type=options.policy, default="swat-u:0.9")
 
 
 BENCHMARK = common.Benchmark(

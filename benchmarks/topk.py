@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import common
+from benchmarks import common, options
 from swatfx import bits, kernels, ops
 from swatfx.density import Density
 from swatfx.ops.state import compute_state
@@ -193,16 +193,9 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     return headers, rows
 
 
-def _density(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {value}")
-    return value
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sizes", nargs="+", type=common.positive, metavar="N")
-    parser.add_argument("--densities", nargs="+", type=_density, metavar="D")
+    parser.add_argument("--sizes", nargs="+", type=options.positive, metavar="N")
+    parser.add_argument("--densities", nargs="+", type=options.sparsity, metavar="D")
     parser.add_argument("--data", nargs="+", choices=("normal", "relu", "equal"))
 
 

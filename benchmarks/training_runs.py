@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.sides import as_form
 from swatfx import datasets
 from swatfx.recipes import learning_rate, recipe_for
@@ -25,14 +25,14 @@ _TEST_BATCH = 500
 def add_arguments(parser: argparse.ArgumentParser, *, seeds: int, epochs: int) -> None:
     """Add what is trained on what for how long; `fill` gives the rest its defaults."""
     add = parser.add_argument
-    add("--data", metavar="PATH", help="folder or .npz that holds the data set")
-    add("--dataset", help="of swatfx.datasets (default: cifar10)")
-    add("--model", help="of swatfx.models.create (default: cifar/resnet20)")
-    add("--seeds", type=common.positive, default=seeds, help="runs of each kind")
-    add("--epochs", type=common.positive, help=f"default: {epochs}")
-    add("--batch-size", type=common.positive, help="default: 128")
-    add("--limit", type=common.positive, help="training images (default: 20000)")
-    add("--partial", type=pathlib.Path, metavar="FILE", help="runs so far")
+    add("--data", type=options.given, metavar="PATH", help="folder or .npz that holds the data set")
+    add("--dataset", type=options.given, help="of swatfx.datasets (default: cifar10)")
+    add("--model", type=options.given, help="of swatfx.models.create (default: cifar/resnet20)")
+    add("--seeds", type=options.positive, default=seeds, help="runs of each kind")
+    add("--epochs", type=options.positive, help=f"default: {epochs}")
+    add("--batch-size", type=options.positive, help="default: 128")
+    add("--limit", type=options.positive, help="training images (default: 20000)")
+    add("--partial", type=options.output, metavar="FILE", help="runs so far")
 
 
 def fill(args: argparse.Namespace, **more: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import swatfx
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.sides import as_form
 from benchmarks.training_runs import (
     Partial,
@@ -251,13 +251,17 @@ def write_companions(result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sparsity", type=float, default=0.95, help="of SWAT-U, whose cost is met")
-    parser.add_argument("--objective", default="macs", help="what the budget counts")
+    parser.add_argument(
+        "--sparsity", type=options.sparsity, default=0.95, help="of SWAT-U, whose cost is met"
+    )
+    parser.add_argument(
+        "--objective", type=options.objective, default="macs", help="what the budget counts"
+    )
     parser.add_argument(
         "--separate", action="store_true", help="tune weight and activation densities apart"
     )
-    parser.add_argument("--warm-up", type=common.positive, help="dense steps (default: 150)")
-    parser.add_argument("--batches", type=common.positive, default=16, help="that tune looks at")
+    parser.add_argument("--warm-up", type=options.positive, help="dense steps (default: 150)")
+    parser.add_argument("--batches", type=options.positive, default=16, help="that tune looks at")
     add_arguments(parser, seeds=3, epochs=_EPOCHS[0])
 
 

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, options
 from benchmarks.reproduce import tables, writing
 from benchmarks.reproduce.experiments import EXPERIMENTS, Experiment
 from benchmarks.reproduce.jobs import SCALES, Arm, Job, Network, Scale, jobs_of, told
 from benchmarks.reproduce.outcomes import Outcome
 from benchmarks.reproduce.running import Runner, minutes
+from swatfx import cli_types
 from swatfx.errors import SwatError
 
 WORK = common.ROOT / "runs" / "reproduce"
@@ -166,7 +167,7 @@ def _command(argv: Sequence[str]) -> str:
 
 
 def _limit(text: str) -> int:
-    return 0 if text == "all" else common.positive(text)
+    return 0 if text == "all" else options.positive(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,21 +178,26 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="of a table or figure; list; all")
     add("--scale", choices=SCALES, default="small", help="small: CPU, under an hour; paper: GPU")
-    add("--data", metavar="PATH", help="folder or .npz that holds the data set")
-    add("--work", type=pathlib.Path, default=WORK, metavar="DIR", help="runs (runs/reproduce)")
-    add("--output", type=pathlib.Path, metavar="DIR", help="of results (benchmarks/results)")
-    add("--tag", default="", help="ends the names of result files")
-    add("--model", help="of swatfx.models.create, instead of the scale's")
-    add("--dataset", help="of swatfx.datasets, instead of the scale's")
-    add("--epochs", type=common.positive)
+    add("--data", type=options.given, metavar="PATH", help="folder or .npz that holds the data set")
+    add("--work", type=options.folder, default=WORK, metavar="DIR", help="runs (runs/reproduce)")
+    add("--output", type=options.folder, metavar="DIR", help="of results (benchmarks/results)")
+    add("--tag", type=options.tag, default="", help="ends the names of result files")
+    add("--model", type=options.given, help="of swatfx.models.create, instead of the scale's")
+    add("--dataset", type=options.given, help="of swatfx.datasets, instead of the scale's")
+    add("--epochs", type=options.positive)
     add("--limit", type=_limit, metavar="N", help="training images, or all; tested: a fifth")
-    add("--seeds", type=common.positive)
-    add("--batch-size", type=common.positive)
-    add("--lr", type=float, help="first learning rate (default: the recipe's)")
+    add("--seeds", type=options.positive)
+    add("--batch-size", type=options.positive)
+    add("--lr", type=options.rate, help="first learning rate (default: the recipe's)")
     add("--train", action=argparse.BooleanOptionalAction, help="train the policies of tables")
-    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    add("--threads", type=common.positive, help="CPU threads (default: PyTorch's)")
-    add("--workers", type=int, default=0, help="processes that read images of imagenet")
+    add("--device", type=options.device, help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--threads", type=options.threads, help="CPU threads (default: PyTorch's)")
+    add(
+        "--workers",
+        type=cli_types.whole(0, cli_types.MOST_THREADS),
+        default=0,
+        help="processes that read images of imagenet",
+    )
     add("--dry-run", action="store_true", help="print the grid and how long it takes")
     return parser
 
