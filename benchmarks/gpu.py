@@ -234,7 +234,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     default = "cuda"
     parser.add_argument("--model", type=parse_network, metavar="NAME[:BATCH[:SIDE]]")
     parser.add_argument(
-        "--device", type=options.device, default=default, help=f"(default: {default})"
+        "--device",
+        type=options.device,
+        default=torch.device(default),  # of text argparse would ask its type
+        help=f"(default: {default})",
     )
     parser.add_argument(
         "--policies", nargs="+", type=options.policy, help="to compare (default: one of every kind)"

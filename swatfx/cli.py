@@ -59,7 +59,8 @@ class _Parser(argparse.ArgumentParser):
         if choice:
             near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]))
         elif unknown:
-            near = difflib.get_close_matches(unknown[1].partition("=")[0], self._options())
+            name = unknown[1].partition("=")[0]
+            near = difflib.get_close_matches(name, [o for o in self._options() if o != name])
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 

@@ -76,7 +76,7 @@ def test_odd_values_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None
         ("step", "--model no/such"),
         ("tune", "--dataset=imagenet"),
         ("tune", "--model=no/such"),
-        ("gpu", "--model=no/such"),
+        ("gpu", "--model=no/such --device=cpu"),
     ],
 )
 def test_what_a_run_finds_is_one_line(
