@@ -212,7 +212,7 @@ def _exact(
     scaled = _scaled(dense, plan, layer)
     weight = full
     if not layer.weight.is_meta:
-        weight = macs.exact_weight_macs(layer.keep().cpu(), taps, batch)
+        weight = macs.exact_weight_macs(layer.keep_now().cpu(), taps, batch)
     else:
         weight = macs.scale(dense, layer.weight_density.value, 1, 1).forward
     gradient = plan.gradient_density.value

@@ -262,7 +262,7 @@ class _Masks:
         self.samples = min(options.samples, self.batch)
         sources = []
         if layer is not None and not layer.weight.is_meta and not options.draw_weights:
-            keep = layer.keep() & (layer.weight != 0)
+            keep = layer.keep_now() & (layer.weight != 0)
             self.weights = _array(keep).reshape(shape.weight_shape)
             sources.append("weights as they are")
         else:

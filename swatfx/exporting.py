@@ -304,7 +304,7 @@ def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
                     remedy="export to .pt2, or keep the layer dense with swatfx.per_layer",
                 )
         weight = layer.weight.detach().contiguous().reshape(-1)
-        keep = layer.keep().reshape(-1) & (weight != 0)
+        keep = layer.keep_now().reshape(-1) & (weight != 0)
         for name in names:
             del tensors[name]
             tensors[f"{name}.bitmask"] = bits.mask_to_bits(keep)

@@ -51,10 +51,19 @@ class SparseLayer:
         return read_density(threshold.density, threshold.fraction)
 
     def keep(self) -> Tensor:
-        """Mask of the weights that are active now, of the weight's shape."""
+        """Mask of the weights that the threshold in use keeps: what training forwards see.
+
+        Within a period, and after an optimizer's step, these are not the Top-K of the weights.
+        """
+        return self._mask(self.weight_threshold.threshold)
+
+    def keep_now(self) -> Tensor:
+        """Mask of the weights that evaluation uses: selected from the weights as they are."""
+        return self._mask(self.weight_threshold.state_now(self.weight))
+
+    def _mask(self, state: Tensor) -> Tensor:
         weight = self.weight.detach()
-        threshold = self.weight_threshold
-        mask = weight_keep(weight, threshold.threshold, threshold.selector)
+        mask = weight_keep(weight, state, self.weight_threshold.selector)
         return mask.expand_as(weight)
 
     def set_density(self, density: Density, active: int = 0) -> None:

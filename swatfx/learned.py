@@ -62,6 +62,10 @@ class LearnedThreshold(WeightThreshold):
         """Return the thresholds; a copy where `reset_if_empty` may write before backward."""
         return self.threshold.clone() if torch.is_grad_enabled() else self.threshold
 
+    def state_now(self, weight: Tensor) -> Tensor:
+        """The thresholds, whatever the weight."""
+        return self.threshold.detach()
+
     @torch.no_grad()
     def make_room(self, weight: Tensor) -> None:
         """Start anew from zero, for a weight that took another's place."""

@@ -85,11 +85,21 @@ def drop_count(layer: MaskedLayer, fraction: float) -> int:
 
 
 def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Bool mask of the `count` largest `scores` among those where the mask `among` is set."""
+    """Bool mask of the `count` largest `scores` among those where the mask `among` is set.
+
+    Of equal ones, those at the lowest index in row-major order, on every device. NaN is largest.
+    """
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     where = among.reshape(-1).nonzero().squeeze(1)
-    top = scores.reshape(-1)[where].topk(min(count, where.numel())).indices
-    chosen[where[top]] = True
+    count = min(count, where.numel())
+    if count > 0:
+        found = scores.reshape(-1)[where]
+        nan = found.isnan()
+        last = found.topk(count).values.amin()  # NaN if one is among them
+        if bool(last.isnan()) and int(nan.sum().item()) < count:
+            last = found.masked_fill(nan, torch.inf).topk(count).values.amin()
+        over, ties = (nan & False, nan) if last.isnan() else (nan | (found > last), found == last)
+        chosen[where] = over | ties & (ties.cumsum(0) <= count - over.sum())
     return chosen.view(scores.shape)
 
 

@@ -285,7 +285,7 @@ def _record(
         cost = measured.costs[name]
         realised = None
         if layer is not None and not layer.weight.is_meta:
-            realised = float(layer.keep().double().mean().item())
+            realised = float(layer.keep_now().double().mean().item())
         yield LayerRecord(
             name=name,
             kind=plan.kind,

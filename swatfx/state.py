@@ -280,6 +280,22 @@ class WeightThreshold(Threshold):
         state: Tensor = ops.current(weight, *decides, self.selector, self.layer, self.seed, token)
         return state
 
+    def state_now(self, weight: Tensor) -> Tensor:
+        """The state that evaluation uses for `weight`, not to be written into; nothing changes."""
+        state: Tensor = ops.current(
+            weight.detach(),
+            self.threshold,
+            self.stamp,
+            self.stamp,
+            self.density,
+            self.fraction,
+            self.selector,
+            self.layer,
+            self.seed,
+            -1,
+        )
+        return state
+
     def recompute(self, x: Tensor) -> None:
         """Set the state from `x` now; a random one is drawn as at the last refresh."""
         super().recompute(x)

@@ -491,3 +491,22 @@ def test_a_copy_and_a_moved_model_remember_nothing() -> None:
     assert len(set(tokens)) == 6
     gm.float()
     assert all(m.seen is None for m in memories(gm))
+
+
+@pytest.mark.parametrize("policy", ["swat-u:0.75,period=5", "swat-u:0.75,weight_selector=hw"])
+def test_a_report_after_training_tells_what_evaluation_uses(policy: str) -> None:
+    gm = swatfx.compile(net(), policy)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.5, momentum=0.9)
+    for seed in range(3):
+        step(gm, optimizer, seed)
+    before = {name: b.clone() for name, b in gm.named_buffers()}
+    used = {layer.plan.name: layer.keep() for layer in sparse_layers(gm)}
+    told = {r.name: r.realised_weight_density for r in swatfx.report(gm, batch(0)).layers}
+    assert all(torch.equal(b, before[name]) for name, b in gm.named_buffers())
+    now = {layer.plan.name: layer.keep_now() for layer in sparse_layers(gm)}
+    assert any(not torch.equal(used[name], now[name]) for name in used)
+    swatfx.refresh(gm)
+    for layer in sparse_layers(gm):
+        name = layer.plan.name
+        assert torch.equal(now[name], layer.keep())
+        assert told[name] == float(layer.keep().double().mean())

@@ -310,3 +310,24 @@ def test_unknown_rules_are_named() -> None:
         policy = replace(swatfx.rigl(0.9), **{field: value})
         with pytest.raises(UnknownNameError, match=value):
             swatfx.compile(torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(2)]), policy)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 70000])
+def test_of_equal_scores_the_lowest_index_is_taken_and_nan_is_largest(size: int) -> None:
+    torch.manual_seed(size)
+    scores = torch.randint(0, 4, (size,)).float()
+    scores[torch.rand(size) < 0.2] = torch.inf
+    for nan in (False, True):
+        if nan:
+            scores[torch.rand(size) < 0.3] = torch.nan
+        among = torch.rand(size) < 0.7
+        where = among.nonzero().squeeze(1).tolist()
+        values = scores.tolist()
+        order = sorted(where, key=lambda i: (math.inf if math.isnan(values[i]) else values[i], -i))[
+            ::-1
+        ]
+        order = sorted(order, key=lambda i: not math.isnan(values[i]))  # stable
+        for count in {0, 1, size // 10, size // 2, size + 3}:
+            expected = torch.zeros(size, dtype=torch.bool)
+            expected[torch.tensor(order[:count], dtype=torch.int64)] = True
+            assert torch.equal(largest(scores, among, count), expected), count
