@@ -67,11 +67,12 @@ def _join_parts(gm: SwatModule, graph: Graph, fallback: bool) -> None:
     matrices = _matrices(gm, graph)
     below: dict[str, list[str]] = {}
     for path in sorted([*gm.parts, *matrices], key=lambda p: order.get(p, 0)):
-        if any(path.startswith(f"{other}.") for other in gm.parts):
-            continue  # another way into a part that is in the chain
         caller = path
         while caller and caller not in calls:
             caller = caller.rpartition(".")[0]
+        around = [other for other in gm.parts if path.startswith(f"{other}.")]
+        if not all(caller.startswith(f"{other}.") for other in around):
+            continue  # another way into a part that is in the chain; no eager call in it leads here
         below.setdefault(caller or "swat.eager_root", []).append(path)
     for caller, paths in below.items():
         for key, node in calls.get(caller, []):

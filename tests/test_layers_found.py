@@ -255,6 +255,50 @@ def test_first_layers_of_two_branches_and_last_layers() -> None:
     train_step(gm, X, X)
 
 
+class _EagerAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = x + 0
+        product: Tensor = self.query(x) * self.key(x)
+        return product
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out = _EagerAttention(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(self.attention(x)) + x
+        return result
+
+
+class _EagerBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block(), _Block()])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = x + 0
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+def test_the_first_layer_below_eager_code_in_a_traced_part() -> None:
+    gm = swatfx.compile(_EagerBlocks(), "swat-u:0.5,last_dense=True")
+    assert set(gm.eager) == {"", "blocks.0.attention", "blocks.1.attention"}
+    dense = {name: why for name, why in skipped(gm, torch.randn(2, 8)).items() if why}
+    assert dense == {"blocks.0.attention.query": "first layer", "head": "last layer"}
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
 @pytest.mark.parametrize("padding", [1, (2, 1)])
 def test_a_convolution_that_is_the_root_packs_what_its_caller_gave(mode: str, padding: Any) -> None:
