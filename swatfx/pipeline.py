@@ -130,8 +130,10 @@ def compile(
         raise InputError(
             "the model is compiled already", remedy="compile the model it was made from"
         )
-    if "swat" in model._modules:
-        raise InputError("the model has a child named 'swat'", remedy="rename it")
+    if hasattr(model, "swat"):
+        raise InputError(
+            "the model has a child named 'swat', or another attribute", remedy="rename it"
+        )
     watch_wrappers()
     with TRACING, _collector_paused():
         gm = _traced(model, example_inputs)

@@ -318,6 +318,14 @@ def test_a_name_that_a_compiled_model_has_itself(name: str) -> None:
         swatfx.compile(_Named(name), "swat-u:0.5")
 
 
+@pytest.mark.parametrize("name", [*_OWN_NAMES, "ways", "swat"])
+def test_a_buffer_of_such_a_name(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.register_buffer(name, torch.ones(8))
+    with pytest.raises(InputError, match=f"named '{name}'"):
+        swatfx.compile(model, "swat-u:0.5")
+
+
 @pytest.mark.parametrize("name", _OWN_NAMES)
 def test_below_the_root_such_names_are_as_good_as_any(name: str) -> None:
     torch.manual_seed(0)
