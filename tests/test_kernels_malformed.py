@@ -153,6 +153,13 @@ def test_steps_and_filters_beyond_the_kernels_do_not_fit() -> None:
     assert fitting.convolution((16, 16, 5, 5), w, (1, 1), (1, 0), (1, 1), 1) is not None
 
 
+def test_an_empty_slice_may_lie_past_the_end() -> None:
+    gm = swatfx.compile(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), "swat-u:0.5")
+    x = torch.randn(4, 3, 2, 2)[4:]
+    assert x.storage_offset() == 48 and gm(x).shape == (0, 8, 2, 2)
+    gm(torch.randn(8, 3, 4, 4)[8:, :, ::2]).sum().backward()
+
+
 def test_a_tensor_whose_storage_was_taken_away() -> None:
     x = layouts.as_layout(torch.randn(16, 16, 5, 5), BATCH_INNERMOST)
     w = torch.randn(16, 16, 1, 1)

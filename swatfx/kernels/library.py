@@ -132,7 +132,9 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     """
     if x is None:
         return ctypes.c_void_p(0)
-    if x.untyped_storage().nbytes() < (x.storage_offset() + x.numel()) * x.element_size():
+    # Of no elements an offset says nothing: it may lie past the end, as that of an empty slice.
+    end = x.storage_offset() + x.numel() if x.numel() else 0
+    if x.untyped_storage().nbytes() < end * x.element_size():
         raise InputError(
             "a tensor has more elements than its storage holds",
             value=tuple(x.shape),

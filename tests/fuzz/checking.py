@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -36,16 +36,19 @@ def check_layer(case: LayerCase) -> list[str]:
     return [f"after five draws of data: {problem}" for problem in problems]
 
 
-def trusted(case: LayerCase) -> contextlib.AbstractContextManager[None]:
-    """Where torch's 3d convolutions can be trusted.
+@contextlib.contextmanager
+def trusted(case: LayerCase) -> Iterator[None]:
+    """Where torch's 3d convolutions can be trusted: without oneDNN.
 
-    oneDNN's, in version 2.14, read and write past their memory for some strides and paddings, also
+    Its own, in version 2.14, read and write past their memory for some strides and paddings, also
     in plain eager code: wrong gradients, or the end of the process.
     """
-    if case.kind != "conv3d":
-        return contextlib.nullcontext()
-    off: contextlib.AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
-    return off
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(before and case.kind != "conv3d")
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 class _Checked:
