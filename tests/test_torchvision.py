@@ -61,7 +61,8 @@ def sparse_share(model: nn.Module, *args: Any) -> float:
     """MACs of the sparse ops over MACs of all conv and linear layers but the dense first one."""
     total = counted_macs(model, *args)
     gm = swatfx.compile(model, swatfx.swat_u(0.9))
-    layers = swatfx.report(gm, args).layers
+    rows = swatfx.report(gm, args).layers
+    layers = [row for row in rows if row.kind.startswith(("conv", "linear"))]  # no bare products
     assert {layer.skipped for layer in layers} == {None, "first layer"}
     first = sum(layer.dense_forward_macs for layer in layers if layer.skipped)
     return sum(layer.dense_forward_macs for layer in layers if not layer.skipped) / (total - first)
