@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx.graph_module import SwatModule
+from swatfx.ops.memory import Memory
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -240,3 +241,20 @@ def test_a_fresh_process(tmp_path: Any) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("*.pt2"))) == 3
+
+
+def test_what_is_alive_can_be_listed_while_other_threads_make_more() -> None:
+    class Kind(Memory):
+        def forget(self) -> None:
+            """Nothing."""
+
+    kept = [Kind() for _ in range(200)]
+
+    def make() -> None:
+        for _ in range(50):
+            kept.append(Kind())
+        del kept[200:]
+
+    with _beside(make):
+        for _ in range(2000):
+            assert len(Kind.alive()) >= 200

@@ -35,7 +35,9 @@ class Memory:
     @classmethod
     def alive(cls) -> list[Self]:
         """All of this kind that are still there."""
-        return [memory for memory in list(_ALIVE.values()) if isinstance(memory, cls)]
+        # The list of references is made at once; values() would stumble over other threads' models.
+        found = (reference() for reference in _ALIVE.valuerefs())
+        return [memory for memory in found if isinstance(memory, cls)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()
