@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from swatfx.reaching import codes
+
 _MISSING = object()
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 _OPAQUE = (Tensor, nn.Module, fx.Proxy, types.ModuleType, types.FunctionType, types.MethodType)
@@ -268,18 +270,18 @@ def _named_outside(cls: type) -> tuple[tuple[str, Any, str], ...]:
     seen: set[types.CodeType] = set()
     while functions:
         function = functions.pop()
-        codes = list(_codes(function.__code__))
+        within = list(codes(function.__code__))
         if function.__code__ in seen or function.__module__.split(".")[0] == "torch":
             continue
         seen.add(function.__code__)
-        for name in {name for code in codes for name in code.co_names}:
+        for name in {name for code in within for name in code.co_names}:
             value = function.__globals__.get(name, _MISSING)
             if isinstance(value, types.FunctionType):
                 functions.append(value)
-            elif _is_state(value) or name in _stored(codes):
+            elif _is_state(value) or name in _stored(within):
                 found[id(function.__globals__), name] = (f"{name}", function.__globals__, name)
             for owner in mine:  # set by forward for the first time
-                if name in _set_attributes(codes) and name not in owner.__dict__:
+                if name in _set_attributes(within) and name not in owner.__dict__:
                     found.setdefault((id(owner), name), (f"{owner.__name__}.{name}", owner, name))
         for name, cell in zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
@@ -300,13 +302,6 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
     for candidate in (value, getattr(value, "__func__", None), getattr(value, "fget", None)):
         if isinstance(candidate, types.FunctionType):
             yield candidate
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 def _stored(codes: list[types.CodeType]) -> set[str]:

@@ -100,7 +100,7 @@ def computes(root: nn.Module, name: str) -> bool:
             continue
         seen.add(current)
         for function in _functions(inspect.getattr_static(type(root), current, None)):
-            used = {n for code in _codes(function.__code__) for n in code.co_names}
+            used = {n for code in codes(function.__code__) for n in code.co_names}
             if used & tensors:
                 return True
             todo += used
@@ -121,8 +121,9 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
             yield candidate
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """`code` and that of every function within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
