@@ -205,7 +205,8 @@ class _Rewriter:
 
     def _new_activation(self, plan: LayerPlan, call: LayerCall, site: Site) -> _Shared:
         assert isinstance(site.value, Tensor)
-        threshold = activation_threshold(plan, site.spatial, site.value)
+        below_eager = not is_root(self.prefix)
+        threshold = activation_threshold(plan, site.spatial, site.value, below_eager)
         target = self.states.add(plan.name, "activation_threshold", threshold, self.taken)
         a_t = self._call(target, (site.input, self.step), "a_t")
         if not plan.backward_activation:

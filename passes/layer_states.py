@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from swatfx import selectors
 from swatfx.density import DENSE
 from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule
@@ -18,6 +19,7 @@ from swatfx.meta import LayerPlan
 from swatfx.ops.learned import is_learned
 from swatfx.state import (
     ActivationThreshold,
+    CallThresholds,
     LayerState,
     SwatState,
     WeightThreshold,
@@ -126,9 +128,17 @@ def _learned_threshold(
     )
 
 
-def activation_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> ActivationThreshold:
-    """The threshold of a layer's input, in the dtype and on the device of its weight."""
-    return ActivationThreshold(
+def activation_threshold(
+    plan: LayerPlan, spatial: int, weight: Tensor, below_eager: bool
+) -> ActivationThreshold:
+    """The threshold of a layer's input, in the dtype and on the device of its weight.
+
+    Eager code may call what is below it several times a forward. Where a state outlives a forward,
+    each call needs its own.
+    """
+    outlives = plan.period > 1 and not selectors.get(plan.activation_selector).groups
+    kind = CallThresholds if below_eager and outlives else ActivationThreshold
+    return kind(
         plan.name,
         plan.activation_selector,
         DENSE if plan.starts_dense else plan.activation_density,

@@ -226,6 +226,12 @@ def _check_counters(state: Mapping[str, Any], gm: SwatModule) -> None:
             refuse(f"state_dict.{prefix}.stamp", "is no iteration", held["stamp"].item())
         if held["threshold"].is_floating_point() and held["threshold"].isnan().any():
             refuse(f"state_dict.{prefix}.threshold", "holds NaN", module.layer)
+        later = state.get(f"{prefix}.later")
+        if later is not None and later.is_floating_point() and later.isnan().any():
+            refuse(f"state_dict.{prefix}.later", "holds NaN", module.layer)
+        stamps = state.get(f"{prefix}.later_stamps")
+        if stamps is not None and (stamps < -1).any():
+            refuse(f"state_dict.{prefix}.later_stamps", "is no iteration", stamps.tolist())
     memory = state.get("swat.memory")
     if isinstance(memory, Tensor) and not memory.isfinite().all():
         refuse("state_dict.swat.memory", "is not finite", memory.tolist())

@@ -21,7 +21,7 @@ from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
-from swatfx.ops.state import HELD, check_rankable, compute_state, read_density
+from swatfx.ops.state import CALLS, HELD, check_rankable, compute_state, read_density
 from swatfx.policy import Policy
 from swatfx.selectors import Axes, Selector
 
@@ -50,7 +50,7 @@ class Clock(nn.Module):
         self.lost = f" (layer {layer!r} has another weight since one was)"
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [4] of `swatfx::step` in training, the bare counter in evaluation."""
+        """Return int64 [5] of `swatfx::step` in training, the bare counter in evaluation."""
         if not self.training:
             return self.iteration
         unattached = self.optimizer_wanted_by is not None and not self.attached
@@ -81,7 +81,7 @@ class PartClock(nn.Module):
         self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [4] of `swatfx::step`, without advancing."""
+        """Return int64 [5] of `swatfx::step`, without advancing."""
         clock: Clock = self.__dict__["clock"]
         if not self.training:
             return clock.iteration
@@ -321,6 +321,52 @@ class ActivationThreshold(Threshold):
         return self._refresh(x, step)
 
 
+class CallThresholds(ActivationThreshold):
+    """States of an input activation in a part that eager code may call several times a forward.
+
+    Each call of a forward has a state of its own: `threshold` is that of the first one, buffer
+    `later` [CALLS - 1, *state] those of the next, `later_stamps` when these were refreshed.
+    """
+
+    later: Tensor
+    later_stamps: Tensor
+
+    def __init__(self, *args: Any, state: Tensor, **options: Any) -> None:
+        super().__init__(*args, state=state, **options)
+        self.register_buffer("later", torch.zeros_like(state).repeat(CALLS - 1, *[1] * state.dim()))
+        stamps = torch.full((CALLS - 1,), -1, dtype=torch.int64, device="cpu")
+        self.register_buffer("later_stamps", stamps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CallThresholds:
+        self._buffers["later"] = fn(self.later)
+        super()._apply(fn, recurse)
+        return self
+
+    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+        result: tuple[Tensor, Tensor, Tensor] = ops.refresh_call(
+            x.detach(),
+            torch.cat([self.threshold.unsqueeze(0), self.later]),
+            torch.cat([self.stamp.unsqueeze(0), self.later_stamps]),
+            step,
+            self.density,
+            self.fraction,
+            self.period,
+            self.selector,
+            self.layer,
+            self.spatial,
+            self.seed,
+            self.all_ranks,
+            self.history.token,
+            autocast_dtype(x) == torch.float16,
+        )
+        use, thresholds, stamps = result
+        self.threshold.copy_(thresholds[0])
+        self.later.copy_(thresholds[1:])
+        self.stamp.copy_(stamps[0])
+        self.later_stamps.copy_(stamps[1:])
+        return use
+
+
 class Pack(nn.Module):
     """Packs an activation for the weight gradient; None where nothing will be saved."""
 
@@ -408,11 +454,12 @@ class SwatState(nn.Module):
         saved_policy.check(self.policy_made_for, state_dict, prefix, own)
 
     def spare_keys(self) -> set[str]:
-        """Keys of thresholds that a checkpoint may lack: see `Threshold`."""
+        """Keys that checkpoints of earlier versions lack: those of calls that had no state."""
         return {
             f"{path}.{key}"
             for path, threshold in self.thresholds()
-            for key in (threshold.state_dict() if threshold.is_spare else ())
+            for key in threshold.state_dict()
+            if threshold.is_spare or key.startswith("later")
         }
 
     def _load_from_state_dict(

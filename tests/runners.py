@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # benchmarks is not installed
 
 from benchmarks import common
 

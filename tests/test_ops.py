@@ -199,11 +199,23 @@ def test_opcheck_refresh(selector: str, is_weight: bool, iteration: int) -> None
     if chosen.groups and not is_weight:
         shape = ()
     state = torch.zeros(shape, dtype=chosen.state_dtype(x.dtype))
-    step = torch.tensor([iteration, 0, iteration + 1, 0])
+    step = torch.tensor([iteration, 0, iteration + 1, 0, 7])
     stamp = torch.tensor(0)
     buffers = (torch.tensor(density.value, dtype=torch.float64), torch.tensor([1, 2]))
     args = (x, state, stamp, step, *buffers, 3, selector, "fc", 2, is_weight, 5)
     torch.library.opcheck(OPS.refresh, args)
+
+
+@pytest.mark.parametrize("selector", ["nchw", "random"])
+@pytest.mark.parametrize("iteration", [3, 4])
+def test_opcheck_refresh_call(selector: str, iteration: int) -> None:
+    x = torch.randn(2, 8, 5, 5)
+    chosen = selectors.get(selector)
+    state = chosen.state(x, Density.from_sparsity(0.5), Axes(0, 1), 5)
+    step = torch.tensor([iteration, 0, iteration + 1, 0, 7])
+    buffers = (torch.tensor(0.5, dtype=torch.float64), torch.tensor([1, 2]))
+    args = (x, torch.stack([state] * 4), torch.full((4,), -1), step, *buffers, 3, selector, "fc", 2)
+    torch.library.opcheck(OPS.refresh_call, args)
 
 
 @pytest.mark.parametrize("selector", ["nchw", "hw", "channel", "random", "2:4", "held:nchw"])
@@ -222,7 +234,13 @@ def test_opcheck_current(selector: str, stamp: int) -> None:
 @pytest.mark.parametrize("inputs", [[], [torch.ones(2, 3)]])
 @pytest.mark.parametrize("advance", [True, False])
 def test_opcheck_step(inputs: list[Tensor], advance: bool) -> None:
-    torch.library.opcheck(OPS.step, (torch.tensor(4), 10**9, inputs, advance))
+    # Each call has a number of its own, so that two runs differ, traced or not.
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    args = (torch.tensor(4), 10**9, inputs, advance)
+    torch.library.opcheck(OPS.step, args, test_utils=utils)
+    first, second = OPS.step(*args).tolist(), OPS.step(*args).tolist()
+    assert first[:4] == second[:4] == [4 if advance else 3, 0, 5 if advance else 4, 10**9]
+    assert first[4] < second[4]
 
 
 @pytest.mark.parametrize("name", [n for n, s in LAYERS.items() if 0 not in s.shape])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx.ops.recomputed import Forwards, History, key_of
+from swatfx.ops.state import CALLS
 
 torch.set_num_threads(1)
 # Reentrant within reentrant: the first pass of the inner one sees inputs without gradients.
@@ -192,22 +194,122 @@ def test_other_selectors(net: type[Net], options: dict[str, Any], reentrant: boo
         assert_close(found, expected, exact=False)
 
 
-def test_each_call_has_its_own_threshold_and_the_last_one_stays() -> None:
+class Times(Net):
+    """A layer that eager code calls as often as `times` says, each time on other magnitudes."""
+
+    def __init__(self, run: Run, *times: int) -> None:
+        super().__init__(run)
+        self.times = iter(times) if times else itertools.repeat(2)  # of each forward
+
+    def middle(self, x: Tensor) -> Tensor:
+        for call in range(next(self.times)):
+            x = self.run(self.one, x * (call + 1))
+        return x
+
+
+def kth(x: Tensor) -> Tensor:
+    """The smallest of the quarter that is kept of 60."""
+    return x.abs().flatten().sort(descending=True).values[14]
+
+
+Seen = list[tuple[Tensor, Tensor]]
+
+
+def watched(net: nn.Module, **options: Any) -> tuple[swatfx.SwatModule, Seen]:
+    """(compiled, what the layer's threshold is asked and answers from here on)."""
     torch.manual_seed(0)
-    gm = swatfx.compile(Twice(plainly).double(), swatfx.swat_u(S, first_dense=False, period=2))
-    seen: list[Tensor] = []
+    gm = swatfx.compile(net.double(), swatfx.swat_u(S, first_dense=False, **options))
+    seen: Seen = []
     module = gm.swat.get_submodule("one.activation_threshold")
     module.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))  # type: ignore[arg-type]
-    for seed in range(3):
-        gm(batch(seed))
-    (first, t1), (second, t2), *rest = seen
+    return gm, seen
 
-    def kth(x: Tensor) -> Tensor:
-        return x.abs().flatten().sort(descending=True).values[14]
 
-    assert t1 == kth(first) != t2 == kth(second)
-    assert [t for _, t in rest[:2]] == [t2, t2]
-    assert [t for _, t in rest[2:]] == [kth(x) for x, _ in rest[2:]]
+def taken(seen: Seen) -> Seen:
+    found = list(seen)
+    seen.clear()
+    return found
+
+
+@pytest.mark.parametrize("run", [plainly, checkpointed(False), checkpointed(True)])
+@pytest.mark.parametrize("period", [2, 3])
+def test_each_call_of_a_forward_has_its_own_threshold_for_a_period(run: Run, period: int) -> None:
+    gm, seen = watched(Times(run), period=period)
+    held: list[Tensor] = []
+    for step in range(2 * period + 1):
+        gm(batch(step)).sum().backward()
+        calls, again = seen[:2], seen[2:]
+        if step % period == 0:
+            held = [kth(x) for x, _ in calls]
+            assert held[0] != held[1]
+        assert [t for _, t in calls] == held
+        # Recomputed last call first, each with what it used.
+        assert [t for _, t in again] == ([] if run is plainly else held[::-1])
+        seen.clear()
+        nudge(gm, step)
+
+
+def test_a_call_that_no_earlier_forward_had_ranks_its_own_input() -> None:
+    gm, seen = watched(Times(plainly, 2, 1, 3, 3, 2), period=5)
+    gm(batch(0))
+    held = [t for _, t in taken(seen)]
+    for step, times in enumerate((1, 3, 3, 2)):
+        gm(batch(step + 1))
+        calls = taken(seen)
+        if len(held) < times:
+            held.append(kth(calls[2][0]))
+        assert [t for _, t in calls] == held[:times]
+
+
+def test_calls_beyond_those_with_a_state_rank_their_own_input() -> None:
+    gm, seen = watched(Times(plainly, CALLS + 3, CALLS + 3), period=100)
+    gm(batch(0))
+    held = [t for _, t in taken(seen)]
+    gm(batch(1))
+    calls = taken(seen)
+    assert [t for _, t in calls[:CALLS]] == held[:CALLS]
+    assert [t for _, t in calls[CALLS:]] == [kth(x) for x, _ in calls[CALLS:]]
+    assert len(calls) == CALLS + 3
+
+
+def test_thresholds_of_later_calls_are_saved_and_move() -> None:
+    gm, seen = watched(Times(plainly), period=3)
+    gm(batch(0))
+    held = [t for _, t in taken(seen)]
+    state = {k: v.clone() for k, v in gm.state_dict().items()}
+    other, seen = watched(Times(plainly), period=3)
+    other.load_state_dict(state)
+    other.to(torch.float64)  # as a move to a device: state goes along
+    other(batch(1))
+    assert [t for _, t in taken(seen)] == held
+    old = {k: v for k, v in state.items() if ".later" not in k}  # of an earlier version
+    other, seen = watched(Times(plainly), period=3)
+    other.load_state_dict(old)
+    other(batch(1))
+    (_, first), (x, second) = taken(seen)
+    assert first == held[0] and second == kth(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # its own
+@pytest.mark.parametrize("same", [False, True])
+def test_a_compiler_keeps_calls_apart(same: bool) -> None:
+    class Loop(Net):
+        def middle(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            return y + self.one(x if same else 3 * y)
+
+    found = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        gm = swatfx.compile(Loop(plainly).double(), swatfx.swat_u(S, first_dense=False, period=2))
+        call = gm if backend is None else torch.compile(gm, backend=backend)
+        for step in range(3):
+            gm.zero_grad()
+            call(batch(step)).pow(2).sum().backward()
+            found.append([p.grad.clone() for p in gm.parameters() if p.grad is not None])
+            nudge(gm, step)
+    for eager, compiled in zip(found[:3], found[3:], strict=True):
+        assert_close(compiled, eager, exact=False)
 
 
 def test_a_refresh_by_hand_between_forwards_is_what_the_later_one_used() -> None:
@@ -266,8 +368,8 @@ def test_keys_of_views() -> None:
 def test_a_call_that_nobody_noted_is_unknown() -> None:
     forwards = Forwards()
     assert forwards.recall("key") is None
-    forwards.note("key", 3)
-    assert forwards.recall("key") == 3 and forwards.recall("other") is None
+    forwards.note("key", (3, 7))
+    assert forwards.recall("key") == (3, 7) and forwards.recall("other") is None
 
 
 def test_history_is_bounded_and_knows_where_it_ends() -> None:

@@ -15,7 +15,7 @@ from swatfx.ops.norm import batch_norm, batch_norm_backward
 from swatfx.ops.pack import pack
 from swatfx.ops.pool import avg_pool2d, avg_pool2d_backward, max_pool2d, max_pool2d_backward
 from swatfx.ops.relu import relu, relu_backward
-from swatfx.ops.state import refresh, step
+from swatfx.ops.state import refresh, refresh_call, step
 
 register_flops()
 
@@ -36,6 +36,7 @@ __all__ = [
     "max_pool2d_backward",
     "pack",
     "refresh",
+    "refresh_call",
     "relu",
     "relu_backward",
     "step",

@@ -66,32 +66,35 @@ def _key(x: Tensor) -> Hashable:
     return looks, tuple(numbers.tolist())
 
 
+Call = tuple[int, int]  # training iteration, and number of the call in this process
+
+
 class Forwards:
-    """The training iterations of the calls that may be recomputed, by their inputs."""
+    """The calls that may be recomputed, by their inputs."""
 
     _inputs = 4096
     _calls = 32
 
     def __init__(self) -> None:
-        # (number of the next autograd node, iteration) of each call, by what it was called with.
-        self._seen: OrderedDict[Hashable, list[tuple[int, int]]] = OrderedDict()
+        # (number of the next autograd node, call) of each call, by what it was called with.
+        self._seen: OrderedDict[Hashable, list[tuple[int, Call]]] = OrderedDict()
         self._lock = threading.Lock()  # models that train in several threads share it
 
-    def note(self, key: Hashable, iteration: int) -> None:
+    def note(self, key: Hashable, call: Call) -> None:
         """A call, or its recomputation: what is checkpointed within it may follow."""
         with self._lock:
             calls = self._seen.setdefault(key, [])
             self._seen.move_to_end(key)
-            calls.append((torch._C._autograd._get_sequence_nr(), iteration))
+            calls.append((torch._C._autograd._get_sequence_nr(), call))
             del calls[: -self._calls]
             if len(self._seen) > self._inputs:
                 self._seen.popitem(last=False)
 
-    def recall(self, key: Hashable) -> int | None:
-        """The iteration of the call that is recomputed now; None if it was not noted."""
+    def recall(self, key: Hashable) -> Call | None:
+        """The call that is recomputed now; None if it was not noted."""
         with self._lock:
             calls = list(self._seen.get(key, ()))
-        if len({iteration for _, iteration in calls}) < 2:
+        if len({call for _, call in calls}) < 2:
             return calls[-1][1] if calls else None
         node = torch._C._current_autograd_node()
         number = math.inf if node is None else node._sequence_nr()
@@ -117,18 +120,39 @@ class History(Memory):
     """The last states of one threshold, for calls that are recomputed after it was refreshed."""
 
     _small = 4096  # elements; larger ones (masks) are kept but for the current and the last period
+    _calls = 4096  # whose place in their forward is known
 
     def __init__(self) -> None:
         super().__init__()
-        self._periods: list[_Period] = []
-        self.origin = Origin()
-        self.is_owed = False  # a refresh that was due found nothing that it could rank
+        self._lock = threading.Lock()
+        self.forget()
 
     def forget(self) -> None:
         """Whatever is used next was put there by something else than a refresh in forward."""
-        self._periods = []
+        self._periods: list[_Period] = []
         self.origin = Origin()
-        self.is_owed = False
+        self.is_owed = False  # a refresh that was due found nothing that it could rank
+        self._places: OrderedDict[int, int] = OrderedDict()  # by the number of the call
+        self._last = (-1, -1)  # iteration of the last call, and its place
+        self._later: dict[int, History] = {}
+
+    def place(self, iteration: int, call: int, recomputing: bool) -> int:
+        """How many calls of the same forward came before `call`; a new one is the next."""
+        with self._lock:
+            if call in self._places:
+                return self._places[call]
+            before, place = self._last
+            if not recomputing:
+                place = place + 1 if before == iteration else 0
+                self._last = iteration, place
+                self._places[call] = place
+                if len(self._places) > self._calls:
+                    self._places.popitem(last=False)
+            return max(place, 0)
+
+    def of_place(self, place: int) -> History:
+        """That of the calls which are the first of their forward (0), the second (1), ..."""
+        return self if place == 0 else self._later.setdefault(place, History())
 
     def refreshed(self, iteration: int, state: Tensor) -> None:
         """A call of `iteration` has computed `state`, which is used from here on."""

@@ -1,13 +1,14 @@
-"""Ops that keep time and thresholds: `swatfx::step` and `swatfx::refresh`.
+"""Ops that keep time and thresholds: `swatfx::step`, `swatfx::refresh` and `swatfx::refresh_call`.
 
-Both are functional: they return the new state and the caller copies it into a buffer, so that two
-forwards may precede one backward. Both look at the moment they run, not at the moment they were
+All are functional: they return the new state and the caller copies it into a buffer, so that two
+forwards may precede one backward. All look at the moment they run, not at the moment they were
 traced: whether this forward is a recomputation inside backward (activation checkpointing) is known
 only then.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import zlib
 from collections.abc import Sequence
@@ -25,11 +26,15 @@ from swatfx.topk import holds_nan
 
 HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
 
+CALLS = 16  # of one layer in one forward that have a state each; calls beyond have none
+
 _FORWARDS = Forwards()
+_numbers = itertools.count()
 _OVERFLOW = threading.local()  # `at`: (clock, iteration) of the last forward with one in float16
 
 
-@torch.library.custom_op("swatfx::step", mutates_args=())
+# Two calls with equal arguments are two calls: no compiler may make one of them.
+@torch.library.custom_op("swatfx::step", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool) -> Tensor:
     """The training iteration that a forward belongs to.
 
@@ -40,9 +45,10 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         advance: True in the root's forward, False in a part that lies below eager code.
 
     Returns:
-        int64 [4]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
-        forward that is known and 2 for that of an unknown one, taken for the latest; and the next
-        value of `iteration`; `clock`.
+        int64 [5]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
+        forward that is known and 2 for that of an unknown one, taken for the latest; the next value
+        of `iteration`; `clock`; the number of this call in this process, which a recomputation
+        shares with what it recomputes (-1: unknown).
     """
     now = int(iteration.item())
     current = now if advance else max(now - 1, 0)
@@ -50,17 +56,18 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         key = (clock, advance, key_of(inputs))
         known = _FORWARDS.recall(key)
         if known is None:
-            return torch.tensor([max(now - 1, 0), 2, now, clock])
+            return torch.tensor([max(now - 1, 0), 2, now, clock, -1])
         _FORWARDS.note(key, known)
-        return torch.tensor([known, 1, now, clock])
+        return torch.tensor([known[0], 1, now, clock, known[1]])
+    call = next(_numbers)
     if may_be_recomputed():
-        _FORWARDS.note((clock, advance, key_of(inputs)), current)
-    return torch.tensor([current, 0, now + 1 if advance else now, clock])
+        _FORWARDS.note((clock, advance, key_of(inputs)), (current, call))
+    return torch.tensor([current, 0, now + 1 if advance else now, clock, call])
 
 
 @step.register_fake
 def _(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool) -> Tensor:
-    return torch.empty(4, dtype=torch.int64)
+    return torch.empty(5, dtype=torch.int64)
 
 
 def draw_seed(seed: int, layer: str, iteration: int, is_weight: bool) -> int:
@@ -168,9 +175,10 @@ def refresh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold that this forward uses, recomputed from `x` if its iteration says so.
 
-    Where a layer is called several times in one forward, each call of an iteration that is due
-    computes a threshold of its own, and the last one is what later iterations use. A recomputation
-    in backward uses what its own call used: computed again from the same `x`, or remembered.
+    Where one state serves several calls of a forward, each call of an iteration that is due
+    computes a threshold of its own, and the last one is what later iterations use; they are calls
+    on the same weight. A recomputation in backward uses what its own call used: computed again from
+    the same `x`, or remembered.
 
     A weight whose values came from outside since, by a load or in another storage, is due. An
     activation that holds NaN because half precision overflowed is kept whole and changes nothing: a
@@ -181,7 +189,7 @@ def refresh(
         threshold: state of the last refresh.
         stamp: int64 0-dim, iteration of the last refresh, -1 before the first, HELD where the
             state stays as it is.
-        step: int64 [4] of `swatfx::step`.
+        step: int64 [5] of `swatfx::step`.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
         period: refresh where iteration mod period is 0.
@@ -201,9 +209,164 @@ def refresh(
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
-    iteration, recomputing, _, clock = (int(v) for v in step.tolist())
-    last = int(stamp.item())
+    return _refreshed(
+        x,
+        step,
+        threshold,
+        stamp,
+        density,
+        fraction,
+        period,
+        selector,
+        layer,
+        spatial,
+        is_weight,
+        seed,
+        all_ranks,
+        History.find(token),
+        half,
+        own,
+    )
+
+
+@refresh.register_fake
+def _(
+    x: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    step: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    period: int,
+    selector: str,
+    layer: str,
+    spatial: int,
+    is_weight: bool,
+    seed: int = 0,
+    all_ranks: bool = False,
+    token: int = -1,
+    half: bool = False,
+    own: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    use = torch.empty_like(threshold)
+    if not is_weight and selectors.get(selector).groups:
+        use = threshold.new_empty(_state_shape(x, selector, spatial, is_weight))
+    return use, torch.empty_like(threshold), torch.empty_like(stamp)
+
+
+@torch.library.custom_op("swatfx::refresh_call", mutates_args=())
+def refresh_call(
+    x: Tensor,
+    thresholds: Tensor,
+    stamps: Tensor,
+    step: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    period: int,
+    selector: str,
+    layer: str,
+    spatial: int,
+    seed: int = 0,
+    all_ranks: bool = False,
+    token: int = -1,
+    half: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`swatfx::refresh` of an activation whose layer eager code may call several times a forward.
+
+    The n-th call of a forward refreshes, and uses, the n-th state, as if each call were a layer of
+    its own. Calls beyond the last state are due in every iteration.
+
+    Args:
+        x: activation.
+        thresholds: [CALLS, *state], states of the last refresh of each call.
+        stamps: int64 [CALLS], iterations of these; -1 before the first.
+        step: int64 [5] of `swatfx::step`.
+        density: see `refresh`.
+        fraction: see `refresh`.
+        period: see `refresh`.
+        selector: see `refresh`.
+        layer: see `refresh`.
+        spatial: see `refresh`.
+        seed: see `refresh`.
+        all_ranks: see `refresh`.
+        token: see `refresh`.
+        half: see `refresh`.
+
+    Returns:
+        (to use now, new thresholds, new stamps); none aliases an input.
+
+    Raises:
+        InputError: NaN or complex numbers where a threshold is recomputed.
+    """
+    iteration, recomputing, _, _, call = step.tolist()
     history = History.find(token)
+    place = 0 if history is None else history.place(iteration, call, bool(recomputing))
+    states, times = thresholds.clone(), stamps.clone()
+    row, period = min(place, len(states) - 1), 1 if place >= len(states) else period
+    use, state, time = _refreshed(
+        x,
+        step,
+        states[row],
+        times[row],
+        density,
+        fraction,
+        period,
+        selector,
+        layer,
+        spatial,
+        False,
+        seed,
+        all_ranks,
+        None if history is None or place >= len(states) else history.of_place(place),
+        half,
+        False,
+    )
+    if place < len(states):
+        states[row], times[row] = state, time
+    return use, states, times
+
+
+@refresh_call.register_fake
+def _(
+    x: Tensor,
+    thresholds: Tensor,
+    stamps: Tensor,
+    step: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    period: int,
+    selector: str,
+    layer: str,
+    spatial: int,
+    seed: int = 0,
+    all_ranks: bool = False,
+    token: int = -1,
+    half: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return thresholds.new_empty(thresholds.shape[1:]), torch.empty_like(thresholds), stamps.clone()
+
+
+def _refreshed(
+    x: Tensor,
+    step: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    density: Tensor,
+    fraction: Tensor,
+    period: int,
+    selector: str,
+    layer: str,
+    spatial: int,
+    is_weight: bool,
+    seed: int,
+    all_ranks: bool,
+    history: History | None,
+    half: bool,
+    own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `swatfx::refresh` returns."""
+    iteration, recomputing, _, clock, _ = (int(v) for v in step.tolist())
+    last = int(stamp.item())
     batch_shaped = not is_weight and selectors.get(selector).groups != ()
     due = batch_shaped or iteration % period == 0 or (last < 0 and not recomputing)
     use = threshold
@@ -252,31 +415,6 @@ def refresh(
     if not fresh:
         return use.clone(), threshold.clone(), stamp.clone()
     return use, use.clone(), torch.full_like(stamp, iteration)
-
-
-@refresh.register_fake
-def _(
-    x: Tensor,
-    threshold: Tensor,
-    stamp: Tensor,
-    step: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    is_weight: bool,
-    seed: int = 0,
-    all_ranks: bool = False,
-    token: int = -1,
-    half: bool = False,
-    own: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    use = torch.empty_like(threshold)
-    if not is_weight and selectors.get(selector).groups:
-        use = threshold.new_empty(_state_shape(x, selector, spatial, is_weight))
-    return use, torch.empty_like(threshold), torch.empty_like(stamp)
 
 
 def _state_shape(x: Tensor, selector: str, spatial: int, is_weight: bool) -> tuple[int, ...]:
