@@ -41,10 +41,31 @@ def as_layout(x: Tensor, layout: str) -> Tensor:
     return x.contiguous()
 
 
-def empty(
-    shape: Sequence[int], layout: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Tensor:
-    """An uninitialised tensor of `shape` in `layout`; no view, so that an op may return it."""
+def order_of(x: Tensor) -> list[int] | None:
+    """Dimensions of `x` from the outermost in memory inwards; None if row-major, or not dense."""
+    if x.is_contiguous():
+        return None
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: (-strides[d], d))
+    return order if x.permute(order).is_contiguous() else None
+
+
+def in_order(x: Tensor, order: Sequence[int]) -> Tensor:
+    """`x` with its dimensions in memory as `order_of` tells them."""
+    back = [order.index(d) for d in range(x.dim())]
+    return x.permute(tuple(order)).contiguous().permute(back)
+
+
+def with_plain_strides(x: Tensor) -> Tensor:
+    """`x` with the strides of a new tensor in its layout, also where a dimension is of size 1."""
+    for layout in (ROW_MAJOR, CHANNELS_LAST):
+        if lies_in(x, layout):
+            return x.as_strided(x.shape, strides_of(x.shape, layout))
+    return x.contiguous()
+
+
+def strides_of(shape: Sequence[int], layout: str) -> list[int]:
+    """Strides of a dense tensor of `shape` in `layout`."""
     order = list(range(len(shape)))  # dimensions, the outermost first
     if layout == BATCH_INNERMOST:
         order = [*order[1:], 0]
@@ -54,7 +75,14 @@ def empty(
     for d in reversed(order):
         strides[d] = step
         step *= shape[d]
-    return torch.empty_strided(tuple(shape), strides, dtype=dtype, device=device)
+    return strides
+
+
+def empty(
+    shape: Sequence[int], layout: str, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """An uninitialised tensor of `shape` in `layout`; no view, so that an op may return it."""
+    return torch.empty_strided(tuple(shape), strides_of(shape, layout), dtype=dtype, device=device)
 
 
 def flat_view(x: Tensor, layout: str) -> Tensor:

@@ -20,7 +20,7 @@ def to_layout_reference(x: Tensor, layout: str) -> Tensor:
 
     Returns:
         of x's shape and dtype, dense in `layout`; a tensor of its own. Its gradient goes back in
-        the layout of `x`, which is the one that the op that made `x` wants.
+        the order of `x`, which is the one that the op that made `x` wants.
     """
     return new_in_layout(x.shape, layout, x).copy_(x)
 
@@ -34,10 +34,14 @@ def _(x: Tensor, layout: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.layout = layouts.layout_of(inputs[0])
+    ctx.layout, ctx.order = layouts.layout_of(inputs[0]), None
+    if ctx.layout == layouts.ROW_MAJOR:
+        ctx.order = layouts.order_of(inputs[0])  # in doubt, layout_of says row-major
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    if ctx.order is not None:
+        return layouts.in_order(grad, ctx.order), None
     return converted(grad, ctx.layout), None
 
 

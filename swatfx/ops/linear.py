@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import selectors
+from swatfx import layouts, selectors
 from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.conv import no_double_backward, stored_dtype
@@ -171,6 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     ctx.options = inputs[5:]
     ctx.input_shape = tuple(input.shape)
+    ctx.order = layouts.order_of(input)
     wants_weight = wants_weight_gradient(ctx)
     saved = input if kept is None and wants_weight else None
     ctx.save_for_backward(weight, weight_state, kept if wants_weight else None, saved)
@@ -194,8 +195,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants,
         *last,
     )
-    wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
-    return (*wanted, *[None] * (1 + len(ctx.options)))
+    first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
+    if first is not None and ctx.order is not None:
+        # PyTorch's batch norm (2.14) misreads the gradient of a batch of one that was transposed on
+        # its way to it.
+        first = layouts.in_order(first, ctx.order)
+    return (first, *wanted, *[None] * (1 + len(ctx.options)))
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)

@@ -135,8 +135,14 @@ def _check_features(shape: Sequence[int], **parameters: Tensor | None) -> None:
 
 
 def _for_aten(x: Tensor, layout: str) -> Tensor:
-    """`x` where aten knows its layout, else a row-major copy: of others it has no fast way."""
-    return x.contiguous() if layout == layouts.BATCH_INNERMOST else x
+    """`x` where aten knows its layout, else a row-major copy: of others it has no fast way.
+
+    The stride of a dimension of size 1 means nothing, but aten's backward goes by it where one
+    tensor is channels_last and the other is not (2.14): it gets that of a larger dimension.
+    """
+    if layout == layouts.BATCH_INNERMOST:
+        x = x.contiguous()
+    return layouts.with_plain_strides(x) if 1 in x.shape and x.dim() > 2 else x
 
 
 def _inverse_deviation(variance: Tensor, eps: float) -> Tensor:
