@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.fuzz.building import twin
 from tests.fuzz.checking import TIE, VALUES, said, same_error
 from tests.fuzz.networks import NetworkCase
 from tests.fuzz.plain import NOW, Moment, apart
+from tests.fuzz.rounding import rounded_anywhere
 from tests.fuzz.tensors import draw, laid_out
 from tests.fuzz.watching import Watching
 
@@ -123,7 +124,7 @@ class _Checked:
             # What plain PyTorch is off by may be nothing by luck: constants, in one memory order.
             forms: list[tuple[nn.Module, Tensor, AbstractContextManager[None]]]
             forms = [(single, x.detach(), nullcontext())]
-            for seed in range(2):
+            for seed in (0, None):
                 forms.append((rounding, x.detach().double(), rounded_anywhere(rounding, seed)))
             found = []
             for model, given, context in forms:
@@ -198,40 +199,6 @@ class _Checked:
                 continue
             count = int((difference.abs() > NEAR * size).sum())
             yield f"{name} off by {error / (size or 1):.2g} ({count} of {right.numel()})"
-
-
-class _Rounded(torch.autograd.Function):
-    """Values, and the gradient, each off by up to half a unit of single precision at random."""
-
-    @staticmethod
-    def forward(ctx, x, generator):  # type: ignore[no-untyped-def]
-        ctx.generator = generator
-        return x * _near_one(x, generator)
-
-    @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
-        return g * _near_one(g, ctx.generator), None
-
-
-def _near_one(x: Tensor, generator: torch.Generator) -> Tensor:
-    return 1 + (torch.rand(x.shape, generator=generator, dtype=x.dtype) * 2 - 1) * 2.0**-24
-
-
-@contextmanager
-def rounded_anywhere(model: nn.Module, seed: int) -> Iterator[None]:
-    """What every module of `model` gives, and gets back, is rounded inside, one way of many."""
-    generator = torch.Generator().manual_seed(seed)
-    # No module of the oracle returns anything but a tensor, but for the network itself.
-    hooks = [
-        module.register_forward_hook(lambda _, args, y: _Rounded.apply(y, generator))
-        for module in model.modules()
-        if not any(module.children())
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
