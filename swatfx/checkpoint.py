@@ -54,7 +54,7 @@ def save(
         InputError: an argument is not what it has to be.
     """
     root = unwrap(gm)
-    _check_is_optimizer(optimizer)
+    _check_optimizer_of(root, optimizer)
     if extra is not None and not (
         isinstance(extra, Mapping) and all(isinstance(key, str) for key in extra)
     ):
@@ -92,10 +92,10 @@ def load(
             model nor optimizer has changed.
         InputError: an argument is not what it has to be.
     """
-    _check_is_optimizer(optimizer)
-    content = _read(path)
     if not isinstance(model, nn.Module):
         raise InputError("model has to be a torch.nn.Module", value=type(model).__name__)
+    _check_optimizer_of(model, optimizer)
+    content = _read(path)
     with _all_or_nothing(model, optimizer):
         try:
             gm = compile(model, content.policy, example_inputs=example_inputs, **content.options)
@@ -133,9 +133,23 @@ def _read(path: str | os.PathLike[str]) -> Content:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _check_is_optimizer(optimizer: Any) -> None:
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError("optimizer has to be a torch.optim.Optimizer", value=optimizer)
+def _check_optimizer_of(model: nn.Module, optimizer: Any) -> None:
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            "optimizer has to be a torch.optim.Optimizer",
+            value=type(optimizer).__name__,
+            remedy="of several, save one here and the state dicts of the others in extra",
+        )
+    own = {id(p) for p in model.parameters()}
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    if own and not any(id(p) in own for p in given):
+        raise InputError(
+            "the optimizer has none of the model's parameters",
+            value=f"{type(optimizer).__name__} of {len(given)} tensors",
+            remedy="make it from the parameters of this model",
+        )
 
 
 @contextmanager

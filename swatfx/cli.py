@@ -24,7 +24,7 @@ from tabulate import tabulate
 
 from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
 from swatfx.atomic import write_text
-from swatfx.checkpoint import load
+from swatfx.cli_subject import DEFAULT_POLICY, compiled, read_policy
 from swatfx.cli_types import LARGEST, MOST_CLASSES, file, given, number, whole
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
@@ -235,8 +235,8 @@ def _add_model(
         "--num-classes", type=whole(1, MOST_CLASSES), metavar="N", help="instead of the model's own"
     )
     if with_policy:
-        text = "e.g. swat-u:0.9,period=1000"
-        command.add_argument("--policy", type=given, default="swat-u:0.8", help=text)
+        text = f"e.g. swat-u:0.9,period=1000 ({DEFAULT_POLICY})"
+        command.add_argument("--policy", type=given, help=text)
         command.add_argument(
             "--sparsity", type=number(below=1), help="instead of the one in --policy"
         )
@@ -247,14 +247,6 @@ def _add_model(
         metavar="C,H,W",
         help="of one sample; needed for your own models",
     )
-
-
-def read_policy(text: str, sparsity: float | None) -> Policy:
-    """`--policy` and `--sparsity` together: "swat-u" with 0.9 is "swat-u:0.9"."""
-    if sparsity is None:
-        return policy.parse(text)
-    head, comma, tail = text.partition(",")
-    return policy.parse(f"{head.partition(':')[0]}:{sparsity}{comma}{tail}")
 
 
 def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
@@ -341,10 +333,7 @@ def _export(args: argparse.Namespace) -> int:
     model = models.resolve(args.model, args.num_classes)
     inputs = _zeros(read_shape(args))
     _check_takes(model, inputs[:1])
-    if args.checkpoint:
-        gm = load(args.checkpoint, model)
-    else:
-        gm = compile_model(model, read_policy(args.policy, args.sparsity))
+    gm = compiled(args, model)
     export(gm, args.output, (inputs,), training=args.training)
     size = Path(args.output).stat().st_size
     if args.json:
@@ -409,4 +398,4 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["main", "read_policy", "read_shape"]
+__all__ = ["main", "read_shape"]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from swatfx import accelerators, models, policy
 from swatfx.atomic import write_text
-from swatfx.checkpoint import load
+from swatfx.cli_subject import compiled
 from swatfx.cli_types import MOST_SAMPLES, file, fraction, given, number, whole
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
@@ -130,8 +130,7 @@ def _subject(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, 
         images, _ = next(iter(data.test_batches(args.samples, device="cpu")))
         inputs = (images,)
     if args.checkpoint:
-        model = models.resolve(args.model, args.num_classes)
-        return Subject(load(args.checkpoint, model), inputs)
+        return Subject(compiled(args, models.resolve(args.model, args.num_classes)), inputs)
     build = models.resolve_on_meta if args.data is None else models.resolve
     return Subject(compile_model(build(args.model, args.num_classes), chosen), inputs)
 

@@ -18,7 +18,7 @@ import swatfx
 from swatfx import checkpoint
 from swatfx.atomic import write_atomically
 from swatfx.checkpoint import read_extra
-from swatfx.errors import CheckpointError
+from swatfx.errors import CheckpointError, InputError
 from swatfx.graph_module import SwatModule
 
 
@@ -277,3 +277,18 @@ def test_plan_in_the_file_is_json(tmp_path: pathlib.Path) -> None:
     assert list(plan["layers"]) == ["0", "2", "5"]
     assert swatfx.Policy.from_json(plan["policy"]) == swatfx.swat_u(0.8, period=2)
     assert checkpoint.__doc__
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
+    gm = swatfx.compile(nn.Linear(8, 4), "swat-u:0.5,first_dense=False")
+    own = torch.optim.SGD(gm.parameters(), lr=0.1)
+    other = torch.optim.SGD(nn.Linear(8, 4).parameters(), lr=0.1)
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(InputError, match="none of the model's parameters"):
+        swatfx.save(gm, path, optimizer=other)
+    with pytest.raises(InputError, match=r"list.*state dicts of the others in extra"):
+        swatfx.save(gm, path, optimizer=[own, other])  # type: ignore[arg-type]
+    assert not path.exists()
+    swatfx.save(gm, path, optimizer=own)
+    with pytest.raises(InputError, match="none of the model's parameters"):
+        swatfx.load(path, nn.Linear(8, 4), optimizer=other)

@@ -203,6 +203,26 @@ def test_export_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: pa
     torch.testing.assert_close(torch.export.load(path).module()(x), gm.eval()(x))
 
 
+@pytest.mark.parametrize("asked", [("--policy", "rigl:0.5"), ("--sparsity", "0.5")])
+@pytest.mark.parametrize("command", ["export", "simulate"])
+def test_a_checkpoint_of_another_policy_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, command: str, asked: tuple[str, ...]
+) -> None:
+    torch.manual_seed(3)
+    path = tmp_path / "a.ckpt"
+    swatfx.save(swatfx.compile(models.create("digits/cnn"), "swat-u:0.9"), path)
+    common = [command, "digits/cnn", "--checkpoint", str(path)]
+    if command == "simulate":
+        common += ["--data", "digits", "--accelerator", "scnn", "--samples", "1"]
+    else:
+        common += ["--output", str(tmp_path / "a.pt2")]
+    error = _refused(capsys, *common, *asked)
+    assert "trained with another policy, swat-u:0.9" in error and asked[1] in error
+    if command == "export":
+        _out(capsys, *common, "--policy", "swat-u:0.9")  # the same, said again
+        assert (tmp_path / "a.pt2").exists()
+
+
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     names = json.loads(_out(capsys, "models", "--json"))
     assert names == _out(capsys, "models").split()
