@@ -74,6 +74,7 @@ FLOORS = {
         "swatfx.simulation_trace",
         "swatfx.table6",
         "swatfx.cli_types",
+        "swatfx.cli_subject",
         "swatfx.cli_simulate",
         "swatfx.export_program",
         "swatfx.exporting",
