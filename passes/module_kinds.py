@@ -24,8 +24,16 @@ def opaque_reason(m: nn.Module) -> str | None:
         return "hook on the module"
     if is_script(m):
         return "untraceable: TorchScript module"
+    reason = untraceable_reason(m)
+    return None if reason is None else f"untraceable: {reason}"
+
+
+def untraceable_reason(m: nn.Module) -> str | None:
+    """Why no one graph can stand for the forward of `m`, as far as `m` itself tells; or None."""
     if is_patched(m):
-        return "untraceable: forward replaced on the instance"
+        return "forward replaced on the instance"
+    if _has_several_graphs(m):
+        return "a GraphModule that changes between several graphs"
     return None
 
 
@@ -37,6 +45,15 @@ def is_script(m: nn.Module) -> bool:
 def is_patched(m: nn.Module) -> bool:
     """Whether a user has set another forward on `m` itself (we do so with parts)."""
     return not isinstance(m.__dict__.get("forward"), (type(None), fx.GraphModule))
+
+
+def _has_several_graphs(m: nn.Module) -> bool:
+    """Whether `m` holds other graphs than it runs now: for evaluation, as torchvision's do."""
+    if not isinstance(m, fx.GraphModule):
+        return False
+    graphs = [value for value in m.__dict__.values() if isinstance(value, fx.Graph)]
+    others = [graph for graph in graphs if graph is not m.graph]
+    return any(graph.python_code("self").src != m.code for graph in others)
 
 
 def has_layers(m: nn.Module) -> bool:

@@ -17,11 +17,11 @@ from passes import composites
 from passes.layer_calls import find_site
 from passes.module_kinds import (
     LAYERS,
-    is_patched,
     is_script,
     may_call_layers,
     opaque_reason,
     owns_layer,
+    untraceable_reason,
 )
 from passes.tracer import Tracer, reason_of
 from swatfx.calls import Arguments, Pattern, Ways, holds_none, split_inputs
@@ -177,8 +177,8 @@ def _check_wrappers(twin: nn.Module) -> None:
 def _trace(
     root: nn.Module, prefix: str, arguments: Arguments, pattern: Pattern | None
 ) -> tuple[SwatModule, Tracer]:
-    if is_patched(root):
-        raise fx.proxy.TraceError("forward replaced on the instance")
+    if reason := untraceable_reason(root):
+        raise fx.proxy.TraceError(reason)
     tracer = Tracer(prefix)
     kept = set(root.__dict__)
     graph = tracer.trace_root(root, arguments, pattern)

@@ -9,7 +9,7 @@ import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from swatfx.errors import ChangedModelError
 
@@ -30,6 +30,7 @@ class Known:
         path: below the graph's root.
         module: the module itself.
         kind: its type.
+        code: that of an fx GraphModule, where the graph stands for its call; or None.
         forward: what stands for its forward: a part of ours, or None.
         is_called: whether the graph stands for its call, so that hooks on it would not run.
         options: values of its constants.
@@ -39,6 +40,7 @@ class Known:
     path: str
     module: nn.Module
     kind: type
+    code: str | None
     forward: Any
     is_called: bool
     options: tuple[tuple[str, Any], ...]
@@ -71,6 +73,16 @@ def is_torchs(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn.modules.")
 
 
+def code_of(module: nn.Module) -> str | None:
+    """The forward of an fx GraphModule, as text; None for any other module."""
+    return module.__dict__.get("_code") if isinstance(module, fx.GraphModule) else None
+
+
+def _is_copied(kind: type, known: type) -> bool:
+    """Whether both are classes that fx made of one: it makes another for every copy."""
+    return issubclass(known, fx.GraphModule) and kind.__mro__[1:] == known.__mro__[1:]
+
+
 def find_module(root: nn.Module, path: str) -> nn.Module | None:
     """The module at `path`, or None."""
     module: nn.Module | None = root
@@ -93,7 +105,8 @@ def known_now(known: Known, module: nn.Module | None, name: str) -> Known:
     if module is None:
         raise ChangedModelError("was removed from the compiled model", layer=name, remedy=_REMEDY)
     moved = module is not known.module
-    if type(module) is not known.kind:
+    is_copy = not moved and _is_copied(type(module), known.kind)
+    if type(module) is not known.kind and not is_copy:
         if "_is_fsdp_managed_module" in module.__dict__:
             raise sharded(name)
         raise ChangedModelError(
@@ -106,6 +119,12 @@ def known_now(known: Known, module: nn.Module | None, name: str) -> Known:
             "was replaced by another module, whose forward may go another way",
             layer=name,
             value=_name(type(module)),
+            remedy=_REMEDY,
+        )
+    if known.code is not None and code_of(module) != known.code:
+        raise ChangedModelError(
+            "its fx graph has changed since it was compiled, but the graph stands for its call",
+            layer=name,
             remedy=_REMEDY,
         )
     forward = module.__dict__.get("forward")
@@ -137,7 +156,7 @@ def known_now(known: Known, module: nn.Module | None, name: str) -> Known:
             raise ChangedModelError(
                 f"{option} is {found!r}, but was compiled as {value!r}", layer=name, remedy=_REMEDY
             )
-    return replace(known, module=module) if moved else known
+    return replace(known, module=module, kind=type(module)) if moved or is_copy else known
 
 
 def weight_now(weight: Weight, owner: nn.Module | None) -> Weight:

@@ -23,6 +23,7 @@ from swatfx.change_rules import (
     Known,
     Weight,
     children_differ,
+    code_of,
     find_module,
     hooks_of,
     known_now,
@@ -84,7 +85,9 @@ class Watch:
             size = len(module._modules) if isinstance(module, ITERATED) else None
             forward = module.__dict__.get("forward")
             for alias in filter(None, aliases[id(module)]):
-                yield Known(alias, module, type(module), forward, path in called, options, size)
+                kind, is_called = type(module), path in called
+                code = code_of(module) if is_called else None
+                yield Known(alias, module, kind, code, forward, is_called, options, size)
 
     def _weights_read(self) -> Iterator[Weight]:
         seen: set[str] = set()
@@ -119,6 +122,8 @@ class Watch:
         self._dicts = [k.module.__dict__ for k in known]
         self._forwards = [k.forward for k in known]
         self._called = [k.module for k in known if k.is_called]
+        coded = [k for k in known if k.code is not None]
+        self._coded, self._codes = [k.module.__dict__ for k in coded], [k.code for k in coded]
         self._children = [k.module._modules for k in known if k.children is not None]
         self._sizes = [k.children for k in known if k.children is not None]
         optional = [k for k in known if k.options]
@@ -168,6 +173,7 @@ class Watch:
             and all(map(here, map(type, self._modules), self._kinds))
             and all(map(here, map(get, self._dicts, repeat("forward")), self._forwards))
             and not any(map(any, map(hooks_of, self._called)))
+            and all(map(operator.eq, map(get, self._coded, repeat("_code")), self._codes))
             and all(map(operator.eq, map(len, self._children), self._sizes))
             and all(map(operator.eq, map(operator.call, self._getters, self._owners), self._values))
             and all(map(here, map(get, self._parameters, self._leaves), self._tensors))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -64,8 +65,16 @@ def mirror(model: nn.Module) -> nn.Module:
     for module, twin in pairs:
         for key, value in module.__dict__.items():
             twin.__dict__[key] = _copy_attribute(key, value, memo)
+    _write_forwards(twin for _, twin in pairs)
     result: nn.Module = memo[id(model)]
     return result
+
+
+def _write_forwards(copies: Iterable[nn.Module]) -> None:
+    """Give copies of fx's GraphModules a forward: fx makes a class for each, without one."""
+    for module in copies:
+        if isinstance(module, fx.GraphModule):
+            module.graph = module.__dict__["_graph"]
 
 
 def _copy_attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
@@ -170,6 +179,12 @@ class SwatModule(fx.GraphModule):
             self.follow()
         return super().__call__(*args, **kwargs)
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """That of `forward`: torch.compile asks it of what stands for a GraphModule's forward."""
+        code: types.CodeType = type(self).forward.__code__
+        return code
+
     def follow(self) -> None:
         """Let another weight, or another plain layer in its place, have state of its own.
 
@@ -228,8 +243,9 @@ class SwatModule(fx.GraphModule):
         super().train(mode)
         mirrored = self.__dict__.get("mirrored")
         if mirrored is not None:
-            mirrored.training = mode
-            if type(mirrored).train is not nn.Module.train:
+            if type(mirrored).train is nn.Module.train:
+                mirrored.training = mode
+            else:  # it may look at the mode before
                 mirrored.train(mode)
         return self
 
@@ -297,6 +313,7 @@ class SwatModule(fx.GraphModule):
             for value in module.__dict__.values():
                 if isinstance(value, torch.Tensor) and not value.is_leaf:
                     memo.setdefault(id(value), value.detach().clone())
+        _copy_graph_modules([m for m in (self, self.mirrored) if m is not None], memo)
         fx.GraphModule.__init__(twin, nn.Module(), fx.Graph(), self.__class__.__name__)
         for key, value in self.__dict__.items():
             if key == "mirrored" and value is not None:
@@ -314,6 +331,20 @@ class SwatModule(fx.GraphModule):
             "a compiled model cannot be pickled: fx would trace it anew and lose its plan",
             remedy="use swatfx.save(gm, path) and swatfx.load(path, model)",
         )
+
+
+def _copy_graph_modules(roots: Sequence[nn.Module], memo: dict[int, Any]) -> None:
+    """Copy the fx GraphModules below, whole: fx's own copies lack parts, hooks and other graphs."""
+    found = {id(m): m for root in roots for m in root.modules() if isinstance(m, fx.GraphModule)}
+    pairs = [
+        (module, module.__class__.__new__(module.__class__))
+        for module in found.values()
+        if not isinstance(module, SwatModule) and id(module) not in memo
+    ]
+    memo.update({id(module): twin for module, twin in pairs})
+    for module, twin in pairs:
+        twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
+    _write_forwards(twin for _, twin in pairs)
 
 
 def _copied_mirror(mirrored: nn.Module, memo: dict[int, Any]) -> nn.Module:
