@@ -25,7 +25,17 @@ from tabulate import tabulate
 from swatfx import cli_compare, cli_simulate, cli_train, demo, models, policy, table1
 from swatfx.atomic import write_text
 from swatfx.cli_subject import DEFAULT_POLICY, compiled, read_policy
-from swatfx.cli_types import LARGEST, MOST_CLASSES, file, given, number, whole
+from swatfx.cli_types import (
+    LARGEST,
+    MOST_CLASSES,
+    add_formats,
+    file,
+    given,
+    number,
+    refuse_given,
+    table_format,
+    whole,
+)
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
 from swatfx.graph_module import evaluation_mode
@@ -178,11 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--norm-saves", choices=("exact", "int8"), default="exact")
     command.add_argument("--value-dtype", choices=("bf16",), help="of packed values")
     command.add_argument("--kernels", choices=("auto", "sparse", "dense"), default="auto")
-    command.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
-    command.add_argument("--json", action="store_true", help="the same as --format json")
-    command.add_argument(
-        "--output", type=file, metavar="FILE", help="write there instead of printing"
-    )
+    add_formats(command)
 
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
     cli_train.add_arguments(command)
@@ -203,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print what was written as JSON")
 
     command = add("simulate", _simulate, "count a training step's cycles on simulated accelerators")
-    _add_model(command, default="resnet50")
+    _add_model(command, default="resnet50", with_batch=False)
     cli_simulate.add_arguments(command)
 
     command = add("policies", _policies, "list policies and the fields of one")
@@ -223,7 +229,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(
-    command: argparse.ArgumentParser, default: str | None = None, *, with_policy: bool = True
+    command: argparse.ArgumentParser,
+    default: str | None = None,
+    *,
+    with_policy: bool = True,
+    with_batch: bool = True,
 ) -> None:
     text = "e.g. resnet50, cifar/vgg16, package.module:callable"
     if default is None:
@@ -240,7 +250,10 @@ def _add_model(
         command.add_argument(
             "--sparsity", type=number(below=1), help="instead of the one in --policy"
         )
-    command.add_argument("--batch-size", type=whole(), default=32, metavar="N")
+    if with_batch:
+        command.add_argument("--batch-size", type=whole(), metavar="N", help="default: 32")
+    else:
+        command.set_defaults(batch_size=1)
     command.add_argument(
         "--input-shape",
         type=given,
@@ -255,12 +268,13 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
     Raises:
         InputError: not a list of positive numbers, or missing for a model of the user's own.
     """
+    batch = 32 if args.batch_size is None else args.batch_size
     if args.input_shape is None:
         if ":" in args.model:
             raise InputError(
                 "your own model wants an input shape", remedy="add --input-shape 3,224,224"
             )
-        return (args.batch_size, *models.default_input_shape(args.model))
+        return (batch, *models.default_input_shape(args.model))
     shape: tuple[int, ...] = ()
     if re.fullmatch(r"[0-9]{1,10}([,x][0-9]{1,10})*", args.input_shape):
         shape = tuple(int(extent) for extent in re.split("[,x]", args.input_shape))
@@ -270,12 +284,12 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
             value=args.input_shape,
             remedy="write it as 3,224,224",
         )
-    if args.batch_size * math.prod(shape) > _MOST_ELEMENTS:
+    if batch * math.prod(shape) > _MOST_ELEMENTS:
         raise InputError(
             "--batch-size and --input-shape make an input of too many elements",
-            value=(args.batch_size, *shape),
+            value=(batch, *shape),
         )
-    return (args.batch_size, *shape)
+    return (batch, *shape)
 
 
 def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
@@ -291,6 +305,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _report(args: argparse.Namespace) -> int:
+    form = table_format(args)
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
     gm = compile_model(
@@ -309,7 +324,7 @@ def _report(args: argparse.Namespace) -> int:
         topk_cost=cost if cost in (None, "paper") else tuple(cost.split(",")),
         device=args.device,
     )
-    _emit(_formatted(result, "json" if args.json else args.format), args.output)
+    _emit(_formatted(result, form), args.output)
     return 0
 
 
@@ -330,6 +345,10 @@ def _emit(text: str, output: str | None) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if Path(args.output).suffix == ".safetensors":
+        refuse_given(
+            args, ["batch_size"], "weights alone have no batch: this has no effect on .safetensors"
+        )
     model = models.resolve(args.model, args.num_classes)
     inputs = _zeros(read_shape(args))
     _check_takes(model, inputs[:1])
@@ -365,7 +384,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    return cli_simulate.run(args, read_policy(args.policy, args.sparsity), read_shape(args))
+    return cli_simulate.run(args, read_policy(args.policy, args.sparsity), read_shape)
 
 
 def _policies(args: argparse.Namespace) -> int:

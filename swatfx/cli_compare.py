@@ -10,8 +10,19 @@ from typing import Any
 import torch
 
 from swatfx import comparing
-from swatfx.cli_types import MOST_SAMPLES, MOST_THREADS, file, given, number, whole
-from swatfx.errors import InputError, PolicyError
+from swatfx.cli_types import (
+    MOST_SAMPLES,
+    MOST_THREADS,
+    add_formats,
+    file,
+    given,
+    number,
+    refuse_given,
+    refuse_idle_data,
+    table_format,
+    whole,
+)
+from swatfx.errors import PolicyError
 from swatfx.policy import CONSTRUCTORS
 
 _TRAIN = "data data_root epochs limit recipe lr device threads workers compile".split()
@@ -41,9 +52,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--norm-saves", choices=("exact", "int8"), default="exact")
     add("--value-dtype", choices=("bf16",), help="of packed values")
     add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
-    add("--format", choices=("table", "markdown", "csv", "json"), default="table")
-    add("--json", action="store_true", help="the same as --format json")
-    add("--output", type=file, metavar="FILE", help="write there instead of printing")
+    add_formats(command)
     group = command.add_argument_group("training, with --train")
     add = group.add_argument
     add("--train", action="store_true", help="train each policy; options as of swatfx train")
@@ -80,7 +89,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="keeps the runs; finished ones are read from there",
     )
     add("--quiet", action="store_true", help="no progress on stderr")
-    command.set_defaults(batch_size=None)
 
 
 def split_policies(texts: Sequence[str]) -> list[str]:
@@ -120,14 +128,17 @@ def run(
     Raises:
         SwatError: as `comparing.compare`.
     """
+    form = table_format(args)
     policies = split_policies(args.policies)
     for text in args.policies:
         if not split_policies([text]):
             raise PolicyError("there is no policy to compare in a list", value=text)
+    for text in policies:
+        if policies.count(text) > 1:
+            raise PolicyError("a policy is there twice", value=text, remedy="name it once")
     train = _training(args)
     inputs = None
     if train is None:
-        args.batch_size = 32 if args.batch_size is None else args.batch_size
         inputs = torch.empty(read_shape(args), device="meta")
     try:
         found = comparing.compare(
@@ -154,29 +165,21 @@ def run(
         "csv": found.to_csv,
         "json": found.to_json,
     }
-    return render["json" if args.json else args.format]()
+    return render[form]()
 
 
 def _training(args: argparse.Namespace) -> dict[str, Any] | None:
     """Training options that were given; None without --train."""
-    given = {name: value for name in _TRAIN if (value := getattr(args, name)) is not None}
     if not args.train:
-        given.pop("device", None)
-        only = [n for n in (*given, "seeds", "output_dir") if getattr(args, n) is not None]
-        if only:
-            raise InputError(
-                "options of training without --train",
-                value=", ".join("--" + name.replace("_", "-") for name in only),
-                remedy="add --train, or leave them out",
-            )
+        only = [*(n for n in _TRAIN if n != "device"), "seeds", "output_dir", "quiet"]
+        refuse_given(
+            args, only, "options of training without --train", "add --train, or leave them out"
+        )
         return None
-    for name in ("num_classes", "input_shape"):
-        if getattr(args, name) is not None:
-            raise InputError(
-                f"--{name.replace('_', '-')} is the data set's with --train",
-                value=getattr(args, name),
-                remedy="leave it out",
-            )
+    given = {name: value for name in _TRAIN if (value := getattr(args, name)) is not None}
+    refuse_given(args, ("num_classes", "input_shape"), "these are the data set's with --train")
+    if args.data is not None:  # else the comparison asks for one
+        refuse_idle_data(args)
     if args.batch_size is not None:
         given["batch_size"] = args.batch_size
     return given | {"quiet": args.quiet}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,16 @@ from tqdm import tqdm
 from swatfx import accelerators, models, policy
 from swatfx.atomic import write_text
 from swatfx.cli_subject import compiled
-from swatfx.cli_types import MOST_SAMPLES, file, fraction, given, number, whole
+from swatfx.cli_types import (
+    MOST_SAMPLES,
+    file,
+    fraction,
+    given,
+    number,
+    refuse_given,
+    refuse_idle_data,
+    whole,
+)
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule
@@ -42,12 +51,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--samples",
         type=whole(1, MOST_SAMPLES),
-        default=1,
         metavar="N",
-        help="samples to simulate, each by itself",
+        help="samples to simulate, each by itself (default: 1)",
     )
-    add("--natural-density", type=fraction, default=0.5, help="of drawn forward activations")
-    add("--seed", type=whole(0), default=0, help="of drawn masks")
+    add("--natural-density", type=fraction, help="of drawn forward activations (default: 0.5)")
+    add("--seed", type=whole(0), help="of drawn masks (default: 0)")
     add("--checkpoint", type=file, metavar="FILE", help="weights that swatfx train wrote")
     add(
         "--data",
@@ -58,11 +66,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--bandwidth",
         type=number(),
-        default=0.0,
         metavar="B",
-        help="bytes a cycle; 0 ignores memory",
+        help="bytes a cycle; 0 ignores memory (default: 0)",
     )
-    add("--word-bytes", type=whole(1, 64), default=2, metavar="N", help="bytes of a value")
+    add("--word-bytes", type=whole(1, 64), metavar="N", help="bytes of a value (default: 2)")
     add(
         "--sweep",
         type=given,
@@ -74,14 +81,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--seeds",
         type=whole(1, MOST_SAMPLES),
-        default=3,
         metavar="N",
-        help="mask seeds of --table6",
+        help="mask seeds of --table6 (default: 3)",
     )
     add("--json", action="store_true")
 
 
 _MOST_VALUES = 1000  # of a sweep
+_OPTIONS = ("samples", "natural_density", "seed", "bandwidth", "word_bytes")  # of the simulation
+_SWEPT = {name: name for name in (*_OPTIONS, "sparsity")} | {"batch": "samples"}
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,21 @@ class Subject:
     inputs: tuple[Tensor, ...]
 
 
-def run(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
-    """Run the command; `shape` is that of the input with its batch."""
-    if args.data_root is not None and args.data is None:
-        raise InputError("--data-root without --data", value=args.data_root, remedy="add --data")
+def run(
+    args: argparse.Namespace,
+    chosen: policy.Policy,
+    read_shape: Callable[[argparse.Namespace], tuple[int, ...]],
+) -> int:
+    """Run the command.
+
+    Args:
+        args: of `add_arguments`, with model, num_classes and input_shape.
+        chosen: the policy that they name.
+        read_shape: reads the input shape from them, with a batch; asked where no data set has one.
+    """
+    refuse_idle_data(args)
+    _refuse_idle(args)
+    shape = () if args.data else read_shape(args)
     if args.table6:
         return _table6(args, chosen, shape)
     if args.sweep:
@@ -108,26 +127,66 @@ def run(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...])
     return 0
 
 
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raise InputError for options, and for a sweep, that would do nothing beside the others."""
+    idle = dict(_idle(args))
+    swept = sweep_values(args.sweep)[0] if args.sweep and not args.table6 else ""
+    if swept == "sparsity" and args.checkpoint:
+        idle[swept] = "with --checkpoint, which has one of its own"
+    if swept in idle:
+        raise InputError(
+            f"a sweep over {swept} has no effect {idle[swept]}",
+            value=f"--sweep {args.sweep}",
+            remedy="sweep over something else, or leave that out",
+        )
+    if swept in _SWEPT:
+        idle[_SWEPT[swept]] = f"with a sweep over {swept}"
+    for why in dict.fromkeys(idle.values()):
+        names = [name for name in idle if idle[name] == why]
+        refuse_given(args, names, f"options that have no effect {why}")
+
+
+def _idle(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(an option that has no effect, beside which others, and why)."""
+
+    def each(why: str, *names: str) -> Iterator[tuple[str, str]]:
+        return ((name, why) for name in names)
+
+    if args.table6:
+        fixed = (name for name in _OPTIONS if name != "samples")
+        yield from each("with --table6", "sweep", "trace", *fixed)
+        if args.checkpoint or args.data:
+            yield from each("with --table6 of a checkpoint, which draws no masks", "seeds")
+        else:
+            why = "with --table6, which is of SWAT-U at the paper's sparsities"
+            yield from each(f"{why}; add --checkpoint and --data for others", "policy", "sparsity")
+            yield from each("with --table6 without --checkpoint and --data", "samples")
+    else:
+        yield from each("without --table6", "seeds")
+        if args.sweep:
+            yield from each("with --sweep", "trace")
+        if args.data:
+            yield from each("with --data, whose images are taken", "natural_density")
+            if args.checkpoint:
+                yield from each("with --checkpoint and --data, where no mask is drawn", "seed")
+    if args.data:
+        yield from each("with --data, whose images are taken", "input_shape")
+
+
 def _options(args: argparse.Namespace) -> SimulationOptions:
-    return SimulationOptions(
-        samples=args.samples,
-        natural_density=args.natural_density,
-        seed=args.seed,
-        draw_weights=args.checkpoint is None,
-        bandwidth=args.bandwidth,
-        word_bytes=args.word_bytes,
-    )
+    given = {name: value for name in _OPTIONS if (value := getattr(args, name)) is not None}
+    return SimulationOptions(**given, draw_weights=args.checkpoint is None)
 
 
 def _subject(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> Subject:
     """The model and a batch: real where a checkpoint and data are given, else on meta."""
-    batch = (max(args.samples, 1), *shape[1:])
+    samples = _options(args).samples
     if args.data is None:
-        inputs: tuple[Tensor, ...] = (torch.empty(batch, device="meta"),)
+        inputs: tuple[Tensor, ...] = (torch.empty((samples, *shape[1:]), device="meta"),)
     else:
-        limit = None if args.data == "imagenet" else max(5 * args.samples, 50)
+        limit = None if args.data == "imagenet" else max(5 * samples, 50)
         data = open_data(args.data, args.data_root, limit=limit)
-        images, _ = next(iter(data.test_batches(args.samples, device="cpu")))
+        images, _ = next(iter(data.test_batches(samples, device="cpu")))
         inputs = (images,)
     if args.checkpoint:
         return Subject(compiled(args, models.resolve(args.model, args.num_classes)), inputs)
@@ -149,7 +208,11 @@ def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, .
     names = args.accelerator or ["scnn", "bit-tactical"]
     if args.checkpoint or args.data:
         if not (args.checkpoint and args.data):
-            raise InputError("real masks want both --checkpoint and --data")
+            raise InputError(
+                "table 6 on real masks wants both --checkpoint and --data",
+                value="--checkpoint" if args.checkpoint else "--data",
+                remedy="add the other, or leave this one out",
+            )
         subject = _subject(args, chosen, shape)
         sparsity = policy.Policy.from_json(subject.gm.meta["policy"]).sparsity
         with _bar(len(all_plans(subject.gm)) * len(names)) as bar:
@@ -158,14 +221,14 @@ def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, .
                 subject.inputs,
                 sparsity,
                 names,
-                samples=args.samples,
+                samples=_options(args).samples,
                 tick=bar.update,
             )
     else:
         model = models.resolve_on_meta(args.model, args.num_classes)
         with _bar(None) as bar:
             inputs = (torch.empty(1, *shape[1:], device="meta"),)
-            rows = table6(model, inputs, names, seeds=args.seeds, tick=bar.update)
+            rows = table6(model, inputs, names, seeds=args.seeds or 3, tick=bar.update)
     if args.json:
         table = [asdict(row) | {"consistent": row.consistent} for row in rows]
         print(json.dumps({"model": args.model, "rows": table}))
@@ -226,10 +289,8 @@ def _sweep_rows(
         names, policy_now, options = list(designs), chosen, argparse.Namespace(**vars(args))
         if name == "sparsity":
             policy_now = replace(chosen, sparsity=float(value))
-        elif name == "batch":
-            options.samples = int(value)
-        elif name in ("samples", "seed", "bandwidth", "natural_density", "word_bytes"):
-            setattr(options, name, value)
+        elif name in _SWEPT:
+            setattr(options, _SWEPT[name], value)
         else:
             names = [f"{d}{',' if ':' in d else ':'}{name}={value}" for d in designs]
             for design in names:

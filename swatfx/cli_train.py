@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict, fields
 
-from swatfx.cli_types import MOST_THREADS, file, given, number, seed, whole
+from swatfx.cli_types import MOST_THREADS, file, given, number, refuse_idle_data, seed, whole
 from swatfx.run_config import RunConfig, RunResult
 from swatfx.runs import train_run
 
@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=whole(0, MOST_THREADS),
-        default=0,
         metavar="N",
         help="reader processes (imagenet)",
     )
@@ -69,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run `swatfx train`; return 0, or 130 if interrupted. Raises SwatError."""
+    refuse_idle_data(args)
     options = {field.name: getattr(args, field.name) for field in fields(RunConfig)}
+    options["workers"] = args.workers or 0
     try:
         result = train_run(RunConfig(**options))
     except KeyboardInterrupt:

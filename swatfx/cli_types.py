@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from swatfx.atomic import as_path
+from swatfx.datasets import wants_root
 from swatfx.errors import InputError
 
 LARGEST = 2**31 - 1  # of a count: what C and torch take everywhere
@@ -74,3 +75,49 @@ def fraction(text: str) -> float:
 
 
 seed = whole(-(2**62), 2**62)
+
+
+def refuse_given(
+    args: argparse.Namespace, names: Iterable[str], problem: str, remedy: str = "leave them out"
+) -> None:
+    """Raise InputError if the command line gives any of the options, which would do nothing.
+
+    Args:
+        args: what was parsed; an option that was not given is None, or False if it is a flag.
+        names: of the options, as `args` has them.
+        problem: why they would do nothing.
+        remedy: what to do about it.
+    """
+    given = [n for n in names if getattr(args, n) is not None and getattr(args, n) is not False]
+    if given:
+        value = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(problem, value=value, remedy=remedy)
+
+
+def refuse_idle_data(args: argparse.Namespace) -> None:
+    """Raise InputError for options of data sets that do nothing with `--data`."""
+    if args.data is None:
+        refuse_given(args, ["data_root"], "a folder of no data set", "add --data")
+    elif not wants_root(args.data):
+        refuse_given(args, ["data_root"], f"{args.data} is read from no folder", "leave it out")
+    if args.data != "imagenet" and "workers" in args:
+        refuse_given(args, ["workers"], "only imagenet has reader processes", "leave it out")
+
+
+def table_format(args: argparse.Namespace) -> str:
+    """Which of the formats that `add_formats` adds is asked for."""
+    if args.json and args.format not in (None, "json"):
+        raise InputError(
+            "--json is --format json, and another format is asked for",
+            value=f"--format {args.format}",
+            remedy="leave one of the two out",
+        )
+    return "json" if args.json else args.format or "table"
+
+
+def add_formats(command: argparse.ArgumentParser) -> None:
+    """Add `--format`, `--json` and `--output` of a command that prints a table."""
+    add = command.add_argument
+    add("--format", choices=("table", "markdown", "csv", "json"), help="default: table")
+    add("--json", action="store_true", help="the same as --format json")
+    add("--output", type=file, metavar="FILE", help="write there instead of printing")

@@ -146,7 +146,7 @@ def base(command: str, folder: pathlib.Path) -> list[str]:
             *("--device", "cpu", "--quiet"),
         ],
         "export": ["export", "digits/cnn", "--output", str(folder / "a.safetensors")],
-        "simulate": ["simulate", "digits/cnn", "--accelerator", "ideal", "--batch-size", "1"],
+        "simulate": ["simulate", "digits/cnn", "--accelerator", "ideal"],
         "policies": ["policies"],
         "models": ["models"],
         "demo": ["demo"],

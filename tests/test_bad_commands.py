@@ -20,7 +20,6 @@ TAKEN = {
     "--limit": _COUNT,
     "--max-steps": _COUNT,
     "--threads": {"+1"},
-    "--workers": {"+1", "0"},
     "--seeds": {"+1"},
     "--samples": {"+1"},
     "--word-bytes": {"+1"},
@@ -36,7 +35,6 @@ TAKEN = {
     # A file may be written anew, read from, or a folder be made.
     "--output": {"file"},
     "--trace": {"file"},
-    "--data-root": {"", "file", "full"},
     "--output-dir": {"absent/x", ""},
 }
 ENDLESS = {("compare --train", "--epochs=2147483647"), ("demo", "--epochs=2147483647")}

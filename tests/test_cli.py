@@ -177,8 +177,8 @@ def test_errors_are_one_line(
 
 
 def test_export(capsys: pytest.CaptureFixture[str], own: str, tmp_path: pathlib.Path) -> None:
-    common = ("export", f"{own}:build", "--input-shape", "2,8,8", "--batch-size", "1")
-    data = json.loads(_out(capsys, *common, "--output", "a.pt2", "--json"))
+    common = ("export", f"{own}:build", "--input-shape", "2,8,8")
+    data = json.loads(_out(capsys, *common, "--output", "a.pt2", "--json", "--batch-size", "1"))
     assert data == {"path": "a.pt2", "bytes": (tmp_path / "a.pt2").stat().st_size}
     program = torch.export.load("a.pt2")
     assert program.module()(torch.randn(3, 2, 8, 8)).shape == (3, 4)

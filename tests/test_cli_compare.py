@@ -143,8 +143,14 @@ def test_interrupted(
         (("dense", "--seeds", "2", "--compile"), "without --train (got '--compile, --seeds')"),
         (("dense", "--train"), "wants a data set"),
         (("dense", *TRAIN, "--seeds", "0"), "argument --seeds: 0 is not in 1 to"),
-        (("dense", *TRAIN, "--num-classes", "3"), "--num-classes is the data set's"),
-        (("dense", *TRAIN, "--input-shape", "1,9,9"), "--input-shape is the data set's"),
+        (
+            ("dense", *TRAIN, "--num-classes", "3"),
+            "the data set's with --train (got '--num-classes')",
+        ),
+        (
+            ("dense", *TRAIN, "--input-shape", "1,9,9"),
+            "the data set's with --train (got '--input-shape')",
+        ),
         (("dense", "--polices", "dense"), "did you mean --policies"),
     ],
 )

@@ -10,6 +10,7 @@ measured time.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from swatfx.accelerators.ampere import Ampere
@@ -64,8 +65,14 @@ def get(name: str, **options: Value) -> Accelerator:
     try:
         return ACCELERATORS[name](**options)
     except TypeError as error:
+        parameters = inspect.signature(ACCELERATORS[name]).parameters
+        own = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+        unknown = [key for key in options if key not in own and len(own) == len(parameters)]
+        what = ", ".join(unknown) or f"these parameters: {error}"
         raise InputError(
-            f"accelerator {name!r} does not take these parameters: {error}", value=options
+            f"accelerator {name!r} does not take {what}",
+            value=options,
+            remedy=f"Its parameters: {', '.join(own) or 'none'}",
         ) from error
 
 
@@ -81,7 +88,14 @@ def parse(text: str) -> Accelerator:
                 value=part,
                 remedy='Write, say, "bit-tactical:lookahead=4,shape=L"',
             )
-        options[key.replace("-", "_")] = _value(value)
+        key = key.replace("-", "_")
+        if key in options:
+            raise InputError(
+                f"an accelerator's parameter {key!r} is there twice",
+                value=text,
+                remedy="Give it once",
+            )
+        options[key] = _value(value)
     return get(name.strip().lower() if name not in ACCELERATORS else name, **options)
 
 

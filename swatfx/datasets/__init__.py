@@ -6,10 +6,11 @@ import pathlib
 
 from swatfx.datasets.batching import batch_count, batches
 from swatfx.datasets.folders import ImageFolders, open_folders
-from swatfx.datasets.in_memory import NAMES, Dataset, load
+from swatfx.datasets.in_memory import NAMES, Dataset, load, wants_root
 from swatfx.errors import InputError
 
 __all__ = ["NAMES", "Dataset", "ImageFolders", "batch_count", "batches", "load", "open_data"]
+__all__ += ["wants_root"]
 
 
 def open_data(

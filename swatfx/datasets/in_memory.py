@@ -105,6 +105,11 @@ class Dataset:
         )
 
 
+def wants_root(name: str) -> bool:
+    """Whether the data set `name` is read from a folder; others are made, or part of a package."""
+    return name not in ("digits", "fake") and not name.startswith("fake/")
+
+
 def load(name: str, root: str | pathlib.Path | None = None, *, limit: int | None = None) -> Dataset:
     """Load the data set ``name`` into memory.
 
@@ -120,12 +125,16 @@ def load(name: str, root: str | pathlib.Path | None = None, *, limit: int | None
     if limit is not None and limit < 1:
         raise InputError("the limit on training images must be at least 1", value=limit)
     if root is not None and not pathlib.Path(root).exists():
-        raise InputError("root (--data-root) is not there", value=str(root))
+        raise InputError(
+            "root (--data-root) is not there",
+            value=str(root),
+            remedy="give the folder that holds the data set's files",
+        )
     if name == "digits":
         data = _digits()
     elif name in ("cifar10", "cifar100"):
         data = _cifar(name, root)
-    elif name == "fake" or name.startswith("fake/"):
+    elif not wants_root(name):
         data = _fake(name)
     elif name == "imagenet":
         raise InputError(
