@@ -212,7 +212,7 @@ def test_names() -> None:
     assert parse("ideal:multipliers=4096").multipliers == 4096
     with pytest.raises(UnknownNameError, match="did you mean bit-tactical"):
         parse("bit-tactics")
-    with pytest.raises(InputError, match="does not take banks.*accumulators, conflicts"):
+    with pytest.raises(InputError, match="does not take banks.*conflicts, accumulators"):
         parse("scnn:banks=16")
     with pytest.raises(InputError, match="key=value"):
         parse("scnn:conflicts")
