@@ -86,31 +86,59 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError("the output folder is a file", value=str(self.path))
         try:
-            if not resume:
-                if self.path.exists() and self._in_use():
-                    raise InputError(
-                        "the output folder is not empty",
-                        value=str(self.path),
-                        remedy="continue the run in it with --resume, or give another --output-dir",
-                    )
-                return
-            before = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            what = "no run to resume" if resume else "cannot read the output folder"
-            reason = error.strerror if isinstance(error, OSError) else error
+            before = self._begun()
+            in_use = self.path.exists() and self._in_use()
+        except OSError as error:
             raise InputError(
-                f"{what}: {reason}",
+                f"cannot read the output folder: {error.strerror or error}",
                 value=str(self.path),
-                remedy="check --output-dir, or leave --resume out to begin a run",
+                remedy="give another --output-dir",
             ) from error
+        if not resume:
+            if in_use:
+                raise self._not_free(before is not None)
+            return
+        if before is None:
+            raise self._no_run(in_use)
         differing = list(_differences(before, identity))
         if differing:
             raise InputError(
                 f"the run to resume is another one: {'; '.join(differing)}",
                 remedy="give the options it was begun with, or another --output-dir",
             )
+
+    def _not_free(self, begun: bool) -> InputError:
+        what, how = "the output folder is not empty", "give another --output-dir"
+        if begun:
+            how = f"continue the run in it with --resume, or {how}"
+        else:
+            what += ", and what is in it is no run"
+        return InputError(what, value=str(self.path), remedy=how)
+
+    def _no_run(self, in_use: bool) -> InputError:
+        why, how = (
+            "the output folder is empty or not there",
+            "leave --resume out to begin one there",
+        )
+        if in_use:
+            why = f"the output folder holds other files, and no {CONFIG} of a run"
+            how = "begin one in another, without --resume"
+        return InputError(
+            f"no run to resume: {why}",
+            value=str(self.path),
+            remedy=f"give the --output-dir of a run, or {how}",
+        )
+
+    def _begun(self) -> dict[str, Any] | None:
+        """The configuration of the run in the folder; None if there is no run in it.
+
+        Other programs' folders have a file of that name, too; those do not tell of a recipe.
+        """
+        try:
+            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (FileNotFoundError, IsADirectoryError, ValueError):
+            return None
+        return config if isinstance(config, dict) and "recipe" in config else None
 
     def _in_use(self) -> bool:
         """Whether it holds more than what a process leaves that was killed as it began."""

@@ -47,7 +47,7 @@ def test_the_command_refuses_a_folder_in_use(
     (tmp_path / "precious").write_text("")
     assert _main("--output-dir", str(tmp_path)) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and "not empty" in printed.err and "--resume" in printed.err
+    assert printed.out == "" and "not empty" in printed.err and "another" in printed.err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 

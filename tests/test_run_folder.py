@@ -216,3 +216,47 @@ def test_metrics_on_a_full_disk_stay_whole_lines(tmp_path: pathlib.Path) -> None
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, kept)
         assert (tmp_path / "metrics.jsonl").read_text() == json.dumps({"epoch": 1}) + "\n"
+
+
+def _refused(folder: pathlib.Path, *options: str, capsys: pytest.CaptureFixture[str]) -> str:
+    before = {path: path.read_bytes() for path in folder.glob("*")}
+    assert main([*TRAIN, "--output-dir", str(folder), "--quiet", *options]) == 1
+    assert {path: path.read_bytes() for path in folder.glob("*")} == before
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", "x"),
+        ("config.json", ""),
+        ("config.json", '{"model": "bert"}'),
+        ("checkpoint.ckpt", "x"),
+    ],
+)
+def test_a_folder_without_a_run_is_refused_with_and_without_resume(
+    name: str, text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither sends to the other, which would refuse it as well."""
+    (tmp_path / name).write_text(text)
+    began = _refused(tmp_path, capsys=capsys)
+    assert "not empty" in began and "no run" in began and "--resume" not in began
+    resumed = _refused(tmp_path, "--resume", capsys=capsys)
+    assert "no run to resume" in resumed and "leave --resume out" not in resumed
+    assert "another, without --resume" in resumed
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_said_of_a_free_folder_can_be_done(
+    there: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    assert "leave --resume out to begin one" in _refused(folder, "--resume", capsys=capsys)
+    assert folder.exists() == there
+    assert main([*TRAIN, "--output-dir", str(folder), "--quiet"]) == 0
+    assert "continue the run in it with --resume" in _refused(folder, capsys=capsys)
+    assert main([*TRAIN, "--output-dir", str(folder), "--quiet", "--resume"]) == 0
