@@ -9,7 +9,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from swatfx.errors import InputError
 
@@ -20,17 +21,21 @@ _MOST_SEEDS = 10_000  # each is a training run
 
 
 class Kind(NamedTuple):
-    """What an argument may be: a test, and how the error says it."""
+    """What an argument may be: a test, how the error says it, and what it tells to do."""
 
     fits: Callable[[Any], bool]
     text: str
+    remedy: str | None = None
 
 
 def check(given: Mapping[str, Any], **kinds: Kind) -> None:
     """Raise InputError for the first of `given`, values by name, that is not of its kind."""
     for name, value in given.items():
         if name in kinds and not kinds[name].fits(value):
-            raise InputError(f"{name} has to be {kinds[name].text}", value=value)
+            # A network's own text fills pages.
+            shown = f"a built {type(value).__name__}" if isinstance(value, nn.Module) else value
+            kind = kinds[name]
+            raise InputError(f"{name} has to be {kind.text}", value=shown, remedy=kind.remedy)
 
 
 def checked(**kinds: Kind) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -54,13 +59,23 @@ def checked(**kinds: Kind) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 def optional(kind: Kind) -> Kind:
     """`kind`, or None."""
-    return Kind(lambda v: v is None or kind.fits(v), f"{kind.text}, or None")
+    return Kind(lambda v: v is None or kind.fits(v), f"{kind.text}, or None", kind.remedy)
 
 
 def instance(*types: type) -> Kind:
     """An instance of one of `types`."""
     names = " or ".join(t.__name__ for t in types)
     return Kind(lambda v: isinstance(v, types), f"a {names}")
+
+
+_EXAMPLE = 'pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed'
+
+
+def _is_shape(value: Any) -> bool:
+    """Whether `value` is a tensor's shape, such as (4, 8), where tensors are wanted."""
+    if not isinstance(value, (list, tuple)):
+        return False
+    return isinstance(value, torch.Size) or (len(value) > 1 and all(type(v) is int for v in value))
 
 
 def as_inputs(value: Any) -> Any:
@@ -73,11 +88,13 @@ def as_inputs(value: Any) -> Any:
         return (value,)
     if isinstance(value, dict) and value:
         return value
+    if _is_shape(value):
+        raise InputError("example inputs are tensors, not a shape", value=value, remedy=_EXAMPLE)
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not len(value):
         raise InputError(
             "example inputs are a tensor, a tuple of forward's positional inputs or a dict by name",
             value=value,
-            remedy='pass e.g. (torch.empty(32, 3, 224, 224, device="meta"),); nothing is computed',
+            remedy=_EXAMPLE,
         )
     return tuple(value)
 
@@ -113,14 +130,19 @@ AMOUNT = Kind(_is_amount, "a finite number, at least 0")
 SHARE = Kind(lambda v: _is_amount(v) and v < 1, "a fraction in [0, 1)")
 FUNCTION = Kind(callable, "a function")
 PATH = Kind(_is_path, "the path of a file or folder, and not empty")
-MODEL = Kind(lambda v: isinstance(v, str) or callable(v), "a name, or a function that builds it")
+MODEL = Kind(
+    lambda v: isinstance(v, str) or (callable(v) and not isinstance(v, nn.Module)),
+    "a name, or a function that builds it",
+    "pass what builds the network anew, e.g. lambda: Net(), or its name",
+)
 MAPPING = Kind(lambda v: isinstance(v, Mapping), "a mapping")
 DENSITY = Kind(lambda v: _is_amount(v) and v <= 1, "a fraction in [0, 1]")
 SEEDS = Kind(_are_seeds, f"how many seeds, from 1 to {_MOST_SEEDS}, or which, in a list")
 INPUTS = optional(
     Kind(
-        lambda v: isinstance(v, (Tensor, list, tuple, Mapping)),
-        "example inputs: a tensor, or a sequence of the positional ones",
+        lambda v: isinstance(v, (Tensor, list, tuple, Mapping)) and not _is_shape(v),
+        "example inputs: a tensor, or a sequence of the positional ones (a shape is none)",
+        _EXAMPLE,
     )
 )
 BATCHES = Kind(

@@ -94,6 +94,12 @@ def load(
     """
     if not isinstance(model, nn.Module):
         raise InputError("model has to be a torch.nn.Module", value=type(model).__name__)
+    if any(isinstance(module, SwatModule) for module in model.modules()):
+        raise InputError(
+            "load wants the network itself and compiles it; this one is compiled already",
+            value=type(model).__name__,
+            remedy="gm = swatfx.load(path, model), with the model that it was made from",
+        )
     _check_optimizer_of(model, optimizer)
     content = _read(path)
     with _all_or_nothing(model, optimizer):
@@ -109,7 +115,7 @@ def load(
             if content.optimizer is not None:
                 groups = content.optimizer["param_groups"]
                 learned.add_parameters(gm, optimizer, [len(group["params"]) for group in groups])
-            check_optimizer(content.optimizer, optimizer)
+            check_optimizer(content.optimizer, optimizer, content.state_dict)
         content.check_sound()
         gm.load_state_dict(content.state_dict)
         if optimizer is not None and content.optimizer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
 }
 _FIELDS = ("format", "version", "plan", "state_dict", "optimizer", "extra")
 _OTHER_MODEL = "load it into a model built as the one that was saved"
+_OTHER_OPTIMIZER = "make the optimizer as it was made then, over the same parameters in that order"
 _DAMAGED = "use the checkpoint before it"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 # Of optimizers in torch.optim, those whose state is not shaped as the parameters are.
@@ -267,8 +269,13 @@ def _check_optimizer_fields(saved: Any) -> None:
         _names(f"optimizer.state.{key}", entry)
 
 
-def check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse the state of another optimizer, or over other parameters; names what differs."""
+def check_optimizer(
+    saved: Mapping[str, Any] | None, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Refuse the state of another optimizer, or over other parameters; names what differs.
+
+    `state` is the checkpoint's own state dict.
+    """
     if saved is None:
         raise CheckpointError(
             "the checkpoint holds no optimizer", remedy="load it without optimizer="
@@ -277,7 +284,9 @@ def check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Opti
     own = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != own:
         raise CheckpointError(
-            "the optimizer's parameter groups differ", value=f"{sizes} saved, {own} now"
+            "the optimizer's parameter groups differ",
+            value=f"{sizes} saved, {own} now",
+            remedy=_OTHER_OPTIMIZER,
         )
     numbered: dict[int, Tensor] = {}
     for index, (before, after) in enumerate(
@@ -298,14 +307,40 @@ def check_optimizer(saved: Mapping[str, Any] | None, optimizer: torch.optim.Opti
     own_shapes = type(optimizer).__name__ in _OTHER_SHAPES
     if own_shapes or not type(optimizer).__module__.startswith("torch.optim."):
         return
+    fits = _state_fits(saved, state)
     for number, entry in saved["state"].items():
         for key, value in entry.items():
             where, shape = f"optimizer.state.{number}.{key}", numbered[number].shape
             if isinstance(value, Tensor):
-                if value.is_meta or (value.dim() and value.shape != shape):
+                odd = value.dim() > 0 and value.shape != shape
+                if odd and fits and not value.is_meta:
+                    raise CheckpointError(
+                        "the optimizer given holds other parameters than the one that was saved,"
+                        f" or in another order: {where!r} is of another shape than its parameter"
+                        f" {number} now",
+                        value=f"{tuple(value.shape)} saved, {tuple(shape)} now",
+                        remedy=_OTHER_OPTIMIZER,
+                    )
+                if odd or value.is_meta:
                     refuse(where, f"is not shaped as its parameter, {tuple(shape)}", value.shape)
             elif not isinstance(value, (int, float, type(None))):
                 refuse(where, "is neither tensor nor number", type(value).__name__)
+
+
+def _state_fits(saved: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    """Whether each entry of a saved optimizer can be of a weight saved beside it, by its shape.
+
+    The checkpoint does not say which is of which; where each finds one of its own, nothing says
+    that the checkpoint is damaged.
+    """
+    there = Counter(tuple(v.shape) for v in state.values() if isinstance(v, Tensor))
+    wanted: Counter[tuple[int, ...]] = Counter()
+    for entry in saved["state"].values():
+        shapes = {tuple(v.shape) for v in entry.values() if isinstance(v, Tensor) and v.dim()}
+        if len(shapes) > 1:
+            return False
+        wanted.update(shapes)
+    return wanted <= there
 
 
 def _kind(value: Any) -> str:

@@ -91,7 +91,7 @@ def read_file(path: Path) -> tuple[Any, bool]:
     """
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "no such checkpoint"
-        raise CheckpointError(what, value=str(path))
+        raise CheckpointError(what, value=str(path), remedy=_remedy(path))
     try:
         with path.open("rb") as file:
             checked = _has_checksum(file, path)
@@ -110,6 +110,18 @@ def read_file(path: Path) -> tuple[Any, bool]:
             value=str(path),
             remedy="use the checkpoint before it",
         ) from error
+
+
+def _remedy(path: Path) -> str:
+    """What to give instead of `path`, which is no file: a checkpoint in that folder, if any is."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        found = sorted(str(p) for p in folder.glob("*.ckpt") if p.is_file())
+    except OSError:  # it may not be looked into
+        found = []
+    if found:
+        return "there " + ("are " if len(found) > 1 else "is ") + ", ".join(found[:3])
+    return "give the file that swatfx.save wrote, or checkpoint.ckpt of what swatfx train wrote"
 
 
 def _has_checksum(file: BinaryIO, path: Path) -> bool:

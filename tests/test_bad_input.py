@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ import swatfx
 from swatfx import selectors
 from swatfx.errors import InputError, PassError, PolicyError, SwatError, UnknownNameError
 from swatfx.graph_module import SwatModule
+from swatfx.simulation import simulate
 
 
 def _meta(*shape: int) -> Tensor:
@@ -63,7 +65,7 @@ def test_fields_that_take_other_values(options: dict[str, Any], message: str) ->
         ("swat-u:nine", PolicyError, r"number in \[0, 1\).*nine"),
         ("swat-u:1.0", PolicyError, r"number in \[0, 1\)"),
         ("swat-u:0.9,perod=3", UnknownNameError, r"policy field.*perod.*did you mean period"),
-        ("swat-u:0.9,period", UnknownNameError, "policy field"),
+        ("swat-u:0.9,period", PolicyError, "policy field .period. is given no value"),
         ("swat-u:0.9,period=often", PolicyError, "period.*often"),
         ("swat-u:0.9,first_dense=maybe", PolicyError, "first_dense must be true or false.*maybe"),
         ("dense:0.5", PolicyError, "takes no sparsity"),
@@ -134,6 +136,23 @@ def test_what_is_no_model() -> None:
     with pytest.raises(InputError, match="too many positional arguments.*2 by position"):
         x = torch.zeros(1, 3, 8, 8)
         swatfx.compile(Residual(), "swat-u:0.9", example_inputs=(x, x))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), [4, 8], torch.Size([7])])
+def test_a_shape_is_no_example_input(shape: Any, tmp_path: pathlib.Path) -> None:
+    gm = swatfx.compile(plain(), "swat-u:0.9")
+    calls: list[Callable[[], Any]] = [
+        lambda: swatfx.report(gm, shape),
+        lambda: swatfx.export(gm, tmp_path / "a.pt2", shape),
+        lambda: swatfx.compile(plain(), "swat-u:0.9", example_inputs=shape),
+        lambda: swatfx.compare(plain, ["dense"], shape),
+        lambda: simulate(gm, shape, ["ideal"]),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=r"a shape.*torch\.empty") as said:
+            call()
+        assert repr(shape) in str(said.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plain_modules_are_not_compiled_models() -> None:

@@ -286,11 +286,51 @@ def test_learned_thresholds_leave_a_refused_optimizer_alone(tmp_path: pathlib.Pa
     model = net()
     gm = swatfx.compile(model, "dst:1e-3")
     swatfx.save(gm, tmp_path / "a.ckpt", optimizer=sgd(gm))
-    optimizer = torch.optim.Adam(net().parameters())
+    other = net()
+    optimizer = torch.optim.Adam(other.parameters())
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(CheckpointError):
-        swatfx.load(tmp_path / "a.ckpt", net(), optimizer=optimizer)
+        swatfx.load(tmp_path / "a.ckpt", other, optimizer=optimizer)
     assert same(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda parameters: parameters[::-1],
+        lambda parameters: parameters[2:] + parameters[:2],
+        lambda parameters: [*parameters[:-1], nn.Parameter(torch.zeros(5, 5))],
+    ],
+)
+def test_an_optimizer_over_other_parameters_is_not_blamed_on_the_checkpoint(
+    chosen: Callable[[list[nn.Parameter]], list[nn.Parameter]], tmp_path: pathlib.Path
+) -> None:
+    write(tmp_path / "a.ckpt")
+    model = net()
+    optimizer = torch.optim.SGD(chosen(list(model.parameters())), lr=0.1, momentum=0.9)
+    with pytest.raises(CheckpointError, match="optimizer given holds other.*another order") as said:
+        swatfx.load(tmp_path / "a.ckpt", model, optimizer=optimizer)
+    assert "make the optimizer as it was" in str(said.value) and "before it" not in str(said.value)
+    assert not optimizer.state
+    swatfx.load(tmp_path / "a.ckpt", model, optimizer=sgd(model))
+
+
+def test_a_compiled_model_is_not_loaded_into(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.ckpt")
+    gm = swatfx.compile(net(), "swat-u:0.5,first_dense=false")
+    for given in (gm, nn.Sequential(gm)):
+        with pytest.raises(swatfx.SwatError, match=r"compiled already.*gm = swatfx\.load\(path, "):
+            swatfx.load(tmp_path / "a.ckpt", given)
+
+
+def test_what_is_no_checkpoint_points_to_those_beside_it(tmp_path: pathlib.Path) -> None:
+    for path in (tmp_path, tmp_path / "absent.ckpt"):
+        with pytest.raises(CheckpointError, match="give the file that swatfx.save wrote"):
+            swatfx.load(path, net())
+    write(tmp_path / "checkpoint.ckpt")
+    for path in (tmp_path, tmp_path / "absent.ckpt"):
+        with pytest.raises(CheckpointError, match=r"there is .*checkpoint\.ckpt"):
+            swatfx.load(path, net())
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: pathlib.Path) -> None:

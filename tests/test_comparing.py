@@ -302,6 +302,12 @@ def test_a_callable_cannot_be_trained() -> None:
         compare(small_nets.Residual, ["dense"], X, train=TRAIN)
 
 
+def test_a_built_network_cannot_be_compared() -> None:
+    for built in (small_nets.Residual(), swatfx.compile(small_nets.Residual(), "dense")):
+        with pytest.raises(InputError, match=r"got 'a built .*lambda: Net\(\), or its name"):
+            compare(built, ["dense"], X)
+
+
 def test_a_comparison_is_a_value() -> None:
     row = Row("mine", "fixed", 0.9, None, 0.5, 0.9, None, 0, 0, 10.0)
     found = Comparison("net", ((1, 3),), "exact", (row,))

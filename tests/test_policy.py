@@ -192,3 +192,11 @@ def test_first_and_last_dense() -> None:
     assert skipped == {"0": "first layer", "2": None, "5": "last layer"}
     gm = swatfx.compile(plain(), swatfx.swat_erk(0.9))
     assert not any(plan.skipped for plan in all_plans(gm).values())
+
+
+@pytest.mark.parametrize("item", ["weight_selector", "weight_selector=", "period", "period= "])
+def test_a_field_without_a_value_says_so(item: str) -> None:
+    field = item.partition("=")[0]
+    with pytest.raises(PolicyError, match=f"'{field}' is given no value.*{field}=") as said:
+        parse(f"swat-u:0.8,{item}")
+    assert "did you mean" not in str(said.value)

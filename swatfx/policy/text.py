@@ -102,8 +102,12 @@ def _options(tail: str, arguments: Mapping[str, inspect.Parameter]) -> dict[str,
     for item in filter(None, (part.strip() for part in tail.split(","))):
         key, equals, value = item.partition("=")
         key = key.strip().replace("-", "_")
-        if not equals or key not in known:
+        if key not in known:
             raise UnknownNameError("policy field", key, known)
+        if not equals or not value.strip():
+            raise PolicyError(
+                f"policy field {key!r} is given no value", value=item, remedy=f'write "{key}=..."'
+            )
         options[key] = _literal(value.strip())
     return options
 
