@@ -1,7 +1,7 @@
 """List the conv and linear modules that no graph calls, each with the reason why.
 
 Reads the module tree, annotated nodes and `gm.eager`; writes a skipped LayerPlan for each into
-`gm.unreached`. Changes no node.
+`gm.unreached`. Changes no node. Says on demand which matrices are no layer's at all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from swatfx.passing import Context, PassResult
 
 def find_unreached(gm: SwatModule, ctx: Context) -> PassResult:
     """Fill `gm.unreached`: modules below eager code, unused ones, weights used in other ways."""
-    called: set[int] = set()
+    called = _called(gm)
     read: set[int] = set()
     for _, part in all_parts(gm):
         for node in part.graph.nodes:
-            if meta.read(node).plan is not None:
-                called.update(_layer_tensors(part, node))
-            elif node.op == "get_attr":
+            if node.op == "get_attr" and meta.read(node).plan is None:
                 read.update(_tensors(part, str(node.target)))
     plans: dict[str, LayerPlan] = {}
     for path, module in gm.named_modules():
@@ -50,6 +48,33 @@ def find_unreached(gm: SwatModule, ctx: Context) -> PassResult:
             called.add(id(weight))  # a shared module is listed once
     gm.__dict__["unreached"] = plans
     return PassResult(gm, False, (f"{len(plans)} layers that no graph calls",))
+
+
+def matrices_outside(gm: SwatModule) -> dict[str, int]:
+    """Name -> elements of each parameter that something may multiply by, and that is no layer's.
+
+    Those of embeddings are left out: rows are looked up there.
+    """
+    known = _called(gm)
+    for module in gm.modules():
+        if layer_weights(module) or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            known.update(id(parameter) for parameter in module.parameters())
+    return {
+        name: parameter.numel()
+        for name, parameter in gm.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in known and not name.startswith("swat.")
+    }
+
+
+def _called(gm: SwatModule) -> set[int]:
+    """Identities of the parameters that layers in graphs have their weights from."""
+    return {
+        tensor
+        for _, part in all_parts(gm)
+        for node in part.graph.nodes
+        if meta.read(node).plan is not None
+        for tensor in _layer_tensors(part, node)
+    }
 
 
 def _layer_tensors(part: fx.GraphModule, node: fx.Node) -> Iterator[int]:

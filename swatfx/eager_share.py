@@ -13,24 +13,36 @@ from swatfx.meta import LayerPlan
 _SHOWN = 3
 
 
-def warn_of_eager(gm: SwatModule, macs: Callable[[], Mapping[str, int]] | None) -> None:
+def warn_of_eager(
+    gm: SwatModule,
+    macs: Callable[[], Mapping[str, int]] | None,
+    outside: Callable[[], Mapping[str, int]],
+) -> None:
     """Warn once if a part of `gm` stays eager: how many layers, what share, the first reasons.
 
     Args:
         gm: the compiled model.
-        macs: gives each layer's MACs, where inputs are known; else weights are counted.
+        macs: gives the MACs of each layer and other product, where inputs are known; else weights
+            are counted.
+        outside: gives the elements of each matrix that is no layer's weight.
     """
     if not gm.eager:
         return
-    plans = all_plans(gm)
+    plans, others = all_plans(gm), outside()
     below = [plan for name, plan in plans.items() if any(_is_below(name, p) for p in gm.eager)]
     dense = sum(plan.name in gm.unreached for plan in below)
     text = f"{_modules(gm)} and cannot be one graph with the rest: "
     if below:
-        text += f"{len(below)} of {len(plans)} layers ({_share(plans, below, macs)}) are below"
+        text += (
+            f"{len(below)} of {len(plans)} layers ({_share(plans, below, macs, others)}) are below"
+        )
         text += ", compiled one by one" + (f"; {dense} of them stay dense" if dense else "")
     else:
         text += "no layer is below"
+    if others:
+        one = len(others) == 1
+        text += f"; {len(others)} matri{'x that is' if one else 'ces that are'} no weight of a conv"
+        text += f" or linear layer stay{'s' if one else ''} dense"
     shown = [f"{path or 'the model'}: {_plain(why)}" for path, why in gm.eager.items()][:_SHOWN]
     more = ", ..." if len(gm.eager) > _SHOWN else ""
     text += f". {'; '.join(shown)}{more} (gm.eager tells all)"
@@ -56,6 +68,7 @@ def _share(
     plans: Mapping[str, LayerPlan],
     below: list[LayerPlan],
     macs: Callable[[], Mapping[str, int]] | None,
+    others: Mapping[str, int],
 ) -> str:
     counts: Mapping[str, int] = {}
     if macs is not None:
@@ -66,5 +79,5 @@ def _share(
     total = sum(counts.values())
     if total:
         return f"{sum(counts.get(plan.name, 0) for plan in below) / total:.0%} of the MACs"
-    weights = sum(plan.parameters for plan in plans.values())
+    weights = sum(plan.parameters for plan in plans.values()) + sum(others.values())
     return f"{sum(plan.parameters for plan in below) / max(weights, 1):.0%} of the weights"

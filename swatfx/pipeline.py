@@ -23,7 +23,7 @@ from passes.choose_kernels import choose_again, choose_kernels, kernels_on
 from passes.compress_saves import compress_saves
 from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
-from passes.find_unreached import find_unreached
+from passes.find_unreached import find_unreached, matrices_outside
 from passes.insert_sparsify import insert_sparsify
 from passes.trace_model import trace_model
 from passes.trace_random import DRAWN
@@ -126,10 +126,7 @@ def compile(
     options = {**_saving_options(norm_saves, value_dtype), "kernels": _known_kernels(kernels)}
     if not isinstance(model, nn.Module):
         raise InputError("swatfx.compile wants a torch.nn.Module", value=type(model).__name__)
-    if isinstance(model, SwatModule):
-        raise InputError(
-            "the model is compiled already", remedy="compile the model it was made from"
-        )
+    _refuse_compiled(model)
     if hasattr(model, "swat"):
         raise InputError(
             "the model has a child named 'swat', or another attribute", remedy="rename it"
@@ -142,8 +139,42 @@ def compile(
         gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
         watch_loads(model, gm)
     example = None if example_inputs is None else _without_values(example_inputs)
-    warn_of_eager(gm, None if example is None else lambda: _macs(gm, example))
+    macs = None if example is None else lambda: _macs(gm, example)
+    warn_of_eager(gm, macs, lambda: matrices_outside(gm))
     return gm
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raise InputError if the model, or a part of it, is compiled: no policy would reach it."""
+    found = [path for path, module in model.named_modules() if isinstance(module, SwatModule)]
+    if not found:
+        return
+    outer = _outermost_wrapper(model, found[0])
+    wrapper = None if outer == found[0] else type(model.get_submodule(outer)).__name__
+    if not outer:
+        raise InputError(
+            "the model is compiled already",
+            value=wrapper,
+            remedy="compile the model it was made from",
+        )
+    inside = "" if wrapper is None else f", inside {wrapper}"
+    more = f", and likewise {', '.join(found[1:])}" if found[1:] else ""
+    raise InputError(
+        f"is compiled already{inside}{more}",
+        layer=found[0],
+        remedy="compile the whole model once, made of parts that are not compiled;"
+        " swatfx.per_layer gives parts policies of their own",
+    )
+
+
+def _outermost_wrapper(model: nn.Module, path: str) -> str:
+    """Path of what wraps the module at `path` and holds nothing else; `path` if nothing does."""
+    while path.rpartition(".")[2] in ("module", "_orig_mod"):
+        above = path.rpartition(".")[0]
+        if len(model.get_submodule(above)._modules) > 1:
+            break
+        path = above
+    return path
 
 
 def _without_values(example_inputs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from small_nets import (
     train,
 )
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import swatfx
 from swatfx import selectors
@@ -153,6 +154,79 @@ def test_a_shape_is_no_example_input(shape: Any, tmp_path: pathlib.Path) -> None
             call()
         assert repr(shape) in str(said.value)
     assert not list(tmp_path.iterdir())
+
+
+class Holder(nn.Module):
+    """A part, by this name, and a layer of its own."""
+
+    def __init__(self, name: str, part: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, part)
+        self.name = name
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.get_submodule(self.name)(x))
+        return result
+
+
+def _compiled_part() -> SwatModule:
+    return swatfx.compile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "swat-u:0.5")
+
+
+def _distributed(module: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module)
+
+
+def _torch_compiled(module: nn.Module) -> nn.Module:
+    wrapped = torch.compile(module, backend="eager")
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
+    "DistributedDataParallel": (_distributed, "module"),
+    "OptimizedModule": (_torch_compiled, "_orig_mod"),
+    "AveragedModel": (AveragedModel, "module"),
+}
+
+
+def _refused(model: nn.Module, message: str) -> None:
+    before, children = snapshot(model), dict(model.named_modules())
+    with pytest.raises(InputError, match=message):
+        swatfx.compile(model, "swat-u:0.9")
+    assert_same(snapshot(model), before)
+    assert dict(model.named_modules()) == children
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.usefixtures("one_rank")
+def test_a_compiled_part_is_refused_by_name_in_whatever_wrapper(name: str) -> None:
+    wrap, child = WRAPPERS[name]
+    _refused(wrap(_compiled_part()), f"^the model is compiled already .*{name}.*made from")
+    remedy = r"whole model once.*swatfx\.per_layer"
+    inside = rf"'body\.{child}': is compiled already, inside {name}\. .*{remedy}"
+    _refused(Holder("body", wrap(_compiled_part())), inside)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_compiled_part_is_refused_by_name() -> None:
+    remedy = r"whole model once.*swatfx\.per_layer"
+    _refused(Holder("body", _compiled_part()), rf"'body': is compiled already\. .*{remedy}")
+    _refused(Holder("module", _compiled_part()), r"'module': is compiled already\. ")
+    twice = _distributed(_torch_compiled(_compiled_part()))
+    inside = r"'body\.module\._orig_mod': is compiled already, inside DistributedDataParallel\. "
+    _refused(Holder("body", twice), inside)
+    parts = nn.ModuleList([_compiled_part(), _compiled_part()])
+    _refused(Holder("parts", parts), r"'parts\.0': is compiled already, and likewise parts\.1\. ")
 
 
 def test_plain_modules_are_not_compiled_models() -> None:

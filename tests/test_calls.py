@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,62 @@ def test_one_warning_tells_what_stays_eager() -> None:
         swatfx.compile(Below(), HALF, example_inputs=(X, 0))
     with pytest.warns(swatfx.SwatWarning, match=r"100% of the weights.*control flow on a tensor"):
         swatfx.compile(Below(), HALF)
+
+
+class Multiplying(nn.Module):
+    """Multiplies by a matrix of its own, as what it holds does."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(4, 8)
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+        self.steps = nn.ModuleDict(parts)
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addmm(self.rows.weight[0], x, self.matrix) if x.sum() < 1e9 else x
+        for step in self.steps.values():
+            x = step(x)
+            x = x if isinstance(x, Tensor) else x[0]
+        result: Tensor = self.last(x)
+        return result
+
+
+def tied() -> nn.Module:
+    model = Multiplying()
+    model.rows = nn.Embedding(8, 8)
+    model.rows.weight = model.last.weight
+    return model
+
+
+# what is in the model; layers, their share of the weights, matrices that stay dense
+SHARES: list[tuple[Callable[[], nn.Module], int, str, str]] = [
+    (Multiplying, 1, "50%", "1 matrix that is .* stays dense"),
+    (tied, 1, "50%", "1 matrix that is .* stays dense"),
+    (lambda: Multiplying(b=Multiplying()), 2, "50%", "2 matrices that are .* stay dense"),
+    (lambda: Multiplying(b=nn.LSTM(8, 8)), 1, "10%", "3 matrices that are .* stay dense"),
+    (
+        lambda: Multiplying(b=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        2,
+        "67%",
+        "1 matrix that is .* stays dense",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "layers", "share", "dense"), SHARES)
+def test_the_share_counts_the_matrices_that_are_no_layers(
+    make: Callable[[], nn.Module], layers: int, share: str, dense: str
+) -> None:
+    text = rf"{layers} of {layers} layers \({share} of the weights\).*; {dense}"
+    with pytest.warns(swatfx.SwatWarning, match=text):
+        swatfx.compile(make(), HALF)
+
+
+def test_no_word_of_matrices_where_there_are_none() -> None:
+    with pytest.warns(swatfx.SwatWarning) as caught:
+        swatfx.compile(Below(), HALF)
+    assert "matri" not in str(caught[0].message)
 
 
 @pytest.mark.filterwarnings("error")

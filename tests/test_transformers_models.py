@@ -172,3 +172,9 @@ def test_save_pretrained_writes_the_dense_model(tmp_path: Any) -> None:
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     prompt = {"input_ids": _ids(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
     assert torch.equal(compiled.generate(**prompt, **options), text.generate(**prompt, **options))
+
+
+def test_the_warning_counts_products_that_are_no_layers() -> None:
+    text = r"1 of 1 layers \(6% of the weights\) are below.*; 8 matrices that are .* stay dense"
+    with pytest.warns(swatfx.SwatWarning, match=text):
+        swatfx.compile(gpt2()[0], "swat-u:0.8")
