@@ -104,10 +104,13 @@ class _Rewriter:
 
     def insert_clock(self) -> None:
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        target = "swat.clock" if is_root(self.prefix) else "swat.part_clock"
+        target = "swat.clock"
+        kwargs: dict[str, Any] = {}
+        if not is_root(self.prefix):
+            target, kwargs = "swat.part_clock", {"part": self.prefix}
         with self.graph.inserting_after(placeholders[-1]):
             args = tuple(placeholders)
-            self.step = self.graph.create_node("call_module", target, args, name="step")
+            self.step = self.graph.create_node("call_module", target, args, kwargs, name="step")
 
     def _rewrite(self, node: fx.Node, version: int) -> None:
         record = meta.read(node)
@@ -198,7 +201,7 @@ class _Rewriter:
         )
         if key not in self.shared:
             self.shared[key] = self._new_activation(plan, call, site)
-        elif weight not in self.shared[key].weights and weight.op == "get_attr":
+        elif weight.op == "get_attr" and self.shared[key].threshold < weight:
             self.shared[key].threshold.prepend(weight)
         self.shared[key].weights[weight] = None
         return self.shared[key]

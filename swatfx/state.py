@@ -60,7 +60,7 @@ class Clock(nn.Module):
                 f" attached{self.lost}",
                 remedy="call swatfx.attach(gm, optimizer) before training",
             )
-        step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True)
+        step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True, "")
         self.iteration.copy_(step[2])
         return step
 
@@ -80,12 +80,12 @@ class PartClock(nn.Module):
         super().__init__()
         self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
 
-    def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [5] of `swatfx::step`, without advancing."""
+    def forward(self, *inputs: Any, part: str) -> Tensor:
+        """Return int64 [5] of `swatfx::step` for a call of `part`, without advancing."""
         clock: Clock = self.__dict__["clock"]
         if not self.training:
             return clock.iteration
-        step: Tensor = ops.step(clock.iteration, clock.token, _tensors(inputs), False)
+        step: Tensor = ops.step(clock.iteration, clock.token, _tensors(inputs), False, part)
         return step
 
 

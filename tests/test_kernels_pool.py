@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swatfx import kernels, layouts
+from swatfx.errors import InputError
 from swatfx.ops import pool
 from swatfx.ops.dropout import dropout_backward_reference, dropout_reference
 from swatfx.ops.layout import converted, to_layout, to_layout_reference
@@ -288,3 +289,29 @@ def test_what_lies_so_already_is_not_copied() -> None:
 def test_to_layout_keeps_the_rules_of_ops(layout: str) -> None:
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
     torch.library.opcheck(to_layout, (x, layout))
+
+
+@pytest.mark.parametrize("stride", [300, 2**17, 2**26, 2**62])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_strides_beyond_the_image(stride: int, axis: int) -> None:
+    """As eager does it: at once, or refused."""
+    x = torch.randn(32, 2, 6, 7)
+    steps = [2, 2]
+    steps[axis] = stride
+    options = ([3, 3], steps, [1, 1], [1, 1])
+    if stride == 2**62:
+        with pytest.raises(RuntimeError, match="overflow"):
+            OPS.max_pool2d(x, *options, True)
+        return
+    for layout in ("row_major", "batch_innermost"):
+        y, _ = OPS.max_pool2d(layouts.as_layout(x, layout).requires_grad_(), *options, False)
+        assert torch.equal(y, F.max_pool2d(x, *options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_average_pools_gradient_of_another_shape_is_refused(layout: str) -> None:
+    for shape in ((64, 16, 3, 3), (2, 16, 4, 3), (2, 17, 3, 3)):
+        with pytest.raises(InputError, match="another shape than the pool's output"):
+            OPS.avg_pool2d_backward(
+                torch.randn(shape), [2, 16, 6, 7], layout, [2, 2], [2, 2], [0, 0], False, True, None
+            )

@@ -236,7 +236,7 @@ def test_opcheck_current(selector: str, stamp: int) -> None:
 def test_opcheck_step(inputs: list[Tensor], advance: bool) -> None:
     # Each call has a number of its own, so that two runs differ, traced or not.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    args = (torch.tensor(4), 10**9, inputs, advance)
+    args = (torch.tensor(4), 10**9, inputs, advance, "" if advance else "body")
     torch.library.opcheck(OPS.step, args, test_utils=utils)
     first, second = OPS.step(*args).tolist(), OPS.step(*args).tolist()
     assert first[:4] == second[:4] == [4 if advance else 3, 0, 5 if advance else 4, 10**9]

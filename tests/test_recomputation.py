@@ -103,7 +103,31 @@ class Random(Net):
         return self.run(self.block, x) + self.run(self.block, x)
 
 
-NETS: list[type[Net]] = [Twice, Region, SharedTail, Nested, Random]
+class Loop(nn.Module):
+    """Python that calls a layer twice, the first time on its own input."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2 if bool(torch.isfinite(x.detach()).all()) else 1):
+            x = self.layer(x).sin()
+        return x
+
+
+class Within(Net):
+    """A part that hands its very input on to a part below it."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.inner = nn.Sequential(Loop(self.one), self.two)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.run(self.inner, x)
+
+
+NETS: list[type[Net]] = [Twice, Region, SharedTail, Nested, Random, Within]
 
 
 def batch(seed: int) -> Tensor:

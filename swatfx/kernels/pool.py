@@ -41,9 +41,14 @@ def _sizes(
 
 
 def _fits(shape: Sequence[int], kernel: Sequence[int], *others: Sequence[int]) -> bool:
-    """Whether there is a window of as many cells as a byte counts, over images."""
-    pairs = len(shape) == 4 and fitting.are_pairs(kernel, *others)
-    return pairs and min(kernel) > 0 and kernel[0] * kernel[1] <= MOST_CELLS
+    """Whether there is a window of as many cells as a byte counts, over images.
+
+    Rows are parted by their columns modulo the stride: no step may be larger than such a window.
+    """
+    if len(shape) != 4 or not fitting.are_pairs(kernel, *others):
+        return False
+    steps = max(abs(n) for pair in others for n in pair)
+    return min(kernel) > 0 and kernel[0] * kernel[1] <= MOST_CELLS and steps <= MOST_CELLS
 
 
 def _out_shape(shape: Sequence[int], *options: Any) -> torch.Size:

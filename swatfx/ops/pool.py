@@ -204,10 +204,22 @@ def avg_pool2d_backward_reference(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Tensor:
-    """Gradient of `swatfx::avg_pool2d` for an input of `shape`, in `layout`."""
+    """Gradient of `swatfx::avg_pool2d` for an input of `shape`, in `layout`.
+
+    Raises:
+        InputError: `grad` is not of the output's shape, which aten does not ask.
+    """
+    image = torch.empty(tuple(shape), device="meta")
+    steps = (list(kernel), list(stride), list(padding), ceil_mode, count_include_pad, divisor)
+    out = torch.ops.aten.avg_pool2d(image, *steps).shape
+    if grad.shape != out:
+        raise InputError(
+            "a gradient of another shape than the pool's output",
+            value=tuple(grad.shape),
+            remedy=f"an input of {tuple(shape)} gives {tuple(out)}",
+        )
     seen = layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
-    options = (list(kernel), list(stride), list(padding), ceil_mode, count_include_pad, divisor)
-    dx = torch.ops.aten.avg_pool2d_backward(grad, _for_aten(seen, layout), *options)
+    dx = torch.ops.aten.avg_pool2d_backward(grad, _for_aten(seen, layout), *steps)
     return in_layout(dx, layout)
 
 

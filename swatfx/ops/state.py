@@ -35,7 +35,9 @@ _OVERFLOW = threading.local()  # `at`: (clock, iteration) of the last forward wi
 
 # Two calls with equal arguments are two calls: no compiler may make one of them.
 @torch.library.custom_op("swatfx::step", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool) -> Tensor:
+def step(
+    iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool, part: str
+) -> Tensor:
     """The training iteration that a forward belongs to.
 
     Args:
@@ -43,6 +45,7 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         clock: identifies the compiled model in this process.
         inputs: the tensors that the forward got; they identify it when it is recomputed.
         advance: True in the root's forward, False in a part that lies below eager code.
+        part: path of that part: it may be called with the very tensors that another one gets.
 
     Returns:
         int64 [5]: this forward's iteration; 0, or inside backward 1 for the recomputation of a
@@ -53,7 +56,7 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
     now = int(iteration.item())
     current = now if advance else max(now - 1, 0)
     if inside_backward():
-        key = (clock, advance, key_of(inputs))
+        key = (clock, part, key_of(inputs))
         known = _FORWARDS.recall(key)
         if known is None:
             return torch.tensor([max(now - 1, 0), 2, now, clock, -1])
@@ -61,12 +64,12 @@ def step(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool)
         return torch.tensor([known[0], 1, now, clock, known[1]])
     call = next(_numbers)
     if may_be_recomputed():
-        _FORWARDS.note((clock, advance, key_of(inputs)), (current, call))
+        _FORWARDS.note((clock, part, key_of(inputs)), (current, call))
     return torch.tensor([current, 0, now + 1 if advance else now, clock, call])
 
 
 @step.register_fake
-def _(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool) -> Tensor:
+def _(iteration: Tensor, clock: int, inputs: Sequence[Tensor], advance: bool, part: str) -> Tensor:
     return torch.empty(5, dtype=torch.int64)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,7 +206,7 @@ def _image_block(d: _Drawing, x: int) -> int:
     rng, shape = d.rng, d.shapes[x]
     kind = rng.choice(("plain", "plain", "residual", "residual", "preact", "pool", "squeeze",
                        "branches", "inverted", "shuffle", "tokens", "up", "group", "twice",
-                       "transposed"))  # fmt: skip
+                       "transposed", "gated"))  # fmt: skip
     if kind in ("plain", "preact"):
         if kind == "preact":
             x = d.activation(d.same("bn", x))
@@ -266,6 +267,8 @@ def _image_block(d: _Drawing, x: int) -> int:
         if d.shapes[y] == shape:
             y = d.add("again", (d.activation(y),), (y - 1,), shape)
         return y
+    if kind == "gated":
+        return _gated(d, x, lambda x, width: d.conv(x, width, 1))
     if kind == "transposed" and math.prod(shape) < 6000 and len(shape) == 4:
         size = tuple(2 * n for n in shape[2:])
         return d.add("upconv", (x,), (shape[1], 8), (shape[0], 8, *size))
@@ -275,8 +278,21 @@ def _image_block(d: _Drawing, x: int) -> int:
 def _rows_block(d: _Drawing, x: int) -> int:
     rng, shape = d.rng, d.shapes[x]
     kind = rng.choice(
-        ("mlp", "mlp", "plain", "norm", "attention", "attention", "first", "twice", "image")
+        (
+            "mlp",
+            "mlp",
+            "plain",
+            "norm",
+            "attention",
+            "attention",
+            "first",
+            "twice",
+            "image",
+            "gated",
+        )
     )
+    if kind == "gated":
+        return _gated(d, x, d.linear)
     if kind == "mlp":
         y = d.same("layernorm", x) if rng.random() < 0.6 else x
         y = d.linear(d.activation(d.linear(y, 2 * shape[-1])), shape[-1])
@@ -298,13 +314,30 @@ def _rows_block(d: _Drawing, x: int) -> int:
     return d.activation(d.linear(x, d.width()))
 
 
-def _part(d: _Drawing, x: int) -> int:
-    """A module that is checkpointed, or that tracing cannot follow; called once or twice."""
+def _gated(d: _Drawing, x: int, layer: Callable[[int, int], int]) -> int:
+    """Two layers that read one tensor, both called twice."""
+    width = d.shapes[x][1 if len(d.shapes[x]) == 4 or _is_line(d, x) else -1]
+    first = [layer(x, width), layer(x, width)]
+    if d.shapes[first[0]] != d.shapes[x] or d.shapes[first[1]] != d.shapes[x]:
+        return first[1]  # padded
+    y = d.add("gate", (first[0], first[1]), (), d.shapes[x])
+    again = [d.add("again", (y,), (n - 1,), d.shapes[x]) for n in first]
+    return d.add("gate", (again[0], again[1]), (), d.shapes[x])
+
+
+def _part(d: _Drawing, x: int, images: bool | None = None) -> int:
+    """A module that is checkpointed, or that tracing cannot follow; called once or twice.
+
+    It may begin with another one; `images` says of such a one what its values are.
+    """
     rng, shape = d.rng, d.shapes[x]
     inner = _Drawing(rng, shape)
-    y = 0
+    is_outer = images is None
+    if images is None:
+        images = len(shape) == 4 or _is_line(d, x)
+    y = _part(inner, 0, images) if is_outer and rng.random() < 0.3 else 0
     for _ in range(rng.randint(1, 2)):
-        if len(shape) == 4 or _is_line(d, x):
+        if images:
             k = rng.choice((1, 3))
             options = (len(shape) - 2, shape[1], shape[1], k, 1, k // 2, 1, 1, rng.randint(0, 1))
             y = inner.add("conv", (y,), options, shape)

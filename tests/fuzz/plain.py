@@ -77,10 +77,10 @@ NOW = Now()
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in units of the mean magnitude of `b`; infinite if NaN is in it."""
+    """The largest difference, in units of the root mean square of `b`; infinite if NaN is in it."""
     if not a.numel():
         return 0.0
-    error = float((a - b).abs().max()) / (float(b.abs().mean()) or 1.0)
+    error = float((a - b).abs().max()) / (float(b.square().mean().sqrt()) or 1.0)
     return error if error == error else float("inf")
 
 
