@@ -109,8 +109,10 @@ class Nested(nn.Module):
         self.add_module("0", nn.Conv2d(4, 4, 1))
         self.add_module("1st", nn.Conv2d(4, 4, 1))
         self.add_module("thresholds", nn.Conv2d(4, 4, 1))
+        # Without a bias, whose gradient before a norm is nothing but rounding.
         self.stages = nn.ModuleList(
-            nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)]) for _ in range(2)
+            nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)])
+            for _ in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
