@@ -198,11 +198,10 @@ def conv_backward_reference(
     wants_input, wants_weight, wants_bias = wants
     spatial = weight.dim() - 2
     bias_grad = None
-    if wants_bias:
-        # Biases never take part: theirs is the sum of the whole gradient. Not by aten's backward of
-        # a convolution, whose sum of 2,304 equal terms was off by a hundred roundings.
-        bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
     if where.gradient and gradient_density:
+        # Biases never take part: theirs is the sum of the whole gradient.
+        if wants_bias:
+            bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
         grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
     if not wants_weight:
         input = kept = None
@@ -217,7 +216,7 @@ def conv_backward_reference(
         used = active_weight(weight, weight_state, weight_selector, grad.dtype)
     if not batched:
         grad, seen = grad.unsqueeze(0), seen.unsqueeze(0)
-    mask = [wants_input, wants_weight, False]
+    mask = [wants_input, wants_weight, wants_bias and bias_grad is None]
     grads = torch.ops.aten.convolution_backward(
         grad,
         seen,
@@ -231,7 +230,7 @@ def conv_backward_reference(
         groups,
         mask,
     )
-    input_grad, weight_grad, _ = grads
+    input_grad, weight_grad, summed = grads
     if wants_input and not batched:
         input_grad = input_grad.squeeze(0)
     if wants_input and layout == BATCH_INNERMOST:
@@ -244,7 +243,7 @@ def conv_backward_reference(
     return (
         input_grad if wants_input else empty,
         weight_grad if wants_weight else empty.clone(),
-        empty.clone() if bias_grad is None else bias_grad,
+        (summed if bias_grad is None else bias_grad) if wants_bias else empty.clone(),
     )
 
 
