@@ -30,6 +30,12 @@ def here() -> list[str]:
     return list(ALL[first:])
 
 
+def _library(name: str) -> str:
+    """Where gcc finds it; its bare name if it does not."""
+    command = [need_gcc(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 @contextlib.contextmanager
 def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
     """Environment variables under which workers run on the kernels called `name`.
@@ -46,11 +52,16 @@ def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     if sanitized:
         flags += SANITIZE
-        command = [need_gcc(), "-print-file-name=libasan.so"]
-        asan = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        if not os.path.isabs(asan):
+        # The sanitizer looks for what throws C++ exceptions when it starts, before torch brings it.
+        names = ("libasan.so", "libstdc++.so.6")
+        found_at = [_library(name) for name in names]
+        if not os.path.isabs(found_at[0]):
             raise SystemExit("the address sanitizer's library is not installed")
-        found = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+        preload = ":".join(path for path in found_at if os.path.isabs(path))
+        found = {
+            "LD_PRELOAD": preload,
+            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        }
     else:
         flags += ["-O3"]
     with tempfile.TemporaryDirectory() as folder:
