@@ -25,6 +25,18 @@ def need_gcc() -> str:
     return gcc
 
 
+def sanitizer_libraries() -> list[str] | None:
+    """What has to be loaded before Python; None if it is not installed.
+
+    Gcc's address sanitizer, and the library whose exceptions it watches, which torch throws.
+    """
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [need_gcc(), f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+    return paths if all(map(os.path.isabs, paths)) else None
+
+
 def build(folder: pathlib.Path, *flags: str) -> pathlib.Path:
     """A library of all kernels in `folder`."""
     path = folder / "kernels.so"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
-from kernel_builds import SOURCES, build, need_gcc, python
+from kernel_builds import SOURCES, build, python, sanitizer_libraries
 
 pytestmark = pytest.mark.slow
 SANITIZE = [
@@ -30,14 +28,9 @@ OPTIONS = {
 
 
 def need_asan() -> str:
-    """Paths of what has to be loaded before Python: gcc's address sanitizer, and the library whose
-    exceptions it watches, which torch throws.
-    """
-    paths = []
-    for name in ("libasan.so", "libstdc++.so"):
-        command = [need_gcc(), f"-print-file-name={name}"]
-        paths.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
-    if not sys.platform.startswith("linux") or not all(map(os.path.isabs, paths)):
+    """What to preload; skips the test where it is not installed."""
+    paths = sanitizer_libraries()
+    if not sys.platform.startswith("linux") or paths is None:
         pytest.skip("no libasan")
     return " ".join(paths)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pathlib
-import subprocess
 import tempfile
 from collections.abc import Iterator
 
 import torch
 
-from tests.kernel_builds import build, need_gcc
+from tests.kernel_builds import build, sanitizer_libraries
 
 ALL = ("avx512", "avx2", "generic", "reference")
 SANITIZE = (
@@ -30,12 +28,6 @@ def here() -> list[str]:
     return list(ALL[first:])
 
 
-def _library(name: str) -> str:
-    """Where gcc finds it; its bare name if it does not."""
-    command = [need_gcc(), f"-print-file-name={name}"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 @contextlib.contextmanager
 def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
     """Environment variables under which workers run on the kernels called `name`.
@@ -52,14 +44,11 @@ def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     if sanitized:
         flags += SANITIZE
-        # The sanitizer looks for what throws C++ exceptions when it starts, before torch brings it.
-        names = ("libasan.so", "libstdc++.so.6")
-        found_at = [_library(name) for name in names]
-        if not os.path.isabs(found_at[0]):
+        libraries = sanitizer_libraries()
+        if libraries is None:
             raise SystemExit("the address sanitizer's library is not installed")
-        preload = ":".join(path for path in found_at if os.path.isabs(path))
         found = {
-            "LD_PRELOAD": preload,
+            "LD_PRELOAD": " ".join(libraries),
             "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         }
     else:
