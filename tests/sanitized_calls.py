@@ -162,7 +162,7 @@ def threshold_and_pack(x: Tensor, selector: str, density: Density, spatial: int)
     for stored in {x.dtype, torch.bfloat16}:
         for bound in (state, torch.zeros_like(state), torch.full_like(state, torch.inf)):
             packed = OPS.pack(x, bound, spatial, selector, stored)
-            bits.unpack(packed, x.numel(), stored)
+            bits.unpack(packed.reshape(-1), x.numel(), stored)
     keep = chosen.keep(x, state, axes).expand_as(x)
     flat = keep.reshape(-1)
     bits.pack(x.reshape(-1), flat, x.dtype)

@@ -1,15 +1,18 @@
-"""Batches of one, whose stride says nothing: norms read gradients right, wherever they come from.
+"""Sizes of one, whose stride says nothing: norms and convolutions read right, however they lie.
 
 A view after a transpose gives the dimension of size 1 a stride of its own choice, and the batch
-norm of PyTorch 2.14 goes by it in backward.
+norm of PyTorch 2.14 goes by it in backward. Its convolution dies on a width of one in
+channels_last under a dilated kernel of one tap.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
@@ -111,3 +114,35 @@ def test_norms_before_tokens(
     for mine, right in zip(*gradients, strict=True):
         torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-4)
     assert len(gradients[0]) == 3
+
+
+ONE_TAP = [  # input, weight, stride, padding, dilation; each died in channels_last
+    ((2, 2, 1), (1, 2, 1), [2], [1], [2]),
+    ((16, 3, 3, 1), (2, 3, 3, 1), [1, 2], [2, 1], [1, 2]),
+    ((16, 16, 3, 1), (16, 16, 3, 1), [1, 2], [2, 1], [2, 2]),
+    ((1, 4, 1, 1), (3, 4, 1, 1), [2, 2], [1, 1], [3, 2]),
+    ((2, 2, 2, 1, 1), (2, 2, 1, 1, 1), [1, 2, 2], [1, 1, 1], [2, 2, 2]),
+]
+
+
+@pytest.mark.parametrize("sizes", ONE_TAP, ids=str)
+@pytest.mark.parametrize("layout", ["", "row_major", "channels_last", "batch_innermost"])
+def test_a_dilated_tap_of_one(sizes: tuple[Any, ...], layout: str) -> None:
+    shape, weight_shape, *options = sizes
+    torch.manual_seed(0)
+    w, b = torch.randn(weight_shape, requires_grad=True), torch.randn(weight_shape[0])
+    b.requires_grad_()
+    conv = [F.conv1d, F.conv2d, F.conv3d][len(shape) - 3]
+    x0 = torch.randn(shape)
+    exact = [t.detach().double().requires_grad_() for t in (x0, w, b)]
+    y = conv(*exact, *options)  # type: ignore[operator]
+    g = torch.randn(y.shape)
+    wanted = [y, *torch.autograd.grad(y, exact, g.double())]
+    state = torch.zeros(())
+    for x in lying(x0):
+        leaf = x.detach().requires_grad_()
+        out = torch.ops.swatfx.conv(leaf, w, b, state, None, *options, 1, layout=layout)
+        for grad in lying(g):
+            found = [out, *torch.autograd.grad(out, (leaf, w, b), grad, retain_graph=True)]
+            for mine, right in zip(found, wanted, strict=True):
+                torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5)

@@ -136,9 +136,22 @@ def _run(
     groups: int,
 ) -> Tensor:
     call = _CONV[weight.dim() - 2]
+    dilation = _dilation_for_aten(weight, dilation)
     # A 1d or unbatched convolution is a 2d or batched one, squeezed.
-    out = call(input, weight, bias, list(stride), list(padding), list(dilation), groups)
+    out = call(input, weight, bias, list(stride), list(padding), dilation, groups)
     return not_a_view(out)
+
+
+def _dilation_for_aten(weight: Tensor, dilation: Sequence[int]) -> list[int]:
+    """`dilation`, 1 where the kernel has one tap, which nothing can spread.
+
+    PyTorch 2.14 reads past an input of size 1 in channels_last if such a tap is dilated, strided
+    and padded, and dies.
+    """
+    kernel = weight.shape[2:]
+    if len(dilation) != len(kernel):
+        return list(dilation)
+    return [1 if size == 1 and d > 0 else d for size, d in zip(kernel, dilation, strict=True)]
 
 
 @conv.register_fake
@@ -224,7 +237,7 @@ def conv_backward_reference(
         [weight.shape[0]],
         list(stride),
         list(padding),
-        list(dilation),
+        _dilation_for_aten(weight, dilation),
         False,
         [0] * spatial,
         groups,
@@ -312,7 +325,7 @@ def _(
         [weight.shape[0]],
         list(stride),
         list(padding),
-        list(dilation),
+        _dilation_for_aten(weight, dilation),
         False,
         [0] * (weight.dim() - 2),
         groups,

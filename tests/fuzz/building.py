@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.fuzz.cases import LayerCase
 from tests.fuzz.methods import Method
-from tests.fuzz.plain import NOW, Layer, Op, WeightMemory
+from tests.fuzz.plain import NOW, Layer, Op, WeightMemory, sum_magnitudes
 from tests.fuzz.tensors import draw, seen
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -139,6 +139,8 @@ def twin(
     for name, module in plain.named_modules(remove_duplicate=True):
         if (isinstance(module, (*LAYERS, Functional))) and name not in dense:
             found.append((name, module))
+        elif name in dense:
+            module.register_forward_hook(sum_magnitudes)
     weights = {id(m.weight): tuple(m.weight.shape) for _, m in found}
     rules = dict(zip(weights, method.rules(list(weights.values()), value_dtype), strict=True))
     memories = {key: WeightMemory(rule) for key, rule in rules.items()}

@@ -156,7 +156,8 @@ def random_layer(seed: int, number: int) -> LayerCase:
         case = replace(case, batches=())
     if case.dtype == "autocast":  # roundings of several layers have no simple bound
         after = case.after if case.after in ("", "relu_") else ""
-        case = replace(case, stem=False, after=after)
+        # A bias is added to what is rounded already: near zero the sign is anybody's.
+        case = replace(case, stem=False, after=after, bias=case.bias and not after)
         if spatial == 3:  # torch's own bfloat16 gradients read memory that nobody wrote
             case = replace(case, dtype="float32")
     if case.method.name == "meprop":  # ranks gradients, which have to be what the oracle's are

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
@@ -419,6 +419,28 @@ def _summed(rows: Tensor) -> Tensor:
 def weight_needs(ctx, t: Tensor | None) -> bool:  # type: ignore[no-untyped-def]
     """Whether a weight gradient will be formed."""
     return bool(ctx.needs_input_grad[1] or (t is not None and ctx.needs_input_grad[3]))
+
+
+class Magnitude(torch.autograd.Function):
+    """Magnitudes, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.abs()
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return g.abs()
+
+
+def sum_magnitudes(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor | None:
+    """A forward hook for layers that stay torch's: sums of magnitudes, where they are asked for."""
+    if not NOW.moment.absolute:
+        return None
+    sizes = {name: Magnitude.apply(p) for name, p in module.named_parameters()}
+    with NOW.at(replace(NOW.moment, absolute=False)):
+        y = torch.func.functional_call(module, sizes, tuple(Magnitude.apply(x) for x in args))
+    return Magnitude.apply(y)  # type: ignore[no-any-return]
 
 
 def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
