@@ -67,7 +67,8 @@ INLINE void write_gradient(const backward *b, const reader *how, wide of_g, wide
     wide h, g = read_gradient(b, how, at, count, &h, masks, from_what);
     if (b->dresidual) put_result(b->dresidual + at, g, count, past);
     if (b->dx) {
-        wide d = multiply_add(g, of_g, multiply_add(h, of_h, rest));
+        /* Of running statistics x is no part: where it is infinite, 0 times it would be NaN. */
+        wide d = multiply_add(g, of_g, b->training ? multiply_add(h, of_h, rest) : rest);
         put_result(b->dx + at, d, count, past);
     }
 }
