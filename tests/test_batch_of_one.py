@@ -116,7 +116,7 @@ def test_norms_before_tokens(
     assert len(gradients[0]) == 3
 
 
-ONE_TAP = [  # input, weight, stride, padding, dilation; each died in channels_last
+ONE_TAP = [  # input, weight, stride, padding, dilation; the first three died in channels_last
     ((2, 2, 1), (1, 2, 1), [2], [1], [2]),
     ((16, 3, 3, 1), (2, 3, 3, 1), [1, 2], [2, 1], [1, 2]),
     ((16, 16, 3, 1), (16, 16, 3, 1), [1, 2], [2, 1], [2, 2]),

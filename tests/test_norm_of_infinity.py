@@ -7,7 +7,9 @@ from swatfx import layouts
 from swatfx.ops.norm import batch_norm
 
 
-@pytest.mark.parametrize("layout", [layouts.ROW_MAJOR, "channels_last", layouts.BATCH_INNERMOST])
+@pytest.mark.parametrize(
+    "layout", [layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST]
+)
 @pytest.mark.parametrize("saves", ["exact", "int8"])
 @pytest.mark.parametrize("odd", [torch.inf, torch.nan])
 def test_an_infinite_input_has_a_finite_gradient(odd: float, saves: str, layout: str) -> None:
