@@ -59,9 +59,11 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     for prefix, part in parts.items():
         _lay_out(part, prefix, gm.eager)
         part.recompile()
-    count = sum(reason is None for reason in reasons.values())
-    note = f"{count} of {len(todo)} layers run sparse kernels"
-    why = Counter(reason for reason in reasons.values() if reason is not None)
+    # A layer that several graphs call, or one calls twice, is one layer; all its calls run alike.
+    layers = {_plan(node).name: reason for node, reason in reasons.items()}
+    count = sum(reason is None for reason in layers.values())
+    note = f"{count} of {len(layers)} layers run sparse kernels"
+    why = Counter(reason for reason in layers.values() if reason is not None)
     dense = [f"dense: {reason} ({times} of them)" for reason, times in why.most_common()]
     return PassResult(gm, True, (note, *dense))
 
@@ -88,11 +90,25 @@ def _reasons(
     reasons = {n: _why_dense(part, n, asked, policy, device) for n, part in nodes.items()}
     convolutions = [node for node in nodes if node.target is OPS[0]]
     _agree(reasons, convolutions)
-    sparse = [node for node in convolutions if reasons[node] is None]
+    while True:
+        sparse = [node for node in convolutions if reasons[node] is None]
+        unsafe = list(_unsafe(gm, sparse))
+        if not unsafe:
+            break
+        reasons |= dict.fromkeys(unsafe, "what it makes is reshaped, and written in place later")
+        _agree(reasons, convolutions)
     if asked == "auto" and 2 * len(sparse) < len(convolutions):
         for node in sparse:
             reasons[node] = "most convolutions run dense"
     return reasons
+
+
+def _unsafe(gm: SwatModule, sparse: list[fx.Node]) -> Iterator[fx.Node]:
+    """Those of `sparse` whose layout in memory would change what the graph computes."""
+    for prefix, part in all_parts(gm):
+        own = [node for node in sparse if node.graph is part.graph]
+        if own:
+            yield from LayoutFlow(part, prefix, gm.eager, own).unsafe()
 
 
 def choose_again(gm: SwatModule, ctx: Context) -> None:

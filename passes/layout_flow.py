@@ -80,6 +80,19 @@ _ROW_MAJOR = (
     torch.bmm,
     *OPS,
 )
+# Whose results share memory with their operand in some memory orders and not in others.
+_SHARES_BY_ORDER = {
+    "channel_shuffle", "contiguous", "flatten", "pixel_shuffle", "pixel_unshuffle", "ravel",
+    "reshape", "reshape_as", "resize_", "resize_as_", "unflatten", "view", "view_as",
+    "view_as_complex",
+}  # fmt: skip
+_SHARING_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)
 # What a layout may make fail, and what it may make differ.
 _VIEWS = ("view", "view_as", torch.view_as_complex)
 _STRIDES = ("as_strided", "stride", "is_contiguous", torch.as_strided)
@@ -139,6 +152,39 @@ class LayoutFlow:
             ):
                 return False
         return True
+
+    def unsafe(self) -> list[fx.Node]:
+        """The sparse convolutions whose layout would change which tensors see a write.
+
+        A view or a copy, that is a matter of memory order in `reshape` and its like. It makes a
+        difference where somebody writes into either of the two later.
+        """
+        last = self.nodes[-1]
+        todo = [
+            node
+            for node in self.nodes
+            if self._shares_by_order(node)
+            and any(n in self.derived for n in node.all_input_nodes)
+            and self.versions.of(node, node) != self.versions.of(node, last)
+        ]
+        if not todo:
+            return []
+        above = set(todo)
+        while todo:
+            sources = todo.pop().all_input_nodes
+            fresh = [n for n in sources if n in self.derived and n not in above]
+            above.update(fresh)
+            todo += [n for n in fresh if n not in self.sparse]
+        # What lies so for the sake of convolutions behind it has none above.
+        return [n for n in self.sparse if n in above] or list(self.sparse)
+
+    def _shares_by_order(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.part.get_submodule(str(node.target)), _SHARING_MODULES)
+        if node.op not in ("call_method", "call_function"):
+            return False
+        name = getattr(node.target, "__name__", str(node.target))
+        return name in _SHARES_BY_ORDER or "memory_format" in node.kwargs
 
     # ---- Into the layout ----
 
@@ -223,9 +269,7 @@ class LayoutFlow:
         if not isinstance(first, fx.Node):
             return []
         if node.target in _VIEWS and first in self.derived:
-            # Who writes through the view later must not do so on a copy.
-            last = self.nodes[-1]
-            return [first] if self.versions.of(first, node) == self.versions.of(first, last) else []
+            return [first]  # nobody writes through it later: `unsafe`
         return [first] if node.target in _STRIDES and first in self.lies else []
 
     def _convert_back(self, source: fx.Node, reader: fx.Node) -> None:

@@ -418,3 +418,21 @@ def test_small_networks_stay_dense() -> None:
     """Eight filters: what most small tests compile."""
     found = choices(lambda: plain())
     assert all(kind.startswith("dense: ") for kind in found.values()) and found
+
+
+class Moded(nn.Module):
+    """Python decides by mode: several graphs, and parts below, call the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+        self.last = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(x)) if self.training else self.last(self.block(x)) * 1
+
+
+def test_the_note_counts_layers_not_calls() -> None:
+    gm = swatfx.compile(Moded(), "swat-u:0.9,first_dense=False")
+    notes = [note for record in gm.pass_records for note in record.notes]
+    assert "3 of 3 layers run sparse kernels" in notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -341,3 +342,88 @@ def test_state_dict_keys_are_those_of_dense_kernels(net: type[nn.Module]) -> Non
     sparse, dense = pair(net)
     assert list(sparse.state_dict()) == list(dense.state_dict())
     assert isinstance(sparse, SwatModule)
+
+
+def _written_other(how: str) -> Callable[[Tensor], Tensor]:
+    """Writes into another form of `y`; returns `y`."""
+
+    def run(y: Tensor) -> Tensor:
+        SHARED[how](y).mul_(0.5)
+        return y
+
+    return run
+
+
+def _written_first(how: str) -> Callable[[Tensor], Tensor]:
+    """Writes into `y`; returns another form of it."""
+
+    def run(y: Tensor) -> Tensor:
+        other = SHARED[how](y)
+        y.mul_(0.5)
+        return other
+
+    return run
+
+
+SHARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda y: y.contiguous(),
+    "flat": lambda y: y.reshape(-1),
+    "flatten": lambda y: torch.flatten(y),
+    "flatten method": lambda y: y.flatten(0, 1),
+    "module": nn.Flatten(0, 1),
+    "ravel": lambda y: y.ravel(),
+    "merged": lambda y: torch.reshape(y, (y.size(0) * y.size(1), -1)),
+    "view": lambda y: y.view(-1),
+    "pairs": lambda y: y.view(y.size(0) // 2, -1),
+    "permuted": lambda y: y.permute(1, 2, 3, 0).contiguous(),
+    "last": lambda y: y.contiguous(memory_format=torch.channels_last),
+}
+
+
+class Sharing(nn.Module):
+    """Two convolutions, then what a caller may do with their result."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], norm: bool) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.norm = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()) if norm else nn.Identity()
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.norm(self.conv(self.stem(x))) * 1.0)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("write", [_written_other, _written_first])
+@pytest.mark.parametrize("how", SHARED)
+def test_who_sees_a_write_is_as_in_eager(
+    how: str, write: Callable[[str], Callable[[Tensor], Tensor]], norm: bool
+) -> None:
+    """A view or a copy: in eager that is decided by row-major order."""
+    torch.manual_seed(0)
+    model = Sharing(write(how), norm)
+    plain = copy.deepcopy(model).double()
+    gm = swatfx.compile(model, "swat-u:0.8,activation_sparsity=0.0")
+    with torch.no_grad():
+        weight = plain.conv.weight
+        kept = weight.numel() - weight.numel() * 8 // 10
+        weight.mul_(weight.abs() >= weight.abs().flatten().topk(kept).values[-1])
+    x = torch.randn(16, 3, 8, 8)
+    got, want = gm(x), plain(x.double())
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-4)
+    got.sin().sum().backward()
+    want.sin().sum().backward()
+    for name, p in model.named_parameters():
+        expected = dict(plain.named_parameters())[name].grad
+        torch.testing.assert_close(p.grad.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_layer_whose_result_is_shared_says_why_it_is_dense() -> None:
+    gm = swatfx.compile(Sharing(_written_other("flat"), False), "swat-u:0.8")
+    assert (
+        "written in place"
+        in swatfx.report(gm, (torch.empty(16, 3, 8, 8, device="meta"),)).to_json()
+    )
+    quiet = swatfx.compile(Sharing(SHARED["flat"], False), "swat-u:0.8")
+    assert chosen(quiet)["conv"] == "sparse"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.fuzz.building import CONVS
-from tests.fuzz.networks import Do, NetworkCase
+from tests.fuzz.networks import SHARED, Do, NetworkCase
 from tests.fuzz.plain import NOW
 
 
@@ -59,6 +59,15 @@ def _shuffled(x: Tensor, _: Any) -> Tensor:
     return x.view(n, 2, c // 2, *size).transpose(1, 2).reshape(n, c, *size)
 
 
+def _shared(x: Tensor, _: Any, how: int, first: int) -> Tensor:
+    """What a write into `x`, or into another form of it, leaves of the other of the two."""
+    other = SHARED[how](x)
+    (x if first else other).mul_(0.5)
+    if not first:
+        return x
+    return other.transpose(0, -1) if how == len(SHARED) - 1 else other.reshape(x.shape)
+
+
 def _pooled(kind: str) -> Any:
     def pool(x: Tensor, _: Any, k: int, stride: int, pad: int) -> Tensor:
         spatial = x.dim() - 2
@@ -89,6 +98,7 @@ APPLY: dict[str, Any] = {
     "swap": lambda x, _: x.transpose(1, 2),
     "first": lambda x, _: x.permute(1, 0, 2),
     "shuffle": _shuffled,
+    "shared": _shared,
     "up": lambda x, _: F.interpolate(x, scale_factor=2.0, mode="nearest"),
 }
 _KINKS = {
