@@ -132,7 +132,8 @@ class Calls:
             if args is None:
                 return None
             values = {k: v for k, v in args.items() if k != "input"}
-        values["stride"] = values["stride"] or values["kernel_size"]
+        if values["stride"] is None or values["stride"] in ((), []):  # 0 is torch's to refuse
+            values["stride"] = values["kernel_size"]
         if values.pop("return_indices", False) is not False:
             return None
         for key in ("kernel_size", "stride", "padding", "dilation"):

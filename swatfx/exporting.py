@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -45,6 +46,7 @@ _PLAIN: dict[type[Saver], Callable[..., Any]] = {
     AvgPool2d: F.avg_pool2d,
     Dropout: F.dropout,
 }
+_FORMAT = "swatfx-sparse"  # of a .safetensors file
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
 
 
@@ -76,7 +78,9 @@ def export(
             metadata; it loads after `import swatfx`.
 
     Raises:
-        ExportError: unknown suffix, missing package, or a model that torch.export cannot follow.
+        UnknownNameError: a suffix of no format.
+        ExportError: a missing package, or a model that torch.export cannot follow.
+        CheckpointError: the file cannot be written.
     """
     root = unwrap(gm)
     suffix = Path(path).suffix
@@ -310,7 +314,8 @@ def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
             tensors[f"{name}.bitmask"] = bits.mask_to_bits(keep)
             tensors[f"{name}.values"] = weight[keep].clone()
             sparse[name] = {"shape": list(layer.weight.shape)}
-    metadata = {"format": "swatfx-sparse", "sparse": json.dumps(sparse)}
+    about = json.dumps(sparse)
+    metadata = {"format": _FORMAT, "sparse": about, "sha256": _digest(tensors, about)}
 
     def write(temporary: Path) -> None:
         try:
@@ -349,13 +354,43 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ExportError(
             f"cannot read the file ({type(error).__name__})", value=str(path)
         ) from error
-    if metadata.get("format") != "swatfx-sparse":
+    if metadata.get("format") != _FORMAT:
         raise ExportError("not a file that swatfx.export wrote", value=str(path))
-    for name, about in json.loads(metadata["sparse"]).items():
-        shape = tuple(about["shape"])
-        keep = bits.bits_to_mask(tensors.pop(f"{name}.bitmask"), torch.Size(shape).numel())
-        values = tensors.pop(f"{name}.values")
-        dense = values.new_zeros(keep.numel())
-        dense[keep] = values
-        tensors[name] = dense.view(shape)
+    try:
+        # Files of versions before 2026-12 have no checksum.
+        if "sha256" in metadata or set(metadata) != {"format", "sparse"}:
+            if metadata["sha256"] != _digest(tensors, metadata["sparse"]):
+                raise ValueError("its checksum is another")
+        for name, about in json.loads(metadata["sparse"]).items():
+            tensors[name] = _unpacked(tensors, name, tuple(about["shape"]))
+    except Exception as error:  # whatever damage may lead to
+        raise ExportError(
+            f"the file is damaged ({_why(error)})",
+            value=str(path),
+            remedy="write it again with swatfx.export",
+        ) from error
     return tensors
+
+
+def _unpacked(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The dense weight of bitmask and values, which leave `tensors`."""
+    keep = bits.bits_to_mask(tensors.pop(f"{name}.bitmask"), torch.Size(shape).numel())
+    values = tensors.pop(f"{name}.values")
+    dense = values.new_zeros(keep.numel())
+    dense[keep] = values
+    return dense.view(shape)
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 of all that a file of sparse weights holds."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _why(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

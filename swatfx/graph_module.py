@@ -306,6 +306,13 @@ class SwatModule(fx.GraphModule):
             if name in root.__dict__:
                 self.__dict__[name] = root.__dict__[name]
 
+    def __copy__(self) -> SwatModule:
+        raise InputError(
+            "a shallow copy of a compiled model would share half of its state",
+            value="copy.copy(gm)",
+            remedy="use copy.deepcopy(gm), or gm itself",
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SwatModule:
         twin = SwatModule.__new__(SwatModule)
         memo[id(self)] = twin

@@ -257,7 +257,12 @@ def _norm(
     saves: str,
 ) -> Tensor:
     """Run the op, and write the running statistics."""
-    if training and x.numel() == x.shape[1]:  # one value a channel: eager's own error tells it
+    if any(s is not None and s.requires_grad for s in statistics):
+        # Eager has no gradient for these, and says so where it is asked for one.
+        y = F.batch_norm(x, *statistics, weight, bias, training, momentum, eps)
+        return _then(y, residual, relu)
+    if training and (x.numel() == x.shape[1] or not eps > 0):
+        # One value a channel, or an eps that may divide by zero: eager's own error tells it.
         F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
     if residual is not None and not _alike(x, residual):
         y = _norm(x, None, weight, bias, statistics, training, momentum, eps, False, saves)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from saving_nets import (
     NETS,
     POLICY,
@@ -324,3 +325,54 @@ def test_training_export_keeps_the_ops(tmp_path: pathlib.Path) -> None:
     module = program.module()
     module(x).sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+class Pooled(nn.Module):
+    """A pool as a function between two layers."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.pool = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), pool
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.pool(self.second(self.first(x))))
+
+
+REFUSED: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "max pool": lambda: nn.MaxPool2d(2, 0),
+    "average pool": lambda: nn.AvgPool2d(2, 0),
+    "max pool function": lambda: lambda x: F.max_pool2d(x, 2, 0),
+    "average pool function": lambda: lambda x: F.avg_pool2d(x, 2, (0, 0)),
+    "eps": lambda: nn.BatchNorm2d(16, eps=0.0),
+    "negative eps": lambda: nn.BatchNorm2d(16, eps=-1e-3),
+    "mean that trains": lambda: _norm_whose_mean_trains(),
+}
+
+
+def _norm_whose_mean_trains() -> nn.Module:
+    norm = nn.BatchNorm2d(16).eval()
+    assert norm.running_mean is not None
+    norm.running_mean.requires_grad_()
+    return norm
+
+
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_eager_refuses_is_refused(name: str, kernels: str) -> None:
+    model = Pooled(REFUSED[name]())
+    x = torch.randn(16, 3, 8, 8)
+    gm = swatfx.compile(model, "swat-u:0.8", kernels=kernels)
+    errors = []
+    for net in (model, gm):
+        if name == "mean that trains":
+            net.eval()
+        try:
+            net(x).sum().backward()
+        except Exception as error:
+            errors.append(error)
+    if not errors and name.endswith("eps"):
+        pytest.skip("this torch takes such an eps")
+    eager, ours = errors
+    assert type(ours) is type(eager)
+    assert str(ours).splitlines()[0] == str(eager).splitlines()[0]

@@ -345,3 +345,38 @@ def test_export_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ExportError, match=r"\(1, 4, 8, 8\)|torch\.export cannot follow"):
         swatfx.export(gm, tmp_path / "a.pt2", (torch.randn(1, 4, 8, 8),))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_of_sparse_weights_is_refused(tmp_path: pathlib.Path) -> None:
+    """Any bit: in a value, a mask, a name, what the file says of itself."""
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    gm = swatfx.compile(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), "swat-u:0.5")
+    swatfx.export(gm, path)
+    whole, want = path.read_bytes(), swatfx.load_sparse(path)
+    generator = torch.Generator().manual_seed(0)
+    for bit in torch.randint(8 * len(whole), (400,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = swatfx.load_sparse(path)
+        except ExportError:
+            continue
+        assert found.keys() == want.keys(), f"bit {bit}"
+        assert all(torch.equal(found[name], want[name]) for name in want), f"bit {bit}"
+
+
+def test_a_file_of_sparse_weights_without_a_checksum_loads(tmp_path: pathlib.Path) -> None:
+    """As versions before the checksum wrote it."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path, old = tmp_path / "a.safetensors", tmp_path / "old.safetensors"
+    gm = swatfx.compile(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), "swat-u:0.5")
+    swatfx.export(gm, path)
+    with pytest.importorskip("safetensors").safe_open(str(path), framework="pt") as file:
+        about = {k: v for k, v in file.metadata().items() if k != "sha256"}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    safetensors.save_file(tensors, str(old), about)
+    want, found = swatfx.load_sparse(path), swatfx.load_sparse(old)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import swatfx
-from swatfx.errors import ChangedModelError
+from swatfx.errors import ChangedModelError, InputError
 
 torch.set_num_threads(1)
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
@@ -190,3 +190,9 @@ def test_another_graph_module_in_its_place_is_refused() -> None:
     gm.body = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 5)))
     with pytest.raises(ChangedModelError, match="body"):
         gm(X)
+
+
+def test_a_shallow_copy_is_refused() -> None:
+    gm = swatfx.compile(Trunk(), HALF)
+    with pytest.raises(InputError, match="copy.deepcopy"):
+        copy.copy(gm)
