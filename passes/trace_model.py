@@ -38,6 +38,11 @@ from swatfx.reaching import Reroute, lends_layers
 
 _VARIADIC = "untraceable: variadic arguments, and no example_inputs"
 _NO_INPUT = "untraceable: every argument is optional, and no example_inputs"
+# What example_inputs of the whole model do not tell of a part of it.
+_BELOW = {
+    _VARIADIC: "untraceable: variadic arguments, given by eager code",
+    _NO_INPUT: "untraceable: every argument is optional, and eager code decides which are given",
+}
 
 
 def trace_model(twin: nn.Module, example_inputs: Any) -> SwatModule:
@@ -278,6 +283,7 @@ def _trace_part(gm: SwatModule, module: nn.Module, path: str, notes: dict[str, s
         else:
             todo = list(arguments.patterns())
             found, reason = _trace_patterns(module, path, arguments, todo, False)
+            reason = _BELOW.get(reason, reason)
     except Exception as error:  # as above
         found, reason = [], reason_of(error)
     if not found:

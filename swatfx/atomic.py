@@ -69,13 +69,19 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         raise CheckpointError(
             f"cannot write the file: {(reason.splitlines() or [''])[0]}",
             value=str(path),
-            remedy="free some space or choose another folder; the old file, if any, is untouched",
+            remedy=_remedy(error),
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if lock is not None:
             release(lock)
+
+
+def _remedy(error: OSError | RuntimeError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "make the folder first, or choose another"
+    return "free some space or choose another folder; the old file, if any, is untouched"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -62,25 +62,29 @@ _MOST_ELEMENTS = 2**40  # of an input: costs still fit what counts them
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as our own errors do, with the nearest names."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '?([^' ]*)'? \(choose from (.*)\)", message)
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
         near: list[str] = []
+        asked: argparse.ArgumentParser = self
         if choice:
             near = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]))
         elif unknown:
+            asked = self._command()
             name = unknown[1].partition("=")[0]
-            near = difflib.get_close_matches(name, [o for o in self._options() if o != name])
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {self.prog} --help"
-        self.exit(2, f"{self.prog}: {message}{hint}\n")
+            near = difflib.get_close_matches(name, asked._option_string_actions)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; see {asked.prog} --help"
+        self.exit(2, f"{asked.prog}: {message}{hint}\n")
 
-    def _options(self) -> list[str]:
-        names = dict.fromkeys(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for command in action.choices.values():
-                    names |= dict.fromkeys(command._option_string_actions)
-        return list(names)
+    def _command(self) -> argparse.ArgumentParser:
+        """The parser of the command that was given."""
+        known = (a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        found = (choices[word] for choices in known for word in self._given if word in choices)
+        return next(found, self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 _LONGEST = 200  # characters of a value in a message
+_FEW = 4  # names, which are all told
 
 
 class SwatError(Exception):
@@ -77,7 +78,9 @@ class UnknownNameError(SwatError, KeyError):
     def __init__(self, kind: str, value: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(value, names, n=3, cutoff=0.4)
-        hint = "did you mean " + " or ".join(near) + "?" if near else "known: " + ", ".join(names)
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        if not near or len(names) <= _FEW:
+            hint = f"{hint} known: {', '.join(names)}".strip()
         super().__init__(f"unknown {kind}", value=value, remedy=hint)
 
     def __str__(self) -> str:

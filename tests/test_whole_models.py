@@ -110,7 +110,7 @@ def test_every_in_place_activation_behind_every_layer(layer: str, activation: st
 
 @pytest.mark.parametrize("name", fast(CLASSIFIERS, {"mobilenet_v3_small", "squeezenet1_1"}))
 def test_every_classifier_trains_on_sparse_kernels(name: str) -> None:
-    side = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 224}.get(name, 64)
+    side = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 224}.get(name, 64)
     side = 224 if name.startswith("vit") else side
     torch.manual_seed(0)
     assert_trains(create(name), torch.randn(16, 3, side, side))

@@ -102,6 +102,12 @@ def _options(tail: str, arguments: Mapping[str, inspect.Parameter]) -> dict[str,
     for item in filter(None, (part.strip() for part in tail.split(","))):
         key, equals, value = item.partition("=")
         key = key.strip().replace("-", "_")
+        if key == "sparsity":
+            raise PolicyError(
+                "the sparsity stands behind the policy's name, once",
+                value=item,
+                remedy='write "name:0.9"',
+            )
         if key not in known:
             raise UnknownNameError("policy field", key, known)
         if not equals or not value.strip():
