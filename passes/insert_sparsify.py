@@ -22,9 +22,13 @@ from swatfx import meta
 from swatfx.graph_module import SwatModule, all_parts, is_root, relative
 from swatfx.layouts import ROW_MAJOR
 from swatfx.meta import LayerCall, LayerPlan
+from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import Where, density_text
 from swatfx.passing import Context, PassResult
 from swatfx.state import Pack
+
+CONV = torch.ops.swatfx.conv.default
+LINEAR = torch.ops.swatfx.linear.default
 
 
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:
@@ -238,28 +242,21 @@ class _Rewriter:
             not plan.gradient_density.is_dense,
             plan.update == "active",
         )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"sparse": str(where), "weight_selector": plan.weight_selector}
+        if plan.forward_activation and shared is not None:
+            options["activation_state"] = shared.threshold
+            options["activation_selector"] = plan.activation_selector
+        if where.gradient:
+            options["gradient_density"] = density_text(plan.gradient_density)
+            options["gradient_selector"] = plan.gradient_selector
+        kept = shared.pack if shared is not None else None
+        if kept is not None:
+            options["kept_dtype"] = self.value_dtype
+        if plan.kind == "linear":
+            needed, given = LinearCall(**options).arguments()
+            return self.graph.call_function(LINEAR, (*tensors, kept, *needed), given)
         if call.pad:
             options |= {"pad": call.pad, "pad_mode": call.pad_mode}
-        if str(where) != str(Where()):
-            options["sparse"] = str(where)
-        if plan.weight_selector != "nchw":
-            options["weight_selector"] = plan.weight_selector
-        if plan.forward_activation and shared is not None:
-            options |= {
-                "activation_state": shared.threshold,
-                "activation_selector": plan.activation_selector,
-            }
-        if where.gradient:
-            options |= {
-                "gradient_density": density_text(plan.gradient_density),
-                "gradient_selector": plan.gradient_selector,
-            }
-        kept = shared.pack if shared is not None else None
-        if kept is not None and self.value_dtype is not None:
-            options["kept_dtype"] = self.value_dtype
-        args: tuple[Any, ...] = (*tensors, kept)
-        if plan.kind == "linear":
-            return self.graph.call_function(torch.ops.swatfx.linear.default, args, options)
-        args = (*args, call.stride, call.padding, call.dilation, call.groups)
-        return self.graph.call_function(torch.ops.swatfx.conv.default, args, options)
+        steps = (call.stride, call.padding, call.dilation, call.groups)
+        needed, given = ConvCall(*steps, **options).arguments()
+        return self.graph.call_function(CONV, (*tensors, kept, *needed), given)

@@ -7,6 +7,7 @@ them, and are looked up at every call. Where no gradient will be asked for they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swatfx import layouts, ops
+from swatfx.ops.calls import NormCall
 from swatfx.ops.norm import EXACT, INT8, NOTHING
 from swatfx.ops.pool import MOST_CELLS
 
@@ -173,9 +175,8 @@ class Norm(Saver):
             y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
             return _finish(y, residual, relu)
         statistics = (running_mean, running_var)
-        return _norm(
-            x, residual, weight, bias, statistics, training, momentum, eps, relu, self.saves
-        )
+        call = NormCall(training, momentum, eps, relu, self.saves)
+        return _norm(call, x, residual, weight, bias, statistics)
 
     def plain(
         self, x: Tensor, *args: Any, residual: Tensor | None = None, relu: bool = False
@@ -210,18 +211,9 @@ class NormOf(Bound):
             if not norm.track_running_stats:
                 statistics = (None, None)
         training = norm.training or statistics == (None, None)
-        return _norm(
-            x,
-            residual,
-            norm.weight,
-            norm.bias,
-            statistics,
-            training,
-            0.0 if momentum is None else momentum,
-            norm.eps,
-            relu,
-            self.saves,
-        )
+        momentum = 0.0 if momentum is None else momentum
+        call = NormCall(training, momentum, norm.eps, relu, self.saves)
+        return _norm(call, x, residual, norm.weight, norm.bias, statistics)
 
     def plain(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """As in eager."""
@@ -245,36 +237,33 @@ def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 
 def _norm(
+    call: NormCall,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
-    training: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-    saves: str,
 ) -> Tensor:
     """Run the op, and write the running statistics."""
     if any(s is not None and s.requires_grad for s in statistics):
         # Eager has no gradient for these, and says so where it is asked for one.
-        y = F.batch_norm(x, *statistics, weight, bias, training, momentum, eps)
-        return _then(y, residual, relu)
-    if training and (x.numel() == x.shape[1] or not eps > 0):
+        y = F.batch_norm(x, *statistics, weight, bias, call.training, call.momentum, call.eps)
+        return _then(y, residual, call.relu)
+    if call.training and (x.numel() == x.shape[1] or not call.eps > 0):
         # One value a channel, or an eps that may divide by zero: eager's own error tells it.
-        F.batch_norm(x, None, None, weight, bias, True, momentum, eps)
+        F.batch_norm(x, None, None, weight, bias, True, call.momentum, call.eps)
     if residual is not None and not _alike(x, residual):
-        y = _norm(x, None, weight, bias, statistics, training, momentum, eps, False, saves)
-        return _relu(y + residual) if relu else y + residual
+        y = _norm(replace(call, relu=False), x, None, weight, bias, statistics)
+        return _relu(y + residual) if call.relu else y + residual
+    trains_weight = weight is not None and weight.requires_grad
     if not _wanted(x, residual, weight, bias):
-        saves = NOTHING
-    elif saves == INT8 and not training and not (weight is not None and weight.requires_grad):
-        saves = EXACT  # a frozen norm needs nothing of its input
+        call = replace(call, saves=NOTHING)
+    elif call.saves == INT8 and not call.training and not trains_weight:
+        call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
     y, _, _, new_mean, new_var, _ = ops.batch_norm(
-        x, residual, weight, bias, *statistics, training, momentum, eps, relu, saves
+        x, residual, weight, bias, *statistics, *call.options
     )
-    if training:
+    if call.training:
         for running, new in zip(statistics, (new_mean, new_var), strict=True):
             if running is not None:
                 running.copy_(new)

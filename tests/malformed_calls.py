@@ -37,19 +37,15 @@ def bases() -> Iterator[tuple[str, Callable[..., Any], Call]]:
         call += [None, "nchw", "", "nchw", layout, None]
         yield f"conv {spatial}d", OPS.conv, call
         grad = torch.randn_like(OPS.conv(*call))
-        back = [grad, None, kept, w, torch.tensor(0.7), list(x.shape), layout, *steps, 2, []]
-        back += ["constant", "w/wa", "nchw", "", "nchw", [True, True, True], None]
+        back = [grad, None, kept, w, torch.tensor(0.7), list(x.shape), [True, True, True]]
+        back += call[5:]
         yield f"conv_backward {spatial}d", OPS.conv_backward, back
     x, w, b = torch.randn(4, 5, 12), torch.randn(8, 12), torch.randn(8)
     kept = OPS.pack(x, torch.tensor(0.5), 0, "nchw", torch.float32, ROW_MAJOR)
     call = [x, w, b, torch.tensor(0.7), kept, "w/wa", "nchw", None, "nchw", "", "nchw", None, True]
     yield "linear", OPS.linear, call
-    back = [torch.randn(4, 5, 8), None, kept, w, torch.tensor(0.7), [4, 5, 12], "w/wa", "nchw"]
-    yield (
-        "linear_backward",
-        OPS.linear_backward,
-        [*back, "", "nchw", [True, True, True], None, True],
-    )
+    back = [torch.randn(4, 5, 8), None, kept, w, torch.tensor(0.7), [4, 5, 12], [True] * 3]
+    yield "linear_backward", OPS.linear_backward, [*back, *call[5:]]
     yield from leaves()
 
 
@@ -63,8 +59,8 @@ def leaves() -> Iterator[tuple[str, Callable[..., Any], Call]]:
             yield f"batch_norm {saves} {layout}", OPS.batch_norm, call
             _, mean, invstd, _, _, code = OPS.batch_norm(*call)
             seen = x if saves == "exact" else None
-            back = [torch.randn_like(x), seen, code, four[0], four[1], mean, invstd, list(x.shape)]
-            back += [layout, True, True, True, saves, [True] * 4]
+            back = [torch.randn_like(x), seen, code, four[0], four[1], mean, invstd, [True] * 4]
+            back += [list(x.shape), layout, True, True, True, saves]
             yield f"batch_norm_backward {saves} {layout}", OPS.batch_norm_backward, back
         yield f"relu {layout}", OPS.relu, [x]
         bits = OPS.relu(x)[1]

@@ -84,7 +84,7 @@ def test_every_kind_of_case_is_drawn() -> None:
 def test_a_wrong_gradient_is_seen_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight gradient in a thousand off by one is enough."""
     module = sys.modules["swatfx.ops.conv"]
-    real = module._seen_input
+    real = module._unpacked
 
     def off(*args: object, **kwargs: object) -> torch.Tensor:
         x = real(*args, **kwargs).clone()
@@ -92,7 +92,7 @@ def test_a_wrong_gradient_is_seen_and_made_small(monkeypatch: pytest.MonkeyPatch
         return x
 
     assert check_layer(replace(CONV, kernels="dense")) == []
-    monkeypatch.setattr(module, "_seen_input", off)
+    monkeypatch.setattr(module, "_unpacked", off)
     case = replace(CONV, kernels="dense", order="permuted", stem=True, threads=2)
     problems = check_layer(case)
     assert any("gradient of layer.weight off" in problem for problem in problems)

@@ -110,7 +110,7 @@ class Case:
         layout = layouts.layout_of(self.x)
         options = (self.training, self.relu, self.residual is not None, self.saves)
         tensors = (self.grad, x, code, self.weight, self.bias, mean, invstd)
-        args = (*tensors, self.x.shape, layout, *options, wants)
+        args = (*tensors, wants, self.x.shape, layout, *options)
         if not reference:
             return OPS.batch_norm_backward(*args)
         with kernels.reference_only():

@@ -167,12 +167,15 @@ def test_opcheck_backward(name: str, wants: tuple[bool, ...]) -> None:
         grad = torch.randn_like(sample.op(*args, **options))
     input, weight, _, state, kept = args[:5]
     head = (grad, None if sample.packed else input, kept, weight, state, list(input.shape))
-    tail = (sample.sparse, sample.weight_selector, sample.gradient, "nchw", list(wants))
+    head = (*head, list(wants))
+    told = {"sparse": sample.sparse, "weight_selector": sample.weight_selector}
+    told |= {"gradient_density": sample.gradient}
     if sample.is_linear:
-        torch.library.opcheck(OPS.linear_backward, (*head, *tail))
+        torch.library.opcheck(OPS.linear_backward, head, told)
     else:
-        middle = (layouts.layout_of(input), *args[5:9], list(sample.pad), sample.pad_mode)
-        torch.library.opcheck(OPS.conv_backward, (*head, *middle, *tail))
+        told |= {"pad": list(sample.pad), "pad_mode": sample.pad_mode}
+        told |= {"layout": layouts.layout_of(input)}
+        torch.library.opcheck(OPS.conv_backward, (*head, *args[5:9]), told)
 
 
 @pytest.mark.parametrize("selector", ["nchw", "chw", "hw", "random"])

@@ -211,9 +211,9 @@ def test_norm_backward_opcheck(name: str, saves: str, wants: tuple[bool, ...]) -
     x, residual = t["x"], t["residual"]
     assert x is not None
     seen = x if saves == "exact" else None
-    head = (torch.randn_like(y), seen, code, t["weight"], t["bias"], mean, invstd)
+    head = (torch.randn_like(y), seen, code, t["weight"], t["bias"], mean, invstd, list(wants))
     shape = (list(x.shape), layouts.layout_of(x))
-    tail = (case.training, case.relu, residual is not None, saves, list(wants))
+    tail = (case.training, case.relu, residual is not None, saves)
     torch.library.opcheck(OPS.batch_norm_backward, (*head, *shape, *tail))
 
 

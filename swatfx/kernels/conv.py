@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ from swatfx import bits, layouts
 from swatfx.kernels import fitting, library, problems
 from swatfx.kernels.problems import Shapes
 from swatfx.layouts import BATCH_INNERMOST
+from swatfx.ops.calls import ConvCall
 from swatfx.ops.conv import (
-    active_input,
     conv,
     conv_backward,
     conv_backward_reference,
     conv_reference,
-    stored_dtype,
+    input_in_forward,
 )
 from swatfx.ops.layout import converted
-from swatfx.ops.where import SWAT, Where, active_weight, reaching_gradient, sparse_gradient
+from swatfx.ops.where import active_weight
 
 PACKED = (torch.float32, torch.bfloat16)
 _DOES_NOT_FIT = 2
@@ -113,66 +114,42 @@ def _(
     bias: Tensor | None,
     weight_state: Tensor,
     kept: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int] | None = None,
-    pad_mode: str = "constant",
-    sparse: str = SWAT,
-    weight_selector: str = "nchw",
-    activation_state: Tensor | None = None,
-    activation_selector: str = "nchw",
-    gradient_density: str = "",
-    gradient_selector: str = "nchw",
-    layout: str = "",
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
 ) -> Tensor:
-    where = Where.parse(sparse)
+    call = ConvCall(*options)
+    out = _forward(call, input, weight, bias, weight_state)
+    if out is None:
+        return conv_reference(input, weight, bias, weight_state, kept, *options)
+    return out
 
-    def reference() -> Tensor:
-        return conv_reference(
-            input,
-            weight,
-            bias,
-            weight_state,
-            kept,
-            stride,
-            padding,
-            dilation,
-            groups,
-            pad,
-            pad_mode,
-            sparse,
-            weight_selector,
-            activation_state,
-            activation_selector,
-            gradient_density,
-            gradient_selector,
-            layout,
-            kept_dtype,
-        )
 
-    if layout != BATCH_INNERMOST or not where.forward_weight or not library.available():
-        return reference()
-    shapes = fitting.convolution(input.shape, weight, stride, padding, dilation, groups)
+def _shapes(call: ConvCall, input_shape: Sequence[int], weight: Tensor) -> Shapes | None:
+    """Sizes of the convolution; None if the kernels cannot run it."""
+    if call.layout != BATCH_INNERMOST or not library.available():
+        return None
+    steps = call.stride, call.padding, call.dilation, call.groups
+    return fitting.convolution(input_shape, weight, *steps)
+
+
+def _forward(
+    call: ConvCall, input: Tensor, weight: Tensor, bias: Tensor | None, weight_state: Tensor
+) -> Tensor | None:
+    """None if the kernels cannot run it."""
+    shapes = _shapes(call, input.shape, weight) if call.where.forward_weight else None
     if shapes is None or input.dtype is not torch.float32:
-        return reference()
+        return None
     if not fitting.is_vector(bias, shapes.filters):
-        return reference()
-    seen = input
-    if where.forward_activation and activation_state is not None:
-        spatial = weight.dim() - 2
-        seen = active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
-    seen = converted(seen, layout)
-    used, threshold = sparse_weight(weight, weight_state, weight_selector)
-    size = shapes.out_size[-(weight.dim() - 2) :]
-    out = layouts.empty((shapes.batch, shapes.filters, *size), layout, dtype=input.dtype)
+        return None
+    spatial = weight.dim() - 2
+    seen = converted(input_in_forward(call, input, spatial), call.layout)
+    used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
+    size = shapes.out_size[-spatial:]
+    out = layouts.empty((shapes.batch, shapes.filters, *size), call.layout, dtype=input.dtype)
     if shapes.is_strided_pointwise:
         seen, shapes = _take_strided(seen, shapes), shapes.without_stride()
     strides = problems.weight_strides(used)
     problem = _forward_problem(shapes, strides, torch.get_num_threads())
-    return out if run_problem(problem, seen, used, bias, out, threshold) else reference()
+    return out if run_problem(problem, seen, used, bias, out, threshold) else None
 
 
 def _strided(name: str, source: Tensor, result: Tensor, shapes: Shapes) -> Tensor:
@@ -245,73 +222,36 @@ def _(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    layout: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int],
-    pad_mode: str,
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    where = Where.parse(sparse)
-
-    def reference(wants: Sequence[bool], grad: Tensor, density: str) -> Any:
-        return conv_backward_reference(
-            grad,
-            input,
-            kept,
-            weight,
-            weight_state,
-            input_shape,
-            layout,
-            stride,
-            padding,
-            dilation,
-            groups,
-            pad,
-            pad_mode,
-            sparse,
-            weight_selector,
-            density,
-            gradient_selector,
-            wants,
-            kept_dtype,
-        )
-
-    shapes = None
-    if layout == BATCH_INNERMOST and library.available() and grad.dtype is torch.float32:
-        shapes = fitting.convolution(input_shape, weight, stride, padding, dilation, groups)
+    call = ConvCall(*options)
+    saved = (input, kept, weight, weight_state, input_shape)
+    shapes = _shapes(call, input_shape, weight) if grad.dtype is torch.float32 else None
     spatial = weight.dim() - 2
     if shapes is None or grad.shape != (
         shapes.batch,
         shapes.filters,
         *shapes.out_size[-spatial:],
     ):
-        result: tuple[Tensor, Tensor, Tensor] = reference(wants, grad, gradient_density)
-        return result
+        return conv_backward_reference(grad, *saved, wants, *options)
     wants_input, wants_weight, wants_bias = wants
     grads: list[Tensor | None] = [None, None, None]
-    grad = converted(grad, layout)
+    grad = converted(grad, call.layout)
     if wants_bias:  # that of the whole gradient, before Top-K
         grads[2] = grad.movedim(0, -1).reshape(weight.shape[0], -1).sum(1)
-    if where.gradient and gradient_density:
-        sparse_grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
-        grad = converted(sparse_grad, layout)
-    if wants_input and where.backward_weight:
-        used, threshold = sparse_weight(weight, weight_state, weight_selector)
+    grad = converted(call.gradient(grad, spatial), call.layout)
+    if wants_input and call.where.backward_weight:
+        used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
         grads[0] = _input_gradient(shapes, grad, used, threshold, input_shape)
-    if wants_weight and input is None and kept is not None and not pad:
-        stored = stored_dtype(grad, kept_dtype)
-        grads[1] = _weight_gradient(shapes, kept, stored, grad, weight)
-        if where.active_only and grads[1] is not None:
-            grads[1] = reaching_gradient(grads[1], weight, weight_state, weight_selector)
+    if wants_weight and input is None and kept is not None and not call.pad:
+        found = _weight_gradient(shapes, kept, call.stored_dtype(grad), grad, weight)
+        if found is not None:
+            grads[1] = call.weight_gradient(found, weight, weight_state)
     left = [wanted and found is None for wanted, found in zip(wants, grads, strict=True)]
-    rest = reference(left, grad, "") if any(left) else [grad.new_empty(0) for _ in left]
+    rest = [grad.new_empty(0) for _ in left]
+    if any(left):
+        dense = replace(call, gradient_density="")  # its Top-K is taken already
+        rest = list(conv_backward_reference(grad, *saved, left, *dense.options))
     first, second, third = (r if g is None else g for r, g in zip(rest, grads, strict=True))
     return first, second, third

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swatfx import bits, selectors
+from swatfx import bits
 from swatfx.kernels import fitting, library
 from swatfx.kernels.conv import PACKED, run_problem, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
 from swatfx.layouts import BATCH_INNERMOST, ROW_MAJOR
-from swatfx.ops.conv import stored_dtype
+from swatfx.ops.calls import LinearCall
 from swatfx.ops.layout import converted
 from swatfx.ops.linear import (
+    input_in_forward,
     linear,
     linear_backward,
     linear_backward_reference,
     linear_reference,
 )
-from swatfx.ops.where import (
-    SWAT,
-    Where,
-    kept_only,
-    not_a_view,
-    reaching_gradient,
-    sparse_gradient,
-)
-from swatfx.selectors import Axes
+from swatfx.ops.where import not_a_view
 
 LEAST_ROWS = 16
 
@@ -69,51 +64,31 @@ def _(
     bias: Tensor | None,
     weight_state: Tensor,
     kept: Tensor | None,
-    sparse: str = SWAT,
-    weight_selector: str = "nchw",
-    activation_state: Tensor | None = None,
-    activation_selector: str = "nchw",
-    gradient_density: str = "",
-    gradient_selector: str = "nchw",
-    kept_dtype: torch.dtype | None = None,
-    sparse_kernels: bool = False,
+    *options: Any,
 ) -> Tensor:
-    where = Where.parse(sparse)
+    call = LinearCall(*options)
+    out = _forward(call, input, weight, bias, weight_state)
+    if out is None:
+        return linear_reference(input, weight, bias, weight_state, kept, *options)
+    return out
 
-    def reference() -> Tensor:
-        return linear_reference(
-            input,
-            weight,
-            bias,
-            weight_state,
-            kept,
-            sparse,
-            weight_selector,
-            activation_state,
-            activation_selector,
-            gradient_density,
-            gradient_selector,
-            kept_dtype,
-            sparse_kernels,
-        )
 
-    count = _rows(input.shape, weight, 1, sparse_kernels)
-    if count is None or input.dtype is not torch.float32 or not where.forward_weight:
-        return reference()
+def _forward(
+    call: LinearCall, input: Tensor, weight: Tensor, bias: Tensor | None, weight_state: Tensor
+) -> Tensor | None:
+    """None if the kernels cannot run it."""
+    count = _rows(input.shape, weight, 1, call.sparse_kernels)
+    if count is None or input.dtype is not torch.float32 or not call.where.forward_weight:
+        return None
     if not fitting.is_vector(bias, len(weight)):
-        return reference()
-    seen = input
-    if where.forward_activation and activation_state is not None:
-        axes = Axes.of(input.dim(), 0, False)
-        keep = selectors.get(activation_selector).keep(input, activation_state, axes)
-        seen = kept_only(input, keep)
+        return None
     outputs, inputs = weight.shape
-    rows = seen.reshape(count, inputs)
-    used, threshold = sparse_weight(weight, weight_state, weight_selector)
+    rows = input_in_forward(call, input).reshape(count, inputs)
+    used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     problem = forward_problem(_shapes(rows, weight), (inputs, 1, 1, 1))
     out = rows.new_empty(outputs, count)
     if not run_problem(problem, _transposed(rows), used, bias, out, threshold):
-        return reference()
+        return None
     return not_a_view(_transposed(out).view(*input.shape[:-1], outputs))
 
 
@@ -139,57 +114,33 @@ def _(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
-    sparse_kernels: bool = False,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    where = Where.parse(sparse)
-
-    def reference(wants: Sequence[bool], grad: Tensor, density: str) -> tuple[Tensor, ...]:
-        return linear_backward_reference(
-            grad,
-            input,
-            kept,
-            weight,
-            weight_state,
-            input_shape,
-            sparse,
-            weight_selector,
-            density,
-            gradient_selector,
-            wants,
-            kept_dtype,
-            sparse_kernels,
-        )
-
-    count = _rows(grad.shape, weight, 0, sparse_kernels)
+    call = LinearCall(*options)
+    saved = (input, kept, weight, weight_state, input_shape)
+    count = _rows(grad.shape, weight, 0, call.sparse_kernels)
     shape = torch.Size(input_shape)
-    if (
-        count is None
-        or grad.dtype is not torch.float32
-        or shape != (*grad.shape[:-1], weight.shape[1])
-    ):
-        first, second, third = reference(wants, grad, gradient_density)
-        return first, second, third
+    fits = grad.dtype is torch.float32 and shape == (*grad.shape[:-1], weight.shape[1])
+    if count is None or not fits:
+        return linear_backward_reference(grad, *saved, wants, *options)
     outputs = weight.shape[0]
     bias_grad = grad.reshape(count, outputs).sum(0) if wants[2] else grad.new_empty(0)
-    if where.gradient and gradient_density:
-        grad = sparse_gradient(grad, gradient_density, gradient_selector, 0)
+    grad = call.gradient(grad, 0)
     rows = grad.reshape(count, outputs)
     input_grad = weight_grad = None
-    if wants[0] and where.backward_weight:
-        used, threshold = sparse_weight(weight, weight_state, weight_selector)
+    if wants[0] and call.where.backward_weight:
+        used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
         input_grad = _input_gradient(rows, used, threshold, shape)
     if wants[1] and input is None and kept is not None:
-        weight_grad = _weight_gradient(rows, kept, weight, stored_dtype(grad, kept_dtype))
-        if where.active_only and weight_grad is not None:
-            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
+        weight_grad = _weight_gradient(rows, kept, weight, call.stored_dtype(grad))
+        if weight_grad is not None:
+            weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
     left = wants[0] and input_grad is None, wants[1] and weight_grad is None, False
-    rest = reference(left, grad, "") if any(left) else [grad.new_empty(0) for _ in left]
+    rest = (grad.new_empty(0), grad.new_empty(0))
+    if any(left):
+        dense = replace(call, gradient_density="")  # its Top-K is taken already
+        rest = linear_backward_reference(grad, *saved, left, *dense.options)[:2]
     return (
         rest[0] if input_grad is None else input_grad,
         rest[1] if weight_grad is None else weight_grad,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from swatfx import layouts
 from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer, size
 from swatfx.ops import norm
+from swatfx.ops.calls import NormBackwardCall, NormCall
 from swatfx.ops.layout import converted
 from swatfx.ops.saved import bits_size, new_in_layout
 
@@ -76,12 +77,9 @@ def _batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-    saves: str = norm.EXACT,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = NormCall(*options)
     layout = layouts.layout_of(x)
     extent = _Extent.of(x.shape, layout)
     parameters = [_dense(p) for p in (weight, bias, running_mean, running_var)]
@@ -95,31 +93,21 @@ def _batch_norm(
         or not _are_vectors(extent.channels, *parameters)
         or (running_mean is None) != (running_var is None)
         # One value a channel has no variance, and no running statistics no eval mode: let aten say.
-        or (training and extent.runs * extent.length == 1)
-        or not (training or (running_mean is not None and running_var is not None))
+        or (call.training and extent.runs * extent.length == 1)
+        or not (call.training or (running_mean is not None and running_var is not None))
     ):
         return norm.batch_norm_reference(
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training,
-            momentum,
-            eps,
-            relu,
-            saves,
+            x, residual, weight, bias, running_mean, running_var, *options
         )
     if residual is not None:
         residual = converted(residual, layout)
     y = new_in_layout(x.shape, layout, x)
     mean, invstd = x.new_empty(extent.channels), x.new_empty(extent.channels)
     new_mean, new_var = (
-        torch.empty_like(p) if training and p is not None else x.new_empty(0)
+        torch.empty_like(p) if call.training and p is not None else x.new_empty(0)
         for p in parameters[2:]
     )
-    bits, codes, header, code = _room(x, residual, training, relu, saves)
+    bits, codes, header, code = _room(call, x, residual)
     library.function("swatfx_norm")(
         pointer(x),
         pointer(residual),
@@ -133,25 +121,25 @@ def _batch_norm(
         pointer(codes),
         pointer(header),
         *extent.arguments(),
-        ctypes.c_double(momentum),
-        ctypes.c_double(eps),
-        ctypes.c_int(training),
-        ctypes.c_int(relu),
+        ctypes.c_double(call.momentum),
+        ctypes.c_double(call.eps),
+        ctypes.c_int(call.training),
+        ctypes.c_int(call.relu),
         library.threads(),
     )
     return y, mean, invstd, new_mean, new_var, code
 
 
 def _room(
-    x: Tensor, residual: Tensor | None, training: bool, relu: bool, saves: str
+    call: NormCall, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(bits, codes, header, all of them as one): what `saves` asks for; views of the last."""
+    """(bits, codes, header, all of them as one): what `call.saves` asks for; views of the last."""
     header = codes = 0
-    mask = relu and saves != norm.NOTHING
-    if saves == norm.INT8:
+    mask = call.relu and call.saves != norm.NOTHING
+    if call.saves == norm.INT8:
         header, codes = norm.int8_header(x.shape[1]), x.numel()
-        mask = relu and residual is not None
-    elif residual is None and norm.recomputes(x, training):
+        mask = call.relu and residual is not None
+    elif residual is None and norm.recomputes(x, call.training):
         mask = False
     total = header + codes + (bits_size(x.numel()) if mask else 0)
     code = x.new_empty(total, dtype=torch.uint8)
@@ -173,14 +161,11 @@ def _batch_norm_backward(
     bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    shape: Sequence[int],
-    layout: str,
-    training: bool,
-    relu: bool,
-    has_residual: bool,
-    saves: str,
     wants: Sequence[bool],
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = NormBackwardCall(*options)
+    shape, layout = call.shape, call.layout
     extent = _Extent.of(shape, layout)
     elements = torch.Size(shape).numel()
     if (
@@ -192,30 +177,17 @@ def _batch_norm_backward(
         or not _are_vectors(extent.channels, weight, bias, mean, invstd)
         or mean is None  # what the dispatcher makes of None
         or invstd is None
-        or not norm.is_complete(x, code, shape, training, relu, has_residual, saves, wants)
+        or not norm.is_complete(call, x, code, wants)
     ):
         return norm.batch_norm_backward_reference(
-            grad,
-            x,
-            code,
-            weight,
-            bias,
-            mean,
-            invstd,
-            shape,
-            layout,
-            training,
-            relu,
-            has_residual,
-            saves,
-            wants,
+            grad, x, code, weight, bias, mean, invstd, wants, *options
         )
     grad = converted(grad, layout)
     # What saved tensors went through on their way (hooks, the host) may have changed their order.
-    x = None if x is None or saves == norm.INT8 else converted(x, layout)
+    x = None if x is None or call.saves == norm.INT8 else converted(x, layout)
     header = codes = None
     bits = code = code.contiguous()
-    if saves == norm.INT8:
+    if call.saves == norm.INT8:
         start = norm.int8_header(extent.channels)
         header, codes = code[:start], code[start : start + elements]
         bits = code[start + elements :]
@@ -243,8 +215,8 @@ def _batch_norm_backward(
         pointer(dweight),
         pointer(dbias),
         *extent.arguments(),
-        ctypes.c_int(training),
-        ctypes.c_int(relu),
+        ctypes.c_int(call.training),
+        ctypes.c_int(call.relu),
         library.threads(),
     )
     return dx, dresidual, dweight, dbias

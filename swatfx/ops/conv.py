@@ -7,6 +7,7 @@ sees what `kept` holds of `a` (paper equations 1 to 3, appendix algorithm 1).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +18,11 @@ from swatfx import layouts, selectors
 from swatfx.errors import InputError, SwatError
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.autocast import register_autocast
+from swatfx.ops.calls import BACKWARD, FORWARD, ConvCall, schema_of
 from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
 from swatfx.ops.saved import in_layout
-from swatfx.ops.where import (
-    SWAT,
-    Where,
-    active_weight,
-    as_seen,
-    kept_only,
-    not_a_view,
-    reaching_gradient,
-    sparse_gradient,
-)
+from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -41,105 +34,68 @@ def conv_reference(
     bias: Tensor | None,
     weight_state: Tensor,
     kept: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int] | None = None,
-    pad_mode: str = "constant",
-    sparse: str = SWAT,
-    weight_selector: str = "nchw",
-    activation_state: Tensor | None = None,
-    activation_selector: str = "nchw",
-    gradient_density: str = "",
-    gradient_selector: str = "nchw",
-    layout: str = "",
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
 ) -> Tensor:
     """Convolution with Top-K weights.
 
     Args:
-        input: (N, C, *spatial) or (C, *spatial), already padded by `pad`.
+        input: (N, C, *spatial) or (C, *spatial), already padded by `ConvCall.pad`.
         weight: dense (F, C / groups, *kernel).
         bias: (F,) or None.
-        weight_state: what `weight_selector` made for the weight.
-        kept: packed activation for the weight gradient (`swatfx::pack` of the input before `pad`),
-            or None: then the dense input is saved, if anything is.
-        stride: per spatial dimension.
-        padding: symmetric zero padding, per spatial dimension.
-        dilation: per spatial dimension.
-        groups: as in `F.conv2d`.
-        pad: what was padded before, in `F.pad` order; backward pads the unpacked activation so.
-        pad_mode: mode of `pad`.
-        sparse: what is sparse where, see `swatfx.ops.where`.
-        weight_selector: name in `swatfx.selectors`.
-        activation_state: threshold of the input, where forward sees Top-K activations.
-        activation_selector: name in `swatfx.selectors`.
-        gradient_density: of the output gradient; "" keeps it dense.
-        gradient_selector: name in `swatfx.selectors`.
-        layout: of `swatfx.layouts`; what the result and the input gradient come in. "" takes that
-            of `input`, and gives what aten gives. (`kept` says itself in which order it lies.)
-        kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
+        weight_state: what the call's `weight_selector` made for the weight.
+        kept: packed activation for the weight gradient (`swatfx::pack` of the input before it was
+            padded), or None: then the dense input is saved, if anything is.
+        options: fields of `swatfx.ops.calls.ConvCall`.
 
     Returns:
         (N, F, *spatial).
     """
-    where = Where.parse(sparse)
-    spatial = weight.dim() - 2
-    if where.forward_activation and activation_state is not None:
-        input = active_input(input, activation_state, activation_selector, spatial, pad, pad_mode)
-    used = as_seen(weight, input.dtype)
-    if where.forward_weight:
-        used = active_weight(weight, weight_state, weight_selector, input.dtype)
-    return _in_layout(_run(input, used, bias, stride, padding, dilation, groups), layout)
+    call = ConvCall(*options)
+    seen = input_in_forward(call, input, weight.dim() - 2)
+    used = call.weight_in_forward(weight, weight_state, input.dtype)
+    return _in_layout(_run(call, seen, used, bias), call.layout)
 
 
-conv = torch.library.custom_op("swatfx::conv", conv_reference, mutates_args=())
+conv = torch.library.custom_op(
+    "swatfx::conv",
+    conv_reference,
+    mutates_args=(),
+    schema=schema_of(FORWARD, ConvCall, "Tensor"),
+)
 
 
 def _in_layout(out: Tensor, layout: str) -> Tensor:
     return in_layout(out, layout) if layout else out
 
 
-def active_input(
-    input: Tensor,
-    state: Tensor,
-    selector: str,
-    spatial: int,
-    pad: Sequence[int] | None,
-    pad_mode: str,
-) -> Tensor:
-    """Top-K of a padded activation: that of the activation, padded again.
+def input_in_forward(call: ConvCall, input: Tensor, spatial: int) -> Tensor:
+    """The activation that forward sees: its Top-K (figure 1), padded again, or all of it.
 
     A random selector draws a mask of the activation's own shape, the one that `swatfx::pack` draws.
     """
-    pad = pad or ()
+    state = call.activation_state
+    if not call.where.forward_activation or state is None:
+        return input
+    pad = call.pad or ()
     core = input
     for i in range(len(pad) // 2):
         d = input.dim() - 1 - i
         core = core.narrow(d, pad[2 * i], input.shape[d] - pad[2 * i] - pad[2 * i + 1])
-    keep = selectors.get(selector).keep(core, state, Axes.of(input.dim(), spatial, False))
+    axes = Axes.of(input.dim(), spatial, False)
+    keep = selectors.get(call.activation_selector).keep(core, state, axes)
     core = kept_only(core, keep)
     if not pad:
         return core
-    padded = F.pad(core, list(pad), mode=pad_mode)
+    padded = F.pad(core, list(pad), mode=call.pad_mode)
     return layouts.as_layout(padded, layouts.layout_of(input))
 
 
-def _run(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    call = _CONV[weight.dim() - 2]
-    dilation = _dilation_for_aten(weight, dilation)
+def _run(call: ConvCall, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    convolve = _CONV[weight.dim() - 2]
+    dilation = _dilation_for_aten(weight, call.dilation)
+    steps = list(call.stride), list(call.padding), dilation, call.groups
     # A 1d or unbatched convolution is a 2d or batched one, squeezed.
-    out = call(input, weight, bias, list(stride), list(padding), dilation, groups)
-    return not_a_view(out)
+    return not_a_view(convolve(input, weight, bias, *steps))
 
 
 def _dilation_for_aten(weight: Tensor, dilation: Sequence[int]) -> list[int]:
@@ -161,23 +117,11 @@ def _(
     bias: Tensor | None,
     weight_state: Tensor,
     kept: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int] | None = None,
-    pad_mode: str = "constant",
-    sparse: str = SWAT,
-    weight_selector: str = "nchw",
-    activation_state: Tensor | None = None,
-    activation_selector: str = "nchw",
-    gradient_density: str = "",
-    gradient_selector: str = "nchw",
-    layout: str = "",
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
+    **named: Any,
 ) -> Tensor:
-    out = _run(input, as_seen(weight, input.dtype), bias, stride, padding, dilation, groups)
-    return _in_layout(out, layout)
+    call = ConvCall(*options, **named)
+    return _in_layout(_run(call, input, as_seen(weight, input.dtype), bias), call.layout)
 
 
 def conv_backward_reference(
@@ -187,35 +131,30 @@ def conv_backward_reference(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    layout: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int],
-    pad_mode: str,
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::conv` for input, weight and bias; those not in `wants` are empty.
 
-    `input_shape` and `layout` describe the padded input; exactly one of `input` and `kept`
-    is given if the weight gradient is wanted.
+    Args:
+        grad: of the output, (N, F, *spatial) or (F, *spatial).
+        input: what forward saved, padded, or None.
+        kept: likewise, packed; one of the two is given if the weight gradient is wanted.
+        weight: as forward got it.
+        weight_state: as forward got it.
+        input_shape: of the padded input.
+        wants: gradients of input, weight and bias.
+        options: fields of `swatfx.ops.calls.ConvCall`; its layout is the padded input's.
     """
-    where = Where.parse(sparse)
+    call = ConvCall(*options)
     batched = grad.dim() == weight.dim()
     wants_input, wants_weight, wants_bias = wants
     spatial = weight.dim() - 2
     bias_grad = None
-    if where.gradient and gradient_density:
+    if call.sparsifies_gradients and wants_bias:
         # Biases never take part: theirs is the sum of the whole gradient.
-        if wants_bias:
-            bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
-        grad = sparse_gradient(grad, gradient_density, gradient_selector, spatial)
+        bias_grad = grad.sum([d for d in range(grad.dim()) if d != (1 if batched else 0)])
+    grad = call.gradient(grad, spatial)
     if not wants_weight:
         input = kept = None
     elif input is None and kept is None:
@@ -223,35 +162,16 @@ def conv_backward_reference(
             "a weight gradient needs the activation",
             remedy="pass what swatfx::conv saved: `input` or `kept`",
         )
-    seen = _seen_input(grad, input, kept, input_shape, layout, pad, pad_mode, kept_dtype)
+    seen = input
+    if seen is None:
+        seen = _unpacked(call, grad, kept, input_shape)
     used = as_seen(weight, grad.dtype)
-    if where.backward_weight and wants_input:
-        used = active_weight(weight, weight_state, weight_selector, grad.dtype)
-    if not batched:
-        grad, seen = grad.unsqueeze(0), seen.unsqueeze(0)
+    if wants_input:
+        used = call.weight_in_backward(weight, weight_state, grad.dtype)
     mask = [wants_input, wants_weight, wants_bias and bias_grad is None]
-    grads = torch.ops.aten.convolution_backward(
-        grad,
-        seen,
-        used,
-        [weight.shape[0]],
-        list(stride),
-        list(padding),
-        _dilation_for_aten(weight, dilation),
-        False,
-        [0] * spatial,
-        groups,
-        mask,
-    )
-    input_grad, weight_grad, summed = grads
-    if wants_input and not batched:
-        input_grad = input_grad.squeeze(0)
-    if wants_input and layout == BATCH_INNERMOST:
-        input_grad = _in_layout(input_grad, layout)
+    input_grad, weight_grad, summed = _products(call, grad, seen, used, mask)
     if wants_weight:
-        weight_grad = weight_grad.to(weight.dtype)
-        if where.active_only:
-            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
+        weight_grad = call.weight_gradient(weight_grad.to(weight.dtype), weight, weight_state)
     empty = grad.new_empty(0)
     return (
         input_grad if wants_input else empty,
@@ -260,38 +180,53 @@ def conv_backward_reference(
     )
 
 
+def _products(
+    call: ConvCall, grad: Tensor, seen: Tensor, used: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients of a convolution of `seen` by `used`; None where `mask` is False."""
+    spatial = used.dim() - 2
+    batched = grad.dim() == used.dim()
+    input_grad, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+        grad if batched else grad.unsqueeze(0),
+        seen if batched else seen.unsqueeze(0),
+        used,
+        [used.shape[0]],
+        list(call.stride),
+        list(call.padding),
+        _dilation_for_aten(used, call.dilation),
+        False,
+        [0] * spatial,
+        call.groups,
+        mask,
+    )
+    if mask[0]:
+        input_grad = input_grad if batched else input_grad.squeeze(0)
+        if call.layout == BATCH_INNERMOST:
+            input_grad = _in_layout(input_grad, call.layout)
+    return input_grad, weight_grad, bias_grad
+
+
 conv_backward = torch.library.custom_op(
-    "swatfx::conv_backward", conv_backward_reference, mutates_args=()
+    "swatfx::conv_backward",
+    conv_backward_reference,
+    mutates_args=(),
+    schema=schema_of(BACKWARD, ConvCall, "(Tensor, Tensor, Tensor)"),
 )
 
 
-def stored_dtype(grad: Tensor, kept_dtype: torch.dtype | None) -> torch.dtype:
-    """Dtype of packed values: the gradient's, or `kept_dtype` if that is narrower."""
-    narrow = kept_dtype is not None and kept_dtype.itemsize < grad.dtype.itemsize
-    return kept_dtype if narrow and kept_dtype is not None else grad.dtype
-
-
-def _seen_input(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    input_shape: Sequence[int],
-    layout: str,
-    pad: Sequence[int],
-    pad_mode: str,
-    kept_dtype: torch.dtype | None,
+def _unpacked(
+    call: ConvCall, grad: Tensor, kept: Tensor | None, input_shape: Sequence[int]
 ) -> Tensor:
-    """The activation that backward sees, padded; contents undefined if nothing was saved."""
+    """The activation that backward sees, padded; contents undefined if nothing was kept."""
     shape = list(input_shape)
-    if input is not None:
-        return input
     if kept is None:
-        return layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
+        return layouts.empty(shape, call.layout, dtype=grad.dtype, device=grad.device)
+    pad = list(call.pad or ())
     for i in range(len(pad) // 2):
         shape[-1 - i] -= pad[2 * i] + pad[2 * i + 1]
-    dense = unpack(kept, tuple(shape), stored_dtype(grad, kept_dtype)).to(grad.dtype)
-    padded = F.pad(dense, list(pad), mode=pad_mode) if pad else dense
-    return layouts.as_layout(padded, layout)
+    dense = unpack(kept, tuple(shape), call.stored_dtype(grad)).to(grad.dtype)
+    padded = F.pad(dense, pad, mode=call.pad_mode) if pad else dense
+    return layouts.as_layout(padded, call.layout)
 
 
 @conv_backward.register_fake
@@ -302,50 +237,26 @@ def _(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    layout: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad: Sequence[int],
-    pad_mode: str,
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seen = layouts.empty(input_shape, layout, dtype=grad.dtype, device=grad.device)
-    batched = grad.dim() == weight.dim()
-    grads = torch.ops.aten.convolution_backward(
-        grad if batched else grad.unsqueeze(0),
-        seen if batched else seen.unsqueeze(0),
-        as_seen(weight, grad.dtype),
-        [weight.shape[0]],
-        list(stride),
-        list(padding),
-        _dilation_for_aten(weight, dilation),
-        False,
-        [0] * (weight.dim() - 2),
-        groups,
-        [True, True, True],
+    call = ConvCall(*options, **named)
+    seen = _unpacked(call, grad, None, input_shape)
+    found = _products(call, grad, seen, as_seen(weight, grad.dtype), [True] * 3)
+    empty = [grad.new_empty(0) for _ in wants]
+    first, second, third = (
+        g if want else e for g, e, want in zip(found, empty, wants, strict=True)
     )
-    input_grad = grads[0] if batched else grads[0].squeeze(0)
-    if layout == BATCH_INNERMOST:
-        input_grad = _in_layout(input_grad, layout)
-    return (
-        input_grad if wants[0] else grad.new_empty(0),
-        grads[1].to(weight.dtype) if wants[1] else grad.new_empty(0),
-        grads[2] if wants[2] else grad.new_empty(0),
-    )
+    return first, second.to(weight.dtype) if wants[1] else second, third
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
-    ctx.options = inputs[5:]
+    call = ConvCall(*inputs[5:])
+    layout = call.layout or layouts.layout_of(input)
+    ctx.call = replace(call, layout=layout, activation_state=None)
     ctx.input_shape = tuple(input.shape)
-    ctx.layout = ctx.options[12] or layouts.layout_of(input)
     wants_weight = wants_weight_gradient(ctx)
     saved = input if kept is None and wants_weight else None
     ctx.save_for_backward(weight, weight_state, kept if wants_weight else None, saved)
@@ -353,32 +264,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
-    (stride, padding, dilation, groups, pad, pad_mode, sparse, weight_selector) = ctx.options[:8]
-    _, _, gradient_density, gradient_selector, _, kept_dtype = ctx.options[8:]
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
-    grads = conv_backward(
-        grad,
-        input,
-        kept,
-        weight,
-        weight_state,
-        ctx.input_shape,
-        ctx.layout,
-        stride,
-        padding,
-        dilation,
-        groups,
-        pad or (),
-        pad_mode,
-        sparse,
-        weight_selector,
-        gradient_density,
-        gradient_selector,
-        wants,
-        kept_dtype,
-    )
-    wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
-    return (*wanted, *[None] * (1 + len(ctx.options)))
+    given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
+    grads = conv_backward(*given, *ctx.call.options)
+    wanted = wanted_gradients(ctx, grads, weight, weight_state, ctx.call.weight_selector)
+    return (*wanted, *[None] * (1 + len(ctx.call.options)))
 
 
 def no_double_backward(ctx: Any, *grads: Tensor) -> None:

@@ -26,13 +26,6 @@ def _transposed(shape: Shape) -> list[int]:
     return [shape[1], shape[0], *shape[2:]]
 
 
-def _wants(args: tuple[Any, ...], options: dict[str, Any]) -> Sequence[bool]:
-    """The argument `wants` of a backward op: the last that is a list."""
-    lists = [a for a in args if isinstance(a, (list, tuple))]
-    wants: Sequence[bool] = options["wants"] if "wants" in options else lists[-1]
-    return wants
-
-
 def conv_flops(input: Shape, weight: Shape, *args: Any, out_shape: Shape, **options: Any) -> int:
     """FLOPs of `swatfx::conv`: what torch counts for the dense convolution."""
     out = _batched(out_shape, weight)
@@ -46,11 +39,11 @@ def conv_backward_flops(
     weight: Shape,
     weight_state: Shape,
     input_shape: Shape,
+    wants: Sequence[bool],
     *args: Any,
     **options: Any,
 ) -> int:
     """FLOPs of `swatfx::conv_backward`: what torch counts for the gradients that are wanted."""
-    wants = _wants(args, options)
     seen, grad = _batched(input_shape, weight), _batched(grad, weight)
     flops = 0
     if wants[0]:
@@ -68,10 +61,17 @@ def linear_flops(input: Shape, weight: Shape, *args: Any, **options: Any) -> int
 
 
 def linear_backward_flops(
-    grad: Shape, input: Shape | None, kept: Shape | None, weight: Shape, *args: Any, **options: Any
+    grad: Shape,
+    input: Shape | None,
+    kept: Shape | None,
+    weight: Shape,
+    weight_state: Shape,
+    input_shape: Shape,
+    wants: Sequence[bool],
+    *args: Any,
+    **options: Any,
 ) -> int:
     """FLOPs of `swatfx::linear_backward`: as many again for each gradient that is wanted."""
-    wants = _wants(args, options)
     products = int(wants[0]) + int(wants[1])
     return 2 * products * math.prod(grad[:-1]) * math.prod(weight)
 

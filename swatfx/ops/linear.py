@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +13,11 @@ from torch import Tensor
 from swatfx import layouts, selectors
 from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
-from swatfx.ops.conv import no_double_backward, stored_dtype
+from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, schema_of
+from swatfx.ops.conv import no_double_backward
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
-from swatfx.ops.where import (
-    SWAT,
-    Where,
-    active_weight,
-    as_seen,
-    kept_only,
-    not_a_view,
-    reaching_gradient,
-    sparse_gradient,
-)
+from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
 
 
@@ -34,14 +27,7 @@ def linear_reference(
     bias: Tensor | None,
     weight_state: Tensor,
     kept: Tensor | None,
-    sparse: str = SWAT,
-    weight_selector: str = "nchw",
-    activation_state: Tensor | None = None,
-    activation_selector: str = "nchw",
-    gradient_density: str = "",
-    gradient_selector: str = "nchw",
-    kept_dtype: torch.dtype | None = None,
-    sparse_kernels: bool = False,
+    *options: Any,
 ) -> Tensor:
     """`F.linear` with Top-K weights.
 
@@ -49,33 +35,34 @@ def linear_reference(
         input: (*any, in).
         weight: dense (out, in).
         bias: (out,) or None.
-        weight_state: what `weight_selector` made for the weight.
+        weight_state: what the call's `weight_selector` made for the weight.
         kept: packed input for the weight gradient, or None: then the dense input is saved, if
             anything is.
-        sparse: what is sparse where, see `swatfx.ops.where`; the rest as in `swatfx::conv`.
-        weight_selector: name in `swatfx.selectors`.
-        activation_state: threshold of the input, where forward sees Top-K activations.
-        activation_selector: name in `swatfx.selectors`.
-        gradient_density: of the output gradient; "" keeps it dense.
-        gradient_selector: name in `swatfx.selectors`.
-        kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
-        sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
+        options: fields of `swatfx.ops.calls.LinearCall`.
 
     Returns:
         (*any, out).
     """
-    where = Where.parse(sparse)
-    if where.forward_activation and activation_state is not None:
-        axes = Axes.of(input.dim(), 0, False)
-        keep = selectors.get(activation_selector).keep(input, activation_state, axes)
-        input = kept_only(input, keep)
-    used = as_seen(weight, input.dtype)
-    if where.forward_weight:
-        used = active_weight(weight, weight_state, weight_selector, input.dtype)
-    return _run(input, used, bias)
+    call = LinearCall(*options)
+    used = call.weight_in_forward(weight, weight_state, input.dtype)
+    return _run(input_in_forward(call, input), used, bias)
 
 
-linear = torch.library.custom_op("swatfx::linear", linear_reference, mutates_args=())
+def input_in_forward(call: LinearCall, input: Tensor) -> Tensor:
+    """The activation that forward sees: its Top-K (figure 1), or all of it."""
+    state = call.activation_state
+    if not call.where.forward_activation or state is None:
+        return input
+    axes = Axes.of(input.dim(), 0, False)
+    return kept_only(input, selectors.get(call.activation_selector).keep(input, state, axes))
+
+
+linear = torch.library.custom_op(
+    "swatfx::linear",
+    linear_reference,
+    mutates_args=(),
+    schema=schema_of(FORWARD, LinearCall, "Tensor"),
+)
 
 
 def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,27 +89,22 @@ def linear_backward_reference(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
-    sparse_kernels: bool = False,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `swatfx::linear` for input, weight and bias; those not in `wants` are empty."""
-    where = Where.parse(sparse)
+    """Gradients of `swatfx::linear` for input, weight and bias; those not in `wants` are empty.
+
+    Arguments are those of `swatfx::conv_backward`, options the fields of `LinearCall`.
+    """
+    call = LinearCall(*options)
     features, inputs = weight.shape
     # Biases never take part: theirs is the sum of the whole gradient.
     bias_grad = grad.reshape(-1, features).sum(0) if wants[2] else grad.new_empty(0)
-    if where.gradient and gradient_density:
-        grad = sparse_gradient(grad, gradient_density, gradient_selector, 0)
+    grad = call.gradient(grad, 0)
     rows = grad.reshape(-1, features)
     input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
     if wants[0]:
-        used = as_seen(weight, grad.dtype)
-        if where.backward_weight:
-            used = active_weight(weight, weight_state, weight_selector, grad.dtype)
+        used = call.weight_in_backward(weight, weight_state, grad.dtype)
         input_grad = (rows @ used).view(tuple(input_shape))
     if wants[1]:
         if input is None:
@@ -131,16 +113,17 @@ def linear_backward_reference(
                     "a weight gradient needs the activation",
                     remedy="pass what swatfx::linear saved: `input` or `kept`",
                 )
-            stored = stored_dtype(grad, kept_dtype)
-            input = unpack(kept, tuple(input_shape), stored).to(grad.dtype)
+            input = unpack(kept, tuple(input_shape), call.stored_dtype(grad)).to(grad.dtype)
         weight_grad = (rows.t() @ input.reshape(-1, inputs)).to(weight.dtype)
-        if where.active_only:
-            weight_grad = reaching_gradient(weight_grad, weight, weight_state, weight_selector)
+        weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
     return input_grad, weight_grad, bias_grad
 
 
 linear_backward = torch.library.custom_op(
-    "swatfx::linear_backward", linear_backward_reference, mutates_args=()
+    "swatfx::linear_backward",
+    linear_backward_reference,
+    mutates_args=(),
+    schema=schema_of(BACKWARD, LinearCall, "(Tensor, Tensor, Tensor)"),
 )
 
 
@@ -152,13 +135,9 @@ def _(
     weight: Tensor,
     weight_state: Tensor,
     input_shape: Sequence[int],
-    sparse: str,
-    weight_selector: str,
-    gradient_density: str,
-    gradient_selector: str,
     wants: Sequence[bool],
-    kept_dtype: torch.dtype | None = None,
-    sparse_kernels: bool = False,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         grad.new_empty(tuple(input_shape)) if wants[0] else grad.new_empty(0),
@@ -169,7 +148,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
-    ctx.options = inputs[5:]
+    ctx.call = replace(LinearCall(*inputs[5:]), activation_state=None)
     ctx.input_shape = tuple(input.shape)
     ctx.order = layouts.order_of(input)
     wants_weight = wants_weight_gradient(ctx)
@@ -179,28 +158,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input = ctx.saved_tensors
-    sparse, weight_selector, _, _, gradient_density, gradient_selector, *last = ctx.options
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
-    grads = linear_backward(
-        grad,
-        input,
-        kept,
-        weight,
-        weight_state,
-        ctx.input_shape,
-        sparse,
-        weight_selector,
-        gradient_density,
-        gradient_selector,
-        wants,
-        *last,
-    )
-    first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, weight_selector)
+    given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
+    grads = linear_backward(*given, *ctx.call.options)
+    selector = ctx.call.weight_selector
+    first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, selector)
     if first is not None and ctx.order is not None:
         # PyTorch's batch norm (2.14) misreads the gradient of a batch of one that was transposed on
         # its way to it.
         first = layouts.in_order(first, ctx.order)
-    return (first, *wanted, *[None] * (1 + len(ctx.options)))
+    return (first, *wanted, *[None] * (1 + len(ctx.call.options)))
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swatfx import layouts
 from swatfx.errors import InputError
+from swatfx.ops.calls import NormBackwardCall, NormCall, schema_of
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.norm_codes import decode, encode, int8_header, per_channel
 from swatfx.ops.saved import (
@@ -54,11 +55,7 @@ def batch_norm_reference(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-    saves: str = EXACT,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`[relu](batch_norm(x) [+ residual])`, which writes no running statistics.
 
@@ -67,13 +64,9 @@ def batch_norm_reference(
         residual: of x's shape and dtype, or None.
         weight: (C,) or None; so are bias, running_mean and running_var.
         bias: likewise.
-        running_mean: likewise; wanted if not `training`.
+        running_mean: likewise; wanted where the call is not `training`.
         running_var: likewise.
-        training: whether batch statistics are used.
-        momentum: of the running statistics.
-        eps: added to the variance.
-        relu: whether ReLU follows.
-        saves: "exact", "int8", or "nothing" where no gradient will be asked for.
+        options: fields of `swatfx.ops.calls.NormCall`.
 
     Returns:
         y: in the layout of x.
@@ -85,6 +78,7 @@ def batch_norm_reference(
         mask if there is a residual. Without one it is q >= first, or q < first where the weight is
         negative.
     """
+    call = NormCall(*options)
     _check_features(
         x.shape, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
@@ -95,35 +89,52 @@ def batch_norm_reference(
         y = torch.empty_like(x)
         mean = x.new_zeros(x.shape[1], dtype=_stats_dtype(x, weight, bias, running_mean))
         invstd = mean.clone()
-        if training and running_mean is not None and running_var is not None:
+        if call.training and running_mean is not None and running_var is not None:
             new_mean, new_var = running_mean.clone(), running_var.clone()
-    elif training:
+    elif call.training:
         old = [None if s is None else s.clone() for s in (running_mean, running_var)]
         y, mean, invstd = torch.ops.aten.native_batch_norm(
-            seen, weight, bias, *old, True, momentum, eps
+            seen, weight, bias, *old, True, call.momentum, call.eps
         )
         new_mean, new_var = (x.new_empty(0) if s is None else s for s in old)
     else:
         assert running_mean is not None and running_var is not None
         y, _, _ = torch.ops.aten.native_batch_norm(
-            seen, weight, bias, running_mean, running_var, False, momentum, eps
+            seen, weight, bias, running_mean, running_var, False, call.momentum, call.eps
         )
-        invstd = _inverse_deviation(running_var, eps)
+        invstd = _inverse_deviation(running_var, call.eps)
         mean = running_mean.to(invstd.dtype, copy=True)
     if residual is not None:
         y = y.add_(residual)
-    if relu:
+    if call.relu:
         y = y.relu_()
     y = in_layout(y, layout)
     code = x.new_empty(0, dtype=torch.uint8)
-    if saves == INT8:
-        code = encode(seen, y, mean, invstd, weight, bias, relu, residual is not None, layout)
-    elif saves == EXACT and relu and (residual is not None or not recomputes(x, training)):
+    if call.saves == INT8:
+        code = encode(seen, y, mean, invstd, weight, bias, call.relu, residual is not None, layout)
+    elif _keeps_mask(call, x, residual):
         code = active_bits(y, layout)
     return y, mean, invstd, new_mean, new_var, code
 
 
-batch_norm = torch.library.custom_op("swatfx::batch_norm", batch_norm_reference, mutates_args=())
+def _keeps_mask(call: NormCall, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether "exact" keeps the bits of ReLU's mask."""
+    if call.saves != EXACT or not call.relu:
+        return False
+    return residual is not None or not recomputes(x, call.training)
+
+
+batch_norm = torch.library.custom_op(
+    "swatfx::batch_norm",
+    batch_norm_reference,
+    mutates_args=(),
+    schema=schema_of(
+        "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias,"
+        " Tensor? running_mean, Tensor? running_var",
+        NormCall,
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+)
 
 
 def _check_features(shape: Sequence[int], **parameters: Tensor | None) -> None:
@@ -166,52 +177,45 @@ def _(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-    saves: str = EXACT,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = NormCall(*options, **named)
     y = new_in_layout(x.shape, layouts.layout_of(x), x)
     dtype = _stats_dtype(x, weight, bias, running_mean)
-    if not training and running_mean is not None:
+    if not call.training and running_mean is not None:
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
     mean, invstd = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
     new_mean, new_var = (
-        x.new_empty(0) if s is None or not training else torch.empty_like(s)
+        x.new_empty(0) if s is None or not call.training else torch.empty_like(s)
         for s in (running_mean, running_var)
     )
     size = 0
-    if saves == INT8:
+    if call.saves == INT8:
         size = int8_header(x.shape[1]) + x.numel()
-        size += bits_size(x.numel()) if relu and residual is not None else 0
-    elif saves == EXACT and relu and (residual is not None or not recomputes(x, training)):
+        size += bits_size(x.numel()) if call.relu and residual is not None else 0
+    elif _keeps_mask(call, x, residual):
         size = bits_size(x.numel())
     return y, mean, invstd, new_mean, new_var, x.new_empty(size, dtype=torch.uint8)
 
 
 def is_complete(
-    x: Tensor | None,
-    code: Tensor,
-    shape: Sequence[int],
-    training: bool,
-    relu: bool,
-    has_residual: bool,
-    saves: str,
-    wants: Sequence[bool],
+    call: NormBackwardCall, x: Tensor | None, code: Tensor, wants: Sequence[bool]
 ) -> bool:
     """Whether `x` and `code` are what forward kept for such a backward."""
-    elements = torch.Size(shape).numel()
+    elements = torch.Size(call.shape).numel()
     mask = bits_size(elements)
     if code.dtype is not torch.uint8 or code.dim() != 1 or len(wants) != 4:
         return False
-    if saves == INT8:
-        size = int8_header(shape[1]) + elements + (mask if relu and has_residual else 0)
+    if call.saves == INT8:
+        size = (
+            int8_header(call.shape[1]) + elements + (mask if call.relu and call.has_residual else 0)
+        )
         return code.numel() == size
-    reads_x = (training and wants[0]) or wants[2]
-    if relu and not code.numel():
-        return x is not None and training and not has_residual
-    return code.numel() == (mask if relu else 0) and (x is not None or not reads_x)
+    reads_x = (call.training and wants[0]) or wants[2]
+    if call.relu and not code.numel():
+        return x is not None and call.training and not call.has_residual
+    return code.numel() == (mask if call.relu else 0) and (x is not None or not reads_x)
 
 
 def batch_norm_backward_reference(
@@ -222,19 +226,16 @@ def batch_norm_backward_reference(
     bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    shape: Sequence[int],
-    layout: str,
-    training: bool,
-    relu: bool,
-    has_residual: bool,
-    saves: str,
     wants: Sequence[bool],
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::batch_norm` for x, residual, weight and bias; those not wanted: empty.
 
-    `shape` and `layout` are x's. `x` is None with "int8", and where nothing of it is needed. The
-    first two gradients lie in `layout`.
+    `x` is None with "int8", and where nothing of it is needed. Options are the fields of
+    `swatfx.ops.calls.NormBackwardCall`.
     """
+    call = NormBackwardCall(*options)
+    shape, layout = call.shape, call.layout
     wants_x, wants_residual, wants_weight, wants_bias = wants
     _check_features(shape, weight=weight, bias=bias, mean=mean, invstd=invstd)
     if mean is None or invstd is None:  # what the dispatcher makes of None
@@ -250,15 +251,15 @@ def batch_norm_backward_reference(
     mean, invstd, code = mean.contiguous(), invstd.contiguous(), code.contiguous()
     elements, dims = torch.Size(shape).numel(), len(shape)
     if elements == 0:
-        return _zero_gradients(grad, weight, bias, shape, layout, wants)
-    if not is_complete(x, code, shape, training, relu, has_residual, saves, wants):
+        return _zero_gradients(call, grad, weight, bias, wants)
+    if not is_complete(call, x, code, wants):
         raise InputError(
             "backward of a batch norm got other bytes than its forward kept",
             value=f"{code.numel()} bytes for {tuple(shape)}",
             remedy="pass on what swatfx::batch_norm returned and saved as it is",
         )
     above: Tensor | None = None
-    if saves == INT8:
+    if call.saves == INT8:
         seen, above = decode(code, shape, layout, grad.dtype)
         code = code[int8_header(shape[1]) + elements :]
     elif x is not None:
@@ -267,7 +268,7 @@ def batch_norm_backward_reference(
         seen = layouts.empty(shape, layout, dtype=grad.dtype, device=grad.device)
     seen = _for_aten(seen, layout)
     scale = invstd if weight is None else weight * invstd
-    if relu:
+    if call.relu:
         if code.numel():
             active = mask_from(code, shape, layout)
         elif above is not None:
@@ -281,7 +282,7 @@ def batch_norm_backward_reference(
             )
         grad = relu_gradient(grad, active)
     moments = (mean, invstd)
-    if saves == INT8:  # what is normalised already has these
+    if call.saves == INT8:  # what is normalised already has these
         moments = torch.zeros_like(mean), torch.ones_like(invstd)
         weight_seen: Tensor | None = scale
     else:
@@ -298,15 +299,15 @@ def batch_norm_backward_reference(
         *moments,
         True,
         0.0,
-        [wants_x and training, wants_weight, wants_bias],
+        [wants_x and call.training, wants_weight, wants_bias],
     )
-    if not training:
+    if not call.training:
         dx = grad.to(invstd.dtype) * per_channel(invstd, dims)
         dx = (dx if weight is None else dx * per_channel(weight, dims)).to(grad.dtype)
     empty = [grad.new_empty(0) for _ in range(4)]
     residual_grad = empty[1]
     if wants_residual:
-        residual_grad = in_layout(grad if relu else grad.clone(), layout)
+        residual_grad = in_layout(grad if call.relu else grad.clone(), layout)
     return (
         in_layout(dx, layout) if wants_x else empty[0],
         residual_grad,
@@ -316,24 +317,32 @@ def batch_norm_backward_reference(
 
 
 def _zero_gradients(
+    call: NormBackwardCall,
     grad: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    shape: Sequence[int],
-    layout: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(owner: Tensor | None, wanted: bool) -> Tensor:
         return torch.zeros_like(owner) if wanted and owner is not None else grad.new_empty(0)
 
     dx, residual = (
-        new_in_layout(shape, layout, grad) if wanted else grad.new_empty(0) for wanted in wants[:2]
+        new_in_layout(call.shape, call.layout, grad) if wanted else grad.new_empty(0)
+        for wanted in wants[:2]
     )
     return dx, residual, like(weight, wants[2]), like(bias, wants[3])
 
 
 batch_norm_backward = torch.library.custom_op(
-    "swatfx::batch_norm_backward", batch_norm_backward_reference, mutates_args=()
+    "swatfx::batch_norm_backward",
+    batch_norm_backward_reference,
+    mutates_args=(),
+    schema=schema_of(
+        "Tensor grad, Tensor? x, Tensor code, Tensor? weight, Tensor? bias, Tensor mean,"
+        " Tensor invstd, bool[] wants",
+        NormBackwardCall,
+        "(Tensor, Tensor, Tensor, Tensor)",
+    ),
 )
 
 
@@ -346,42 +355,39 @@ def _(
     bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    shape: Sequence[int],
-    layout: str,
-    training: bool,
-    relu: bool,
-    has_residual: bool,
-    saves: str,
     wants: Sequence[bool],
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _zero_gradients(grad, weight, bias, shape, layout, wants)
+    return _zero_gradients(NormBackwardCall(*options, **named), grad, weight, bias, wants)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias = inputs[:4]
-    training, _, _, relu, saves = inputs[6:]
+    call = NormCall(*inputs[6:])
     _, mean, invstd, new_mean, new_var, code = output
     ctx.mark_non_differentiable(mean, invstd, new_mean, new_var, code)
     ctx.set_materialize_grads(False)
-    ctx.options = (
+    ctx.call = NormBackwardCall(
         tuple(x.shape),
         layouts.layout_of(x),
-        training,
-        relu,
+        call.training,
+        call.relu,
         residual is not None,
-        saves,
+        call.saves,
     )
     wants_x, _, wants_weight, _ = ctx.needs_input_grad[:4]
-    masked = relu and residual is None and recomputes(x, training)
-    reads_x = saves == EXACT and ((training and wants_x) or wants_weight or masked)
-    ctx.save_for_backward(x if reads_x else None, code, weight, bias, mean, invstd)
+    masked = call.relu and residual is None and recomputes(x, call.training)
+    reads_x = (call.training and wants_x) or wants_weight or masked
+    kept = x if reads_x and call.saves == EXACT else None
+    ctx.save_for_backward(kept, code, weight, bias, mean, invstd)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 11
     wants = list(ctx.needs_input_grad[:4])
-    grads = batch_norm_backward(grad, *ctx.saved_tensors, *ctx.options, wants)
+    grads = batch_norm_backward(grad, *ctx.saved_tensors, wants, *ctx.call.options)
     wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
     return (*wanted, *[None] * 7)
 

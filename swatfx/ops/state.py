@@ -12,7 +12,9 @@ import itertools
 import threading
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import InputError
+from swatfx.ops.calls import OF_ACTIVATION, RefreshCall, schema_of
 from swatfx.ops.recomputed import Forwards, History, inside_backward, key_of, may_be_recomputed
 from swatfx.selectors import Axes
 from swatfx.topk import holds_nan
@@ -157,24 +160,19 @@ def _sum_over_ranks(counts: Tensor) -> Tensor:
     return counts
 
 
-@torch.library.custom_op("swatfx::refresh", mutates_args=())
-def refresh(
+# What a refresh reads besides the tensor and its state.
+_MOMENT = "Tensor step, Tensor density, Tensor fraction"
+_REFRESHED = "(Tensor, Tensor, Tensor)"
+
+
+def _refresh(
     x: Tensor,
     threshold: Tensor,
     stamp: Tensor,
     step: Tensor,
     density: Tensor,
     fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    is_weight: bool,
-    seed: int = 0,
-    all_ranks: bool = False,
-    token: int = -1,
-    half: bool = False,
-    own: bool = False,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The threshold that this forward uses, recomputed from `x` if its iteration says so.
 
@@ -195,16 +193,7 @@ def refresh(
         step: int64 [5] of `swatfx::step`.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
-        period: refresh where iteration mod period is 0.
-        selector: name in `swatfx.selectors`.
-        layer: for messages and seeds.
-        spatial: spatial dimensions of `x`.
-        is_weight: what `x` is.
-        seed: of random selectors.
-        all_ranks: count over all ranks of the default process group.
-        token: of the `History` that remembers what calls used.
-        half: whether the layer sees `x` in float16.
-        own: whether `x` is a parameter, and so in the same storage at every call.
+        options: fields of `swatfx.ops.calls.RefreshCall`.
 
     Returns:
         (to use now, new threshold, new stamp); none aliases an input.
@@ -212,24 +201,19 @@ def refresh(
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
-    return _refreshed(
-        x,
-        step,
-        threshold,
-        stamp,
-        density,
-        fraction,
-        period,
-        selector,
-        layer,
-        spatial,
-        is_weight,
-        seed,
-        all_ranks,
-        History.find(token),
-        half,
-        own,
-    )
+    call = RefreshCall(*options)
+    target = read_density(density, fraction)
+    return _refreshed(call, x, threshold, stamp, step, target, History.find(call.token))
+
+
+refresh = torch.library.custom_op(
+    "swatfx::refresh",
+    _refresh,
+    mutates_args=(),
+    schema=schema_of(
+        f"Tensor x, Tensor threshold, Tensor stamp, {_MOMENT}", RefreshCall, _REFRESHED
+    ),
+)
 
 
 @refresh.register_fake
@@ -240,39 +224,24 @@ def _(
     step: Tensor,
     density: Tensor,
     fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    is_weight: bool,
-    seed: int = 0,
-    all_ranks: bool = False,
-    token: int = -1,
-    half: bool = False,
-    own: bool = False,
+    *options: Any,
+    **named: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    call = RefreshCall(*options, **named)
     use = torch.empty_like(threshold)
-    if not is_weight and selectors.get(selector).groups:
-        use = threshold.new_empty(_state_shape(x, selector, spatial, is_weight))
+    if call.is_batch_shaped:
+        use = threshold.new_empty(call.state_shape(x))
     return use, torch.empty_like(threshold), torch.empty_like(stamp)
 
 
-@torch.library.custom_op("swatfx::refresh_call", mutates_args=())
-def refresh_call(
+def _refresh_call(
     x: Tensor,
     thresholds: Tensor,
     stamps: Tensor,
     step: Tensor,
     density: Tensor,
     fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    seed: int = 0,
-    all_ranks: bool = False,
-    token: int = -1,
-    half: bool = False,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`swatfx::refresh` of an activation whose layer eager code may call several times a forward.
 
@@ -284,16 +253,9 @@ def refresh_call(
         thresholds: [CALLS, *state], states of the last refresh of each call.
         stamps: int64 [CALLS], iterations of these; -1 before the first.
         step: int64 [5] of `swatfx::step`.
-        density: see `refresh`.
-        fraction: see `refresh`.
-        period: see `refresh`.
-        selector: see `refresh`.
-        layer: see `refresh`.
-        spatial: see `refresh`.
-        seed: see `refresh`.
-        all_ranks: see `refresh`.
-        token: see `refresh`.
-        half: see `refresh`.
+        density: see `swatfx::refresh`.
+        fraction: see `swatfx::refresh`.
+        options: fields of `swatfx.ops.calls.RefreshCall` but `is_weight` and `own`.
 
     Returns:
         (to use now, new thresholds, new stamps); none aliases an input.
@@ -301,82 +263,63 @@ def refresh_call(
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
+    told = RefreshCall.of_activation(options)
     iteration, recomputing, _, _, call = step.tolist()
-    history = History.find(token)
+    history = History.find(told.token)
     place = 0 if history is None else history.place(iteration, call, bool(recomputing))
     states, times = thresholds.clone(), stamps.clone()
-    row, period = min(place, len(states) - 1), 1 if place >= len(states) else period
-    use, state, time = _refreshed(
-        x,
-        step,
-        states[row],
-        times[row],
-        density,
-        fraction,
-        period,
-        selector,
-        layer,
-        spatial,
-        False,
-        seed,
-        all_ranks,
-        None if history is None or place >= len(states) else history.of_place(place),
-        half,
-        False,
-    )
-    if place < len(states):
+    has_state = place < len(states)
+    row = min(place, len(states) - 1)
+    if not has_state:
+        told, history = replace(told, period=1), None
+    elif history is not None:
+        history = history.of_place(place)
+    target = read_density(density, fraction)
+    use, state, time = _refreshed(told, x, states[row], times[row], step, target, history)
+    if has_state:
         states[row], times[row] = state, time
     return use, states, times
 
 
+refresh_call = torch.library.custom_op(
+    "swatfx::refresh_call",
+    _refresh_call,
+    mutates_args=(),
+    schema=schema_of(
+        f"Tensor x, Tensor thresholds, Tensor stamps, {_MOMENT}",
+        RefreshCall,
+        _REFRESHED,
+        known=OF_ACTIVATION,
+    ),
+)
+
+
 @refresh_call.register_fake
 def _(
-    x: Tensor,
-    thresholds: Tensor,
-    stamps: Tensor,
-    step: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    seed: int = 0,
-    all_ranks: bool = False,
-    token: int = -1,
-    half: bool = False,
+    x: Tensor, thresholds: Tensor, stamps: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return thresholds.new_empty(thresholds.shape[1:]), torch.empty_like(thresholds), stamps.clone()
 
 
 def _refreshed(
+    call: RefreshCall,
     x: Tensor,
-    step: Tensor,
     threshold: Tensor,
     stamp: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    period: int,
-    selector: str,
-    layer: str,
-    spatial: int,
-    is_weight: bool,
-    seed: int,
-    all_ranks: bool,
+    step: Tensor,
+    density: Density,
     history: History | None,
-    half: bool,
-    own: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `swatfx::refresh` returns."""
     iteration, recomputing, _, clock, _ = (int(v) for v in step.tolist())
     last = int(stamp.item())
-    batch_shaped = not is_weight and selectors.get(selector).groups != ()
-    due = batch_shaped or iteration % period == 0 or (last < 0 and not recomputing)
+    batch_shaped = call.is_batch_shaped
+    due = batch_shaped or iteration % call.period == 0 or (last < 0 and not recomputing)
     use = threshold
     if last == HELD:
         due = False
     elif not recomputing and not batch_shaped and history is not None:
-        due = due or history.is_owed or (own and history.origin.is_other(x))
+        due = due or history.is_owed or (call.own and history.origin.is_other(x))
     elif recomputing and not batch_shaped:
         known = None
         if history is not None and recomputing == 1:
@@ -386,43 +329,38 @@ def _refreshed(
         if known is not None:
             use, due = known, False
     # A rank whose batch is empty still has to add its zeros to the others' counts.
-    fresh = due and (x.numel() > 0 or (all_ranks and _has_ranks()))
-    if fresh and not is_weight and _overflowed(x, half, (clock, iteration)):
+    fresh = due and (x.numel() > 0 or (call.all_ranks and _has_ranks()))
+    if fresh and not call.is_weight and _overflowed(x, call.half, (clock, iteration)):
         fresh = False
-        use = _keep_all(x, selector, spatial, all_ranks).to(threshold.dtype)
+        use = _keep_all(x, call.selector, call.spatial, call.all_ranks).to(threshold.dtype)
         if history is not None and not recomputing:
             history.is_owed = True
     elif fresh:
         use = compute_state(
             x,
-            read_density(density, fraction),
-            selector,
-            layer=layer,
-            spatial=spatial,
-            is_weight=is_weight,
-            seed=seed,
+            density,
+            call.selector,
+            layer=call.layer,
+            spatial=call.spatial,
+            is_weight=call.is_weight,
+            seed=call.seed,
             iteration=iteration,
-            all_ranks=all_ranks,
+            all_ranks=call.all_ranks,
         )
         use = use.to(threshold.dtype)
     elif batch_shaped:
-        use = threshold.new_zeros(_state_shape(x, selector, spatial, is_weight))
+        use = threshold.new_zeros(call.state_shape(x))
     if recomputing or batch_shaped or last == HELD:
         return use.clone(), threshold.clone(), stamp.clone()
     if history is not None:
         (history.refreshed if fresh else history.used)(iteration, use)
         if fresh:
             history.is_owed = False
-        if own:
+        if call.own:
             history.origin.accept(x)
     if not fresh:
         return use.clone(), threshold.clone(), stamp.clone()
     return use, use.clone(), torch.full_like(stamp, iteration)
-
-
-def _state_shape(x: Tensor, selector: str, spatial: int, is_weight: bool) -> tuple[int, ...]:
-    axes = Axes.of(x.dim(), spatial, is_weight)
-    return selectors.get(selector).state_shape(tuple(x.shape), axes)
 
 
 def read_density(density: Tensor, fraction: Tensor) -> Density:
