@@ -11,17 +11,17 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import fx
 
 from passes.annotate_products import add_costs, is_own, name_and_kind, product_cost
 from passes.trace_shapes import Run, Seen
 from passes.watch_products import Frame, Product
 from swatfx import macs, meta
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
+from swatfx.walking import LayerNode, all_nodes, layer_nodes
 
 
 def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> None:
@@ -37,24 +37,19 @@ def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> N
     formed: dict[Frame, list[Product]] = {}
     for product in dense.products:
         formed.setdefault(product.frame, []).append(product)
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            plan = meta.read(node).plan
-            if plan is None:
-                continue
-            calls = sparse.nodes.get((prefix, node.name), [])
-            before = dense.nodes.get((prefix, node.name), [])
-            cost = LayerCost(
-                dense_saved_bytes=sum(seen.saved_bytes for seen in before),
-                sparse_saved_bytes=sum(seen.saved_bytes for seen in calls),
-            )
-            for seen in calls:
-                cost = _add(cost, node, plan, seen, layers.get(plan.name), accounting)
-            if plan.name not in layers:
-                products = formed.get(Frame((prefix, node.name)), [])
-                own = [product for product in products if is_own(part, node, product)]
-                cost = _as_seen(cost, plan, calls, own, accounting)
-            meta.update(node, cost=cost)
+    for node in layer_nodes(gm):
+        plan, calls = node.plan, sparse.nodes.get(node.key, [])
+        cost = LayerCost(
+            dense_saved_bytes=sum(seen.saved_bytes for seen in dense.nodes.get(node.key, [])),
+            sparse_saved_bytes=sum(seen.saved_bytes for seen in calls),
+        )
+        for seen in calls:
+            cost = _add(cost, node, seen, layers.get(plan.name), accounting)
+        if plan.name not in layers:
+            products = formed.get(Frame(node.key), [])
+            own = [product for product in products if is_own(node.part, node.node, product)]
+            cost = _as_seen(cost, plan, calls, own, accounting)
+        meta.update(node.node, cost=cost)
 
 
 def _as_seen(
@@ -81,14 +76,9 @@ def _by_shapes(plan: LayerPlan, seen: Seen) -> Macs:
 
 
 def _add(
-    cost: LayerCost,
-    node: fx.Node,
-    plan: LayerPlan,
-    seen: Seen,
-    layer: SparseLayer | None,
-    accounting: str,
+    cost: LayerCost, node: LayerNode, seen: Seen, layer: SparseLayer | None, accounting: str
 ) -> LayerCost:
-    call = meta.read(node).call
+    plan, call = node.plan, node.record.call
     transposed = plan.kind.startswith("conv_transpose")
     if accounting == "exact" and call is not None and not transposed:
         dense, sparse = _exact(plan, call, seen, layer)
@@ -122,14 +112,11 @@ def other_saves(
     `counted` has a row among the layers.
     """
     found: dict[tuple[str, str], tuple[int, int]] = {}
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            key = (prefix, node.name)
-            if meta.read(node).plan is not None or Frame(key) in counted:
-                continue
-            _add_saves(
-                found, name_and_kind(part, prefix, node), saved_by(Frame(key), sparse, dense)
-            )
+    for place in all_nodes(gm):
+        frame = Frame(place.key)
+        if place.record.plan is None and frame not in counted:
+            name = name_and_kind(place.part, place.prefix, place.node)
+            _add_saves(found, name, saved_by(frame, sparse, dense))
     for frame in dict.fromkeys((*sparse.modules, *dense.modules)):
         if frame not in counted:
             kind = frame.kind or "eager code"

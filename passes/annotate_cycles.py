@@ -23,9 +23,10 @@ from swatfx import meta
 from swatfx.accelerators import Accelerator, Cycles
 from swatfx.accelerators.traffic import Traffic, operand_bytes
 from swatfx.arguments import AMOUNT, COUNT, DENSITY, FLAG, check, whole
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import LayerCall, LayerPlan
+from swatfx.walking import layer_nodes
 
 Mask = npt.NDArray[np.bool_]
 
@@ -153,31 +154,28 @@ def annotate_cycles(
         tick: called after each layer and accelerator, for a progress bar.
     """
     layers = {layer.plan.name: layer for layer in sparse_layers(gm)}
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            record = meta.read(node)
-            calls = observed.nodes.get((prefix, node.name), [])
-            if record.plan is None or not calls:
+    for node in layer_nodes(gm):
+        calls = observed.nodes.get(node.key, [])
+        if not calls:
+            continue
+        plan, call = node.plan, node.record.call
+        found: dict[str, Any] = {}
+        for seen in calls:
+            shape: Geometry | str = plan.skipped or "no geometry"
+            if call is not None:
+                shape = geometry_of(plan, call, seen)
+            if isinstance(shape, str):
+                found["skipped"] = shape
                 continue
-            layer = layers.get(record.plan.name)
-            found: dict[str, Any] = {}
-            for seen in calls:
-                shape: Geometry | str = record.plan.skipped or "no geometry"
-                if record.call is not None:
-                    shape = geometry_of(record.plan, record.call, seen)
-                if isinstance(shape, str):
-                    found["skipped"] = shape
-                    continue
-                masks = _Masks(record.plan, layer, seen, shape, options)
-                found["masks"] = masks.source
-                for name, accelerator in accelerators.items():
-                    runs = _passes(accelerator, record.plan, shape, masks, seen)
-                    for sample, kind, cycles, traffic in runs:
-                        into = found.setdefault(name, {}).setdefault(kind, {})
-                        _add(into, sample, cycles, traffic, accelerator.compresses, options)
-            for _ in accelerators:
-                tick()
-            meta.update(node, cycles=found)
+            masks = _Masks(plan, layers.get(plan.name), seen, shape, options)
+            found["masks"] = masks.source
+            for name, accelerator in accelerators.items():
+                for sample, kind, cycles, traffic in _passes(accelerator, plan, shape, masks, seen):
+                    into = found.setdefault(name, {}).setdefault(kind, {})
+                    _add(into, sample, cycles, traffic, accelerator.compresses, options)
+        for _ in accelerators:
+            tick()
+        meta.update(node.node, cycles=found)
 
 
 def _passes(

@@ -17,10 +17,11 @@ from torch import fx, nn
 from passes.trace_shapes import Run
 from passes.watch_products import Frame, Product
 from swatfx import macs, meta
-from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.graph_module import SwatModule, join
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
 from swatfx.saves import Bound, Norm, NormOf, Saver
+from swatfx.walking import all_nodes
 
 OF_ACTIVATIONS = "matrix product of activations"
 OF_WEIGHTS = "matrix product of weights"
@@ -57,9 +58,7 @@ def product_rows(gm: SwatModule, run: Run, accounting: str) -> list[ProductRow]:
         run: an observed run of it with every layer dense.
         accounting: as of `annotate_cost`.
     """
-    nodes = {
-        (prefix, n.name): (part, n) for prefix, part in all_parts(gm) for n in part.graph.nodes
-    }
+    nodes = {place.key: (place.part, place.node) for place in all_nodes(gm)}
     plans = {meta.read(n).plan for _, n in nodes.values()} - {None}
     unreached = {plan.weight: plan for plan in gm.unreached.values()}
     owned = {plan.weight for plan in plans if plan is not None}

@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from torch import fx
-
 from swatfx import distributions, masks, meta, selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import InputError, PolicyError
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.graph_module import SwatModule
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
+from swatfx.walking import layer_nodes
 
 
 def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
@@ -28,23 +27,18 @@ def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
         PolicyError: a pattern that matches nothing, a selector that cannot do what is asked.
         InputError: nothing is left to sparsify.
     """
-    nodes: dict[str, list[fx.Node]] = {}
+    nodes = list(layer_nodes(gm))
     plans: dict[str, LayerPlan] = {}
-    for _, part in all_parts(gm):
-        for node in part.graph.nodes:
-            plan = meta.read(node).plan
-            if plan is not None:
-                nodes.setdefault(plan.name, []).append(node)
-                plans.setdefault(plan.name, plan)
+    for node in nodes:
+        plans.setdefault(node.plan.name, node.plan)
     rules = _rule_of(ctx.policy, [*plans, *gm.unreached])
     for rule in dict.fromkeys(rules.values()):
         group = [plan for name, plan in plans.items() if rules[name] == rule]
         for plan in _assign(group, rule[1]):
             plans[plan.name] = plan
     _check_something_left(ctx.policy, plans | gm.unreached)
-    for name, plan in plans.items():
-        for node in nodes[name]:
-            meta.update(node, plan=plan)
+    for node in nodes:
+        meta.update(node.node, plan=plans[node.plan.name])
     count = sum(plan.takes_part for plan in plans.values())
     return PassResult(gm, bool(plans), (f"{count} of {len(plans)} layers sparse",))
 

@@ -19,15 +19,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from passes.layout_flow import LayoutFlow
-from passes.verify import OPS
-from swatfx import kernels, masks, meta
-from swatfx.graph_module import SwatModule, all_parts, evaluate
+from swatfx import kernels, masks
+from swatfx.graph_module import SwatModule, all_parts
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.layouts import BATCH_INNERMOST
 from swatfx.meta import LayerCall, LayerPlan
@@ -35,10 +33,13 @@ from swatfx.ops.layout import laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
 from swatfx.state import Pack
+from swatfx.walking import LayerNode, nodes_of, sparse_nodes
 
 MOST_DENSE = 0.3
 LEAST_FILTERS = 16  # of a group: below, hardly a vector is filled
 SPARSE = "sparse"
+_RESHAPED = "what it makes is reshaped, and written in place later"
+_CHOSEN = ("layout", "sparse_kernels")  # keyword arguments of ops
 # Methods by the names that their papers give them, for people.
 _NAMES = {
     name.lower(): name for name in ("RigL", "SET", "SNFS", "DSR", "DST", "SSC", "SAW", "meProp")
@@ -47,20 +48,19 @@ _NAMES = {
 
 def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     """Choose for every layer, in the root graph and in every part."""
-    parts = dict(all_parts(gm))
-    todo = {n: part for part in parts.values() for n in _layers(part) if not _plan(n).kernels}
+    todo = [layer for layer in sparse_nodes(gm) if not layer.plan.kernels]
     if not todo:
         return PassResult(gm, False)
     reasons = _reasons(gm, todo, None)
-    for node, reason in reasons.items():
-        meta.update(node, plan=replace(_plan(node), kernels=_told(reason)))
-        if reason is None and node.target is not OPS[0]:
-            node.kwargs = {**node.kwargs, "sparse_kernels": True}
-    for prefix, part in parts.items():
+    for layer, reason in reasons.items():
+        layer.replan(kernels=_told(reason))
+        if reason is None and not layer.is_conv:
+            layer.tell(sparse_kernels=True)
+    for prefix, part in all_parts(gm):
         _lay_out(part, prefix, gm.eager)
         part.recompile()
     # A layer that several graphs call, or one calls twice, is one layer; all its calls run alike.
-    layers = {_plan(node).name: reason for node, reason in reasons.items()}
+    layers = {layer.plan.name: reason for layer, reason in reasons.items()}
     count = sum(reason is None for reason in layers.values())
     note = f"{count} of {len(layers)} layers run sparse kernels"
     why = Counter(reason for reason in layers.values() if reason is not None)
@@ -70,10 +70,9 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
 
 def kernels_on(gm: SwatModule, device: str) -> dict[str, str]:
     """Layer -> what `LayerPlan.kernels` would be, were the model on `device`. Changes nothing."""
-    nodes = {n: part for _, part in all_parts(gm) for n in _layers(part)}
     found: dict[str, str] = {}
-    for node, reason in _reasons(gm, nodes, torch.device(device)).items():
-        found.setdefault(_plan(node).name, _told(reason))
+    for layer, reason in _reasons(gm, list(sparse_nodes(gm)), torch.device(device)).items():
+        found.setdefault(layer.plan.name, _told(reason))
     return found
 
 
@@ -82,31 +81,33 @@ def _told(reason: str | None) -> str:
 
 
 def _reasons(
-    gm: SwatModule, nodes: dict[fx.Node, SwatModule], device: torch.device | None
-) -> dict[fx.Node, str | None]:
+    gm: SwatModule, layers: list[LayerNode], device: torch.device | None
+) -> dict[LayerNode, str | None]:
     """Why each layer runs dense, or None; `device` stands in for the model's own."""
     asked = str(gm.meta.get("kernels", "auto"))
     policy = Policy.from_json(gm.meta["policy"])
-    reasons = {n: _why_dense(part, n, asked, policy, device) for n, part in nodes.items()}
-    convolutions = [node for node in nodes if node.target is OPS[0]]
+    reasons = {layer: _why_dense(layer, asked, policy, device) for layer in layers}
+    convolutions = [layer for layer in layers if layer.is_conv]
     _agree(reasons, convolutions)
     while True:
-        sparse = [node for node in convolutions if reasons[node] is None]
-        unsafe = list(_unsafe(gm, sparse))
+        sparse = [layer for layer in convolutions if reasons[layer] is None]
+        unsafe = {layer.plan.name for layer in _unsafe(gm, sparse)}
         if not unsafe:
             break
-        reasons |= dict.fromkeys(unsafe, "what it makes is reshaped, and written in place later")
+        for layer in convolutions:  # all calls of a layer run alike
+            if layer.plan.name in unsafe:
+                reasons[layer] = reasons[layer] or _RESHAPED
         _agree(reasons, convolutions)
     if asked == "auto" and 2 * len(sparse) < len(convolutions):
-        for node in sparse:
-            reasons[node] = "most convolutions run dense"
+        for layer in sparse:
+            reasons[layer] = "most convolutions run dense"
     return reasons
 
 
-def _unsafe(gm: SwatModule, sparse: list[fx.Node]) -> Iterator[fx.Node]:
+def _unsafe(gm: SwatModule, sparse: list[LayerNode]) -> Iterator[LayerNode]:
     """Those of `sparse` whose layout in memory would change what the graph computes."""
     for prefix, part in all_parts(gm):
-        own = [node for node in sparse if node.graph is part.graph]
+        own = [layer for layer in sparse if layer.part is part]
         if own:
             yield from LayoutFlow(part, prefix, gm.eager, own).unsafe()
 
@@ -118,51 +119,34 @@ def choose_again(gm: SwatModule, ctx: Context) -> None:
             if node.target is laid_out:
                 node.replace_all_uses_with(node.args[0])
                 part.graph.erase_node(node)
-        for node in _layers(part):
-            chosen = ("layout", "sparse_kernels")
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in chosen}
-            meta.update(node, plan=replace(_plan(node), kernels=""))
-            pack = node.args[4]
-            if isinstance(pack, fx.Node):
-                module = part.get_submodule(str(pack.target))
-                if isinstance(module, Pack) and module.layout == BATCH_INNERMOST:
-                    module.layout = ""
+    for layer in sparse_nodes(gm):
+        kept = {k: v for k, v in layer.node.kwargs.items() if k not in _CHOSEN}
+        layer.node.kwargs = kept
+        layer.replan(kernels="")
+        pack = layer.pack_module
+        if pack is not None and pack.layout == BATCH_INNERMOST:
+            pack.layout = ""
+    for _, part in all_parts(gm):
         part.recompile()
     choose_kernels(gm, ctx)
 
 
-def _layers(part: fx.GraphModule) -> Iterator[fx.Node]:
-    return (n for n in part.graph.nodes if n.op == "call_function" and n.target in OPS)
-
-
-def _plan(node: fx.Node) -> LayerPlan:
-    plan = meta.read(node).plan
-    assert plan is not None  # insert_sparsify wrote it
-    return plan
-
-
 def _why_dense(
-    part: fx.GraphModule,
-    node: fx.Node,
-    asked: str,
-    policy: Policy,
-    device: torch.device | None,
+    layer: LayerNode, asked: str, policy: Policy, device: torch.device | None
 ) -> str | None:
     """Why the layer has to run dense, or None."""
-    plan, call = _plan(node), meta.read(node).call
+    plan, call = layer.plan, layer.record.call
     assert call is not None
     if asked == "dense":
         return "asked for"
-    weight = evaluate(part, node.args[1]) if isinstance(node.args[1], fx.Node) else None
-    unsuited = _unsuited(weight, device)
+    unsuited = _unsuited(layer.weight_now(), device)
     if unsuited is not None:
         return unsuited
     if not kernels.available():
         return "no compiled kernels"
     if not (plan.forward_weight and plan.backward_weight and plan.backward_activation):
         return _dense_product(plan, policy)
-    is_conv = node.target is OPS[0]
-    unfit = _unfit(plan, call) if is_conv else None
+    unfit = _unfit(plan, call) if layer.is_conv else None
     if unfit is not None or asked == "sparse":
         return unfit
     for name, density in (
@@ -171,7 +155,7 @@ def _why_dense(
     ):
         if density > MOST_DENSE:
             return f"{name} density {density:g} is above {MOST_DENSE}"
-    return _too_few(plan, call, is_conv)
+    return _too_few(plan, call, layer.is_conv)
 
 
 def _unsuited(weight: Tensor | None, device: torch.device | None) -> str | None:
@@ -219,32 +203,28 @@ def _unfit(plan: LayerPlan, call: LayerCall) -> str | None:
     return "stride too large" if max(call.stride) > kernels.LARGEST_STRIDE else None
 
 
-def _agree(reasons: dict[fx.Node, str | None], convolutions: list[fx.Node]) -> None:
+def _agree(reasons: dict[LayerNode, str | None], convolutions: list[LayerNode]) -> None:
     """Layers that share a packed input run alike, since it was packed in one order."""
-    groups: dict[str, list[fx.Node]] = {}
-    for node in convolutions:
-        pack = node.args[4]
-        if isinstance(pack, fx.Node):  # the module: two graphs may call one
-            groups.setdefault(str(pack.target), []).append(node)
+    groups: dict[Pack, list[LayerNode]] = {}
+    for layer in convolutions:
+        pack = layer.pack_module
+        if pack is not None:  # the module: two graphs may call one
+            groups.setdefault(pack, []).append(layer)
     for group in groups.values():
-        dense = [n for n in group if reasons[n] is not None]
-        if dense:
-            for node in group:
-                reasons[node] = (
-                    reasons[node] or f"shares its input with {_plan(dense[0]).name}, which is"
-                )
+        dense = [layer for layer in group if reasons[layer] is not None]
+        for layer in group if dense else ():
+            shares = f"shares its input with {dense[0].plan.name}, which is"
+            reasons[layer] = reasons[layer] or shares
 
 
-def _lay_out(part: fx.GraphModule, prefix: str, eager: dict[str, str]) -> None:
+def _lay_out(part: SwatModule, prefix: str, eager: dict[str, str]) -> None:
     """Give sparse convolutions their layout, and let the graph keep it."""
-    sparse = [n for n in _layers(part) if n.target is OPS[0] and _plan(n).kernels == SPARSE]
+    sparse = [n for n in nodes_of(part, prefix) if n.is_conv and n.plan.kernels == SPARSE]
     if not sparse:
         return
     LayoutFlow(part, prefix, eager, sparse).run()
-    for node in sparse:
-        node.kwargs = {**node.kwargs, "layout": BATCH_INNERMOST}
-        pack = node.args[4]
-        assert isinstance(pack, fx.Node)  # every product is sparse
-        module = part.get_submodule(str(pack.target))
-        assert isinstance(module, Pack)
-        module.layout = BATCH_INNERMOST
+    for layer in sparse:
+        layer.tell(layout=BATCH_INNERMOST)
+        pack = layer.pack_module
+        assert pack is not None  # every product is sparse
+        pack.layout = BATCH_INNERMOST

@@ -19,23 +19,22 @@ from passes.saving_calls import Calls
 from passes.saving_leaves import Leaves
 from swatfx import meta
 from swatfx.graph_module import SwatModule, all_parts, join, relative
+from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
+from swatfx.walking import sparse_nodes
 
 
 def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
     """Rewrite the root graph and every part, if at least one layer packs its input."""
-    if not any(_packs(node) for _, part in all_parts(gm) for node in part.graph.nodes):
+    if not any(_packs(layer.plan) for layer in sparse_nodes(gm)):
         return PassResult(gm, False, ("no input is packed: every op keeps what it kept",))
     leaves = Leaves(gm)
     count = sum(_Rewriter(gm, part, prefix, leaves).run() for prefix, part in all_parts(gm))
     return PassResult(gm, count > 0, (f"{count} calls keep less",))
 
 
-def _packs(node: fx.Node) -> bool:
-    record = meta.read(node)
-    if record.role != "op" or record.plan is None:
-        return False
-    return record.plan.backward_activation and not record.plan.activation_density.is_dense
+def _packs(plan: LayerPlan) -> bool:
+    return plan.backward_activation and not plan.activation_density.is_dense
 
 
 def _keeps_its_input(node: fx.Node) -> bool:

@@ -13,9 +13,9 @@ import networkx as nx
 from torch import fx
 
 from passes.module_kinds import owns_matrix
-from swatfx import meta
 from swatfx.arguments import FLAG, checked, instance
-from swatfx.graph_module import FALLBACK, SwatModule, all_parts, is_root, join, weight_chain
+from swatfx.graph_module import FALLBACK, SwatModule, is_root, weight_chain
+from swatfx.walking import all_nodes
 
 _PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear")
 Key = tuple[str, str]  # (part path, node name)
@@ -38,19 +38,18 @@ def to_networkx(gm: SwatModule, fallback: bool = True) -> Graph:
         fallback: join the parts that only calls for which there is no graph come by.
     """
     graph: Graph = nx.DiGraph()
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            record = meta.read(node)
-            graph.add_node(
-                (prefix, node.name),
-                op=node.op,
-                target=str(node.target),
-                layer=record.plan.name if record.plan else None,
-                product=_is_product(node),
-                part=prefix,
-            )
-            for source in node.all_input_nodes:
-                graph.add_edge((prefix, source.name), (prefix, node.name))
+    for place in all_nodes(gm):
+        node, plan = place.node, place.record.plan
+        graph.add_node(
+            place.key,
+            op=node.op,
+            target=str(node.target),
+            layer=plan.name if plan else None,
+            product=_is_product(node),
+            part=place.prefix,
+        )
+        for source in node.all_input_nodes:
+            graph.add_edge((place.prefix, source.name), place.key)
     _join_parts(gm, graph, fallback)
     return graph
 
@@ -58,11 +57,9 @@ def to_networkx(gm: SwatModule, fallback: bool = True) -> Graph:
 def _join_parts(gm: SwatModule, graph: Graph, fallback: bool) -> None:
     """Put each part between the eager call above it and that call's readers, one after another."""
     calls: dict[str, list[tuple[Key, fx.Node]]] = {}
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            if node.op == "call_module":
-                path = join(prefix, str(node.target))
-                calls.setdefault(path, []).append(((prefix, node.name), node))
+    for place in all_nodes(gm):
+        if place.node.op == "call_module":
+            calls.setdefault(place.path, []).append((place.key, place.node))
     order = {name: i for i, (name, _) in enumerate(gm.named_modules())}
     matrices = _matrices(gm, graph)
     below: dict[str, list[str]] = {}
@@ -97,12 +94,7 @@ def _join_parts(gm: SwatModule, graph: Graph, fallback: bool) -> None:
 def _matrices(gm: SwatModule, graph: Graph) -> dict[str, Key]:
     """A node for each module that multiplies by a matrix of its own where no graph sees it."""
     found: dict[str, Key] = {}
-    seen = {
-        join(prefix, str(node.target)).rpartition(".")[0]
-        for prefix, part in all_parts(gm)
-        for node in part.graph.nodes
-        if node.op == "get_attr"
-    }
+    seen = {place.path.rpartition(".")[0] for place in all_nodes(gm) if place.node.op == "get_attr"}
     for path, module in gm.named_modules():
         if owns_matrix(module) and path and path not in gm.parts and path not in seen:
             found[path] = (path, "matrix")

@@ -15,27 +15,28 @@ from passes.dataflow import Key, first_and_last, reached_layers, to_networkx
 from passes.layer_calls import Site, expression, find_site, normal_call, roots
 from passes.module_kinds import LAYERS, opaque_reason
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.graph_module import SwatModule, join
 from swatfx.meta import LayerPlan, NodeRecord
 from swatfx.passing import Context, PassResult
+from swatfx.walking import all_nodes
 
 
 def find_layers(gm: SwatModule, ctx: Context) -> PassResult:
     """Annotate layer nodes in the root graph and in every part."""
     names: dict[object, str] = {}
     found: dict[Key, fx.Node] = {}
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            site = find_site(part, node)
-            if site is None or meta.read(node).plan is not None:
-                continue
-            plan = _plan(part, node, prefix, site, names)
-            kernel = plan.weight_shape[2:]
-            call = None if plan.skipped else normal_call(plan.name, site, kernel)
-            if call is None and not plan.skipped:
-                plan = replace(plan, skipped="arguments known only at run time")
-            meta.write(node, NodeRecord(plan=plan, call=call, role="layer"))
-            found[(prefix, node.name)] = node
+    for place in all_nodes(gm):
+        part, node = place.part, place.node
+        site = find_site(part, node)
+        if site is None or place.record.plan is not None:
+            continue
+        plan = _plan(part, node, place.prefix, site, names)
+        kernel = plan.weight_shape[2:]
+        call = None if plan.skipped else normal_call(plan.name, site, kernel)
+        if call is None and not plan.skipped:
+            plan = replace(plan, skipped="arguments known only at run time")
+        meta.write(node, NodeRecord(plan=plan, call=call, role="layer"))
+        found[place.key] = node
     if found:
         _mark_ends(gm, found)
     return PassResult(gm, bool(found), (f"{len(set(names.values()))} layers",))

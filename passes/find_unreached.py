@@ -14,20 +14,19 @@ from torch import fx, nn
 
 from passes.layer_calls import find_site, roots
 from passes.module_kinds import layer_weights
-from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts, join
+from swatfx.graph_module import SwatModule, join
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
+from swatfx.walking import all_nodes, layer_nodes
 
 
 def find_unreached(gm: SwatModule, ctx: Context) -> PassResult:
     """Fill `gm.unreached`: modules below eager code, unused ones, weights used in other ways."""
     called = _called(gm)
     read: set[int] = set()
-    for _, part in all_parts(gm):
-        for node in part.graph.nodes:
-            if node.op == "get_attr" and meta.read(node).plan is None:
-                read.update(_tensors(part, str(node.target)))
+    for place in all_nodes(gm):
+        if place.node.op == "get_attr" and place.record.plan is None:
+            read.update(_tensors(place.part, str(place.node.target)))
     plans: dict[str, LayerPlan] = {}
     for path, module in gm.named_modules():
         if path == "swat" or path.startswith("swat."):
@@ -69,11 +68,7 @@ def matrices_outside(gm: SwatModule) -> dict[str, int]:
 def _called(gm: SwatModule) -> set[int]:
     """Identities of the parameters that layers in graphs have their weights from."""
     return {
-        tensor
-        for _, part in all_parts(gm)
-        for node in part.graph.nodes
-        if meta.read(node).plan is not None
-        for tensor in _layer_tensors(part, node)
+        tensor for layer in layer_nodes(gm) for tensor in _layer_tensors(layer.part, layer.node)
     }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -26,9 +25,7 @@ from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import Where, density_text
 from swatfx.passing import Context, PassResult
 from swatfx.state import Pack
-
-CONV = torch.ops.swatfx.conv.default
-LINEAR = torch.ops.swatfx.linear.default
+from swatfx.walking import CONV, LINEAR
 
 
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:

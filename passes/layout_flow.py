@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.aliasing import Versions
-from passes.verify import OPS
 from swatfx import saves
-from swatfx.graph_module import relative
+from swatfx.graph_module import SwatModule, relative
 from swatfx.layouts import BATCH_INNERMOST, ROW_MAJOR
 from swatfx.ops.layout import laid_out
+from swatfx.walking import CONV, LINEAR, LayerNode
 
 # Whose results lie in memory as their operands do.
 _SAVERS = (
@@ -78,7 +78,8 @@ _ROW_MAJOR = (
     torch.matmul,
     operator.matmul,
     torch.bmm,
-    *OPS,
+    CONV,
+    LINEAR,
 )
 # Whose results share memory with their operand in some memory orders and not in others.
 _SHARES_BY_ORDER = {
@@ -100,18 +101,19 @@ _LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math", "swatfx",
 
 
 class LayoutFlow:
-    """The layout in one graph, from its `sparse` convolutions on.
+    """The layout in one graph, from the sparse convolutions `layers` on.
 
     All is decided on the graph as it was found, since positions and aliases are of that.
     """
 
     def __init__(
-        self, part: fx.GraphModule, prefix: str, eager: dict[str, str], sparse: list[fx.Node]
+        self, part: SwatModule, prefix: str, eager: dict[str, str], layers: list[LayerNode]
     ) -> None:
         self.part = part
         self.graph = part.graph
         self.eager = {relative(prefix, path): reason for path, reason in eager.items()}
-        self.sparse = dict.fromkeys(sparse)
+        self.layers = layers
+        self.sparse = dict.fromkeys(layer.node for layer in layers)
         self.versions = Versions(part, self.eager)
         self.nodes = list(self.graph.nodes)
         self.operands = {node: self._operands(node) for node in self.nodes}
@@ -153,7 +155,7 @@ class LayoutFlow:
                 return False
         return True
 
-    def unsafe(self) -> list[fx.Node]:
+    def unsafe(self) -> list[LayerNode]:
         """The sparse convolutions whose layout would change which tensors see a write.
 
         A view or a copy, that is a matter of memory order in `reshape` and its like. It makes a
@@ -176,7 +178,7 @@ class LayoutFlow:
             above.update(fresh)
             todo += [n for n in fresh if n not in self.sparse]
         # What lies so for the sake of convolutions behind it has none above.
-        return [n for n in self.sparse if n in above] or list(self.sparse)
+        return [layer for layer in self.layers if layer.node in above] or self.layers
 
     def _shares_by_order(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -193,12 +195,9 @@ class LayoutFlow:
         found: dict[fx.Node, list[fx.Node]] = {}
         passed: set[fx.Node] = set()
         stack: list[tuple[fx.Node, fx.Node]] = []
-        for node in self.sparse:
-            pack = node.args[4]
-            state = [pack, pack.args[1]] if isinstance(pack, fx.Node) else []
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            stack += [(source, reader) for reader in (node, *state) if isinstance(reader, fx.Node)]
+        for layer in self.layers:
+            readers = (layer.node, layer.pack, layer.activation_state)
+            stack += [(layer.input, reader) for reader in readers if reader is not None]
         while stack:
             source, reader = stack.pop()
             if source in self.sparse:

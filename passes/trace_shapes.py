@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from passes.verify import OPS
 from passes.watch_products import Frame, Frames, Product, Watch
 from swatfx import bits, layouts, meta
 from swatfx.calls import split_inputs
@@ -31,6 +30,7 @@ from swatfx.graph_module import SwatModule, all_parts, private_copy
 from swatfx.ops.layout import laid_out
 from swatfx.saves import Saver
 from swatfx.state import Pack
+from swatfx.walking import CONV, LINEAR
 
 Key = tuple[str, str]  # (part path, node name)
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -349,7 +349,7 @@ class _Interpreter(fx.Interpreter):
             getattr(called, "weight", None) if called is not None else next(iter(args[1:2]), None)
         )
         seen.weight_requires_grad = not isinstance(weight, Tensor) or weight.requires_grad
-        if n.op == "call_function" and n.target in OPS:
+        if n.op == "call_function" and n.target in (CONV, LINEAR):
             self._record_layer(n, seen, args)
         elif self.owner.masks and first is not None and meta.read(n).plan is not None:
             seen.nonzero = first.detach() != 0
@@ -360,9 +360,9 @@ class _Interpreter(fx.Interpreter):
         target = str(n.target)
         if n.op == "call_module" and target.startswith("swat.") and target != "swat.eager_root":
             return self._run_state(n)
-        if self.owner.as_dense and n.op == "call_function" and n.target in OPS:
+        if self.owner.as_dense and n.op == "call_function" and n.target in (CONV, LINEAR):
             args, _ = self.fetch_args_kwargs_from_env(n)
-            if n.target is OPS[1]:
+            if n.target is LINEAR:
                 return F.linear(*args[:3])
             return _CONV[args[1].dim() - 2](*args[:3], *args[5:9])
         if self.owner.as_dense and n.target is laid_out:

@@ -5,35 +5,29 @@ Reads everything, changes nothing. A violated rule is a bug in a pass, and is re
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from swatfx import meta
 from swatfx.errors import PassError
 from swatfx.graph_module import SwatModule, all_parts
 from swatfx.passing import Context, PassResult
-
-OPS = (torch.ops.swatfx.conv.default, torch.ops.swatfx.linear.default)
+from swatfx.walking import CONV, LINEAR, all_nodes, layer_nodes
 
 
 def verify(gm: SwatModule, ctx: Context) -> PassResult:
     """Raise PassError if graph and plan disagree."""
-    rewritten = False
     for _, part in all_parts(gm):
         part.graph.lint()
-        for node in part.graph.nodes:
-            rewritten |= _check(node)
-    if rewritten:
-        for _, part in all_parts(gm):
-            for node in part.graph.nodes:
-                record = meta.read(node)
-                if record.role == "layer" and record.plan and record.plan.takes_part:
-                    raise _error(node, "the layer takes part but was not rewritten")
+    rewritten = [_check(place.node) for place in all_nodes(gm)]
+    if any(rewritten):
+        for layer in layer_nodes(gm):
+            if not layer.is_sparse and layer.plan.takes_part:
+                raise _error(layer.node, "the layer takes part but was not rewritten")
     return PassResult(gm, False)
 
 
 def _check(node: fx.Node) -> bool:
-    is_op = node.op == "call_function" and node.target in OPS
+    is_op = node.op == "call_function" and node.target in (CONV, LINEAR)
     record = meta.read(node)
     if is_op != (record.role == "op"):
         raise _error(node, "sparse ops and their metadata do not agree")

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from swatfx import meta
 from swatfx.change_rules import (
     ITERATED,
     Known,
@@ -35,6 +34,7 @@ from swatfx.change_rules import (
 from swatfx.graph_module import TABLES, EagerRoot, SwatModule, all_parts, join
 from swatfx.saves import Bound
 from swatfx.state import WeightThreshold
+from swatfx.walking import layer_nodes, nodes_of
 
 _shape_of = operator.attrgetter("shape")
 
@@ -91,15 +91,15 @@ class Watch:
 
     def _weights_read(self) -> Iterator[Weight]:
         seen: set[str] = set()
-        for node in self._part.graph.nodes:
-            record = meta.read(node)
-            if record.role != "op" or record.plan is None or node.args[1].op != "get_attr":
+        for node in nodes_of(self._part):
+            if not node.is_sparse or node.weight.op != "get_attr":
                 continue
-            owner, _, leaf = str(node.args[1].target).rpartition(".")
+            path = str(node.weight.target)
+            owner, _, leaf = path.rpartition(".")
             tensor = self._part.get_submodule(owner)._parameters.get(leaf)
-            if tensor is not None and str(node.args[1].target) not in seen:
-                seen.add(str(node.args[1].target))
-                plan, bias = record.plan, node.args[2] is not None or leaf != "weight"
+            if tensor is not None and path not in seen:
+                seen.add(path)
+                plan, bias = node.plan, node.has_bias or leaf != "weight"
                 shape = tuple(tensor.shape)
                 yield Weight(owner, leaf, plan.name, plan.state, tensor, shape, bias)
 
@@ -238,11 +238,9 @@ class Watch:
         return threshold
 
     def _write_shape(self, weight: Weight) -> None:
-        for _, part in all_parts(self._gm):
-            for node in part.graph.nodes:
-                plan = meta.read(node).plan
-                if plan is not None and plan.name == weight.layer:
-                    meta.update(node, plan=replace(plan, weight_shape=weight.shape))
+        for node in layer_nodes(self._gm):
+            if node.plan.name == weight.layer:
+                node.replan(weight_shape=weight.shape)
 
     def _tensors_now(self) -> Iterator[tuple[int, Weight, nn.Parameter]]:
         """(position, what is known, what is there) of each weight that is a parameter."""

@@ -24,8 +24,6 @@ from swatfx.export_program import Example, exported
 from swatfx.graph_module import (
     SwatModule,
     all_parts,
-    evaluate,
-    join,
     private_copy,
     relative,
     unwrap,
@@ -37,6 +35,7 @@ from swatfx.pipeline import TRACING
 from swatfx.saves import AvgPool2d, Bound, Dropout, MaxPool2d, Norm, Relu, Saver
 from swatfx.state import WeightThreshold
 from swatfx.training import refresh
+from swatfx.walking import LayerNode, all_nodes, sparse_nodes
 
 _CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 _PLAIN: dict[type[Saver], Callable[..., Any]] = {
@@ -109,12 +108,12 @@ def inference_module(gm: SwatModule) -> SwatModule:
     """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
     twin = private_copy(gm)
     refresh(twin)
+    for node in sparse_nodes(twin):
+        _make_plain(twin, node)
     for prefix, part in all_parts(twin):
         part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
-            if meta.read(node).role == "op":
-                _make_plain(twin, part, node)
-            elif node.target is laid_out:  # memory orders are for our own kernels
+            if node.target is laid_out:  # memory orders are for our own kernels
                 node.replace_all_uses_with(node.args[0])
                 part.graph.erase_node(node)
             elif node.op == "call_module":
@@ -137,10 +136,9 @@ def inference_module(gm: SwatModule) -> SwatModule:
 def _drop_unread(gm: SwatModule) -> None:
     """Remove the dense weights that no graph reads any more, where no eager code could either."""
     read: set[str] = set()
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            if node.op in ("get_attr", "call_module"):
-                read.add(join(prefix, str(node.target)))
+    for place in all_nodes(gm):
+        if place.node.op in ("get_attr", "call_module"):
+            read.add(place.path)
     for name, module in gm.named_modules():
         above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
         if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
@@ -149,15 +147,12 @@ def _drop_unread(gm: SwatModule) -> None:
                     module._parameters[key] = None
 
 
-def _make_plain(gm: SwatModule, part: fx.GraphModule, node: fx.Node) -> None:
+def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
     """Replace a sparse op by the plain one on its masked weight."""
-    record = meta.read(node)
-    plan, call = record.plan, record.call
-    assert plan is not None and call is not None
-    source, weight_node, bias = node.args[:3]
-    assert isinstance(weight_node, fx.Node)
-    weight = evaluate(part, weight_node)
-    assert weight is not None
+    part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
+    weight = layer.weight_now()
+    assert call is not None and weight is not None
+    source, weight_node, bias = layer.input, layer.weight, node.args[2]
     masked = weight.detach()
     if plan.forward_weight:
         threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
@@ -233,12 +228,7 @@ def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> 
     Raises:
         ExportError: the exported ops are not the plan's.
     """
-    ours = [
-        node
-        for _, part in all_parts(gm)
-        for node in part.graph.nodes
-        if meta.read(node).role == "op"
-    ]
+    ours = [layer.node for layer in sparse_nodes(gm)]
     exported = [n for n in program.graph.nodes if str(n.target) in _OPS]
     if len(ours) != len(exported):
         raise ExportError(

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from swatfx import meta
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule, all_parts, evaluate, join, weight_chain
+from swatfx.graph_module import SwatModule, evaluate, weight_chain
 from swatfx.meta import LayerPlan
 from swatfx.ops.state import read_density
 from swatfx.ops.where import weight_keep
 from swatfx.state import ActivationThreshold, LayerState, WeightThreshold
+from swatfx.walking import LayerNode, all_nodes, layer_nodes, sparse_nodes
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class SparseLayer:
     plan: LayerPlan
     weight: Tensor
     state: LayerState
-    node: fx.Node
+    node: LayerNode
 
     @property
     def weight_threshold(self) -> WeightThreshold:
@@ -82,28 +83,23 @@ class SparseLayer:
 def sparse_layers(gm: SwatModule) -> Iterator[SparseLayer]:
     """The layers that take part, each once, in graph order."""
     seen: set[str] = set()
-    for _, part in all_parts(gm):
-        for node in part.graph.nodes:
-            record = meta.read(node)
-            if record.role != "op" or record.plan is None or record.plan.name in seen:
-                continue
-            seen.add(record.plan.name)
-            source = node.args[1]
-            assert isinstance(source, fx.Node)
-            weight = evaluate(part, source)
-            assert weight is not None  # find_layers skips weights that inputs decide
-            state = gm.swat.get_submodule(record.plan.state)
-            assert isinstance(state, LayerState)
-            yield SparseLayer(record.plan, weight, state, node)
+    for node in sparse_nodes(gm):
+        plan = node.plan
+        if plan.name in seen:
+            continue
+        seen.add(plan.name)
+        weight = node.weight_now()
+        assert weight is not None  # find_layers skips weights that inputs decide
+        state = gm.swat.get_submodule(plan.state)
+        assert isinstance(state, LayerState)
+        yield SparseLayer(plan, weight, state, node)
 
 
 def current(layer: SparseLayer) -> SparseLayer:
     """The layer with the weight as it is now, where that is computed from others."""
     if isinstance(layer.weight, nn.Parameter):
         return layer
-    part, source = layer.node.graph.owning_module, layer.node.args[1]
-    assert part is not None and isinstance(source, fx.Node)
-    weight = evaluate(part, source)
+    weight = layer.node.weight_now()
     return layer if weight is None else replace(layer, weight=weight)
 
 
@@ -111,9 +107,8 @@ def weight_parameters(layer: SparseLayer) -> list[nn.Parameter]:
     """The parameter that the layer's weight is, or those that it is computed from."""
     if isinstance(layer.weight, nn.Parameter):
         return [layer.weight]
-    part, source = layer.node.graph.owning_module, layer.node.args[1]
-    assert part is not None and isinstance(source, fx.Node)
-    nodes = weight_chain(source) or {}
+    part = layer.node.part
+    nodes = weight_chain(layer.node.weight) or {}
     values = [evaluate(part, node) for node in nodes if node.op == "get_attr"]
     found = [value for value in values if isinstance(value, nn.Parameter)]
     for node in nodes:
@@ -125,11 +120,8 @@ def weight_parameters(layer: SparseLayer) -> list[nn.Parameter]:
 def all_plans(gm: SwatModule) -> dict[str, LayerPlan]:
     """Every layer's plan, sparse or not, by name: in graph order, then those no graph calls."""
     plans: dict[str, LayerPlan] = {}
-    for _, part in all_parts(gm):
-        for node in part.graph.nodes:
-            plan = meta.read(node).plan
-            if plan is not None:
-                plans.setdefault(plan.name, plan)
+    for node in layer_nodes(gm):
+        plans.setdefault(node.plan.name, node.plan)
     return plans | gm.unreached
 
 
@@ -137,13 +129,12 @@ def read_dense(gm: SwatModule, name: str) -> bool:
     """Whether anything but sparse layers reads a weight: a tied embedding, say."""
     owner = name.rpartition(".")[0]
     plain = isinstance(gm.get_submodule(owner), (nn.modules.conv._ConvNd, nn.Linear))
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            target = join(prefix, str(node.target))
-            if node.op == "call_module" and target == owner and not plain:
+    for place in all_nodes(gm):
+        node = place.node
+        if node.op == "call_module" and place.path == owner and not plain:
+            return True
+        if node.op == "get_attr" and place.path == name:
+            users = [u for u in node.users if meta.read(u).role != "op"]
+            if not all(str(u.target).startswith("swat.") for u in users):
                 return True
-            if node.op == "get_attr" and target == name:
-                users = [u for u in node.users if meta.read(u).role != "op"]
-                if not all(str(u.target).startswith("swat.") for u in users):
-                    return True
     return not plain and any(owner.startswith(path) for path in gm.eager)

@@ -30,14 +30,13 @@ from passes.trace_random import DRAWN
 from passes.trace_shapes import Run, Seen, observe_run
 from passes.verify import verify
 from passes.watch_products import Frame
-from swatfx import meta
 from swatfx.accelerators import Accelerator
 from swatfx.arguments import INPUTS, SEVERAL, checked, optional
 from swatfx.calls import split_inputs
 from swatfx.changes import watch
 from swatfx.eager_share import warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
-from swatfx.graph_module import SwatModule, all_parts, mirror
+from swatfx.graph_module import SwatModule, mirror
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.meta import VALUE_DTYPES, LayerCost, LayerPlan, NodeRecord
 from swatfx.ops.norm import EXACT, INT8
@@ -45,6 +44,7 @@ from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.state import SwatState
 from swatfx.training import after_load, watch_loads
+from swatfx.walking import all_nodes
 from swatfx.wrappers import watch_wrappers
 
 # Tracing patches torch while it runs: one thread at a time. Forwards in others go straight through.
@@ -337,15 +337,14 @@ def measure(gm: SwatModule, example_inputs: Any, accounting: str) -> Measured:
         norm_elements=dense.norm_elements,
     )
     waiting, told = list(rows), set[Frame]()
-    for prefix, part in all_parts(gm):
-        for node in part.graph.nodes:
-            for row in [r for r in waiting if r.first.node == (prefix, node.name)]:
-                waiting.remove(row)
-                _add_row(result, row, _row_saves(row, sparse, dense, told))
-            record = meta.read(node)
-            if record.plan is not None:
-                seen = sparse.nodes.get((prefix, node.name), [])
-                _add_layer(result, record, seen, layers.get(record.plan.name))
+    for place in all_nodes(gm):
+        for row in [r for r in waiting if r.first.node == place.key]:
+            waiting.remove(row)
+            _add_row(result, row, _row_saves(row, sparse, dense, told))
+        record = place.record
+        if record.plan is not None:
+            seen = sparse.nodes.get(place.key, [])
+            _add_layer(result, record, seen, layers.get(record.plan.name))
     for row in waiting:
         _add_row(result, row, _row_saves(row, sparse, dense, told))
     for name, plan in gm.unreached.items():
@@ -408,7 +407,7 @@ def simulate_cycles(
 
 
 def _count(gm: SwatModule) -> int:
-    return sum(len(part.graph.nodes) for _, part in all_parts(gm))
+    return sum(1 for _ in all_nodes(gm))
 
 
 def as_fx_pass(function: Pass, policy: Policy | str) -> Any:

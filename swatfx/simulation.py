@@ -17,12 +17,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import accelerators as designs
-from swatfx import meta
 from swatfx.accelerators import Accelerator
 from swatfx.arguments import as_inputs, checked, instance, optional
 from swatfx.errors import InputError
-from swatfx.graph_module import all_parts, unwrap
+from swatfx.graph_module import unwrap
 from swatfx.pipeline import SimulationOptions, simulate_cycles
+from swatfx.walking import layer_nodes
 
 DESIGNS = instance(Accelerator, str, list, tuple)
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -190,18 +190,14 @@ def simulate(
     inputs = as_inputs(example_inputs)
     simulate_cycles(root, inputs, named, chosen, tick)
     rows, skipped, samples = [], {}, 1
-    for _, part in all_parts(root):
-        for node in part.graph.nodes:
-            record = meta.read(node)
-            if record.plan is None or not record.cycles:
-                continue
-            if "skipped" in record.cycles:
-                skipped[record.plan.name] = record.cycles["skipped"]
-            for name in named:
-                for stage, found in record.cycles.get(name, {}).items():
-                    samples = max(samples, len(found["cycles"]))
-                    source = record.cycles["masks"]
-                    rows.append(_row(record.plan.name, name, stage, found, source))
+    for node in layer_nodes(root):
+        layer, cycles = node.plan.name, node.record.cycles
+        if "skipped" in cycles:
+            skipped[layer] = cycles["skipped"]
+        for name in named:
+            for stage, found in cycles.get(name, {}).items():
+                samples = max(samples, len(found["cycles"]))
+                rows.append(_row(layer, name, stage, found, cycles["masks"]))
     totals = {name: dict(_totals(rows, name)) for name in named}
     return Simulation(tuple(rows), totals, skipped, samples)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from swatfx.arguments import COUNT, checked, instance, optional
 from swatfx.attachment import Attachment, Handle, attachment_of
@@ -61,10 +61,8 @@ def watch_loads(model: nn.Module, gm: SwatModule) -> None:
     """
     kept: set[int] = set()
     for layer in sparse_layers(gm):
-        source = layer.node.args[1]
-        assert isinstance(source, fx.Node)
         threshold = layer.weight_threshold
-        if source.op == "get_attr" and isinstance(layer.weight, nn.Parameter):
+        if layer.node.weight.op == "get_attr" and isinstance(layer.weight, nn.Parameter):
             threshold.is_parameter = True
             if threshold.period > 1:
                 kept.add(id(layer.weight))

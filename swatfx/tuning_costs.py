@@ -8,7 +8,7 @@ whole graph, of the batch), "cycles:NAME" (simulated, of one sample, on an accel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,16 @@ import numpy.typing as npt
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from swatfx import accelerators, meta
+from swatfx import accelerators
 from swatfx.density import Density
 from swatfx.errors import InputError, UnknownNameError
-from swatfx.graph_module import SwatModule, all_parts, private_copy, unwrap
+from swatfx.graph_module import SwatModule, private_copy, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.meta import LayerPlan
 from swatfx.pipeline import SimulationOptions, measure
 from swatfx.simulation import simulate
 from swatfx.training import refresh
+from swatfx.walking import layer_nodes
 
 CYCLES = "cycles:"
 _CURVED_KNOTS = 8  # densities at which cycles are simulated; between them they are interpolated
@@ -126,11 +127,9 @@ def _cycles(
 def with_densities(gm: SwatModule, densities: Densities) -> SwatModule:
     """A private copy of `gm` whose layers have other densities, in plans and thresholds."""
     twin = private_copy(gm)
-    for _, part in all_parts(twin):
-        for node in part.graph.nodes:
-            plan = meta.read(node).plan
-            if plan is not None and plan.name in densities:
-                meta.update(node, plan=_changed(plan, densities[plan.name]))
+    for node in layer_nodes(twin):
+        if node.plan.name in densities:
+            node.replan(**_seen(node.plan, densities[node.plan.name]))
     for layer in sparse_layers(twin):
         if layer.plan.name in densities:
             layer.weight_threshold.set_density(layer.plan.weight_density)
@@ -141,16 +140,13 @@ def with_densities(gm: SwatModule, densities: Densities) -> SwatModule:
     return twin
 
 
-def _changed(plan: LayerPlan, densities: tuple[Density, Density]) -> LayerPlan:
-    """`plan` with other densities, where it has use for them."""
+def _seen(plan: LayerPlan, densities: tuple[Density, Density]) -> dict[str, Density]:
+    """Those of the densities of weight and activation that `plan` has use for, by field."""
     weight, activation = densities
     sees_weight = plan.forward_weight or plan.backward_weight
     sees_activation = plan.forward_activation or plan.backward_activation
-    return replace(
-        plan,
-        weight_density=weight if sees_weight else plan.weight_density,
-        activation_density=activation if sees_activation else plan.activation_density,
-    )
+    found = {"weight_density": weight} if sees_weight else {}
+    return found | ({"activation_density": activation} if sees_activation else {})
 
 
 def sharers(gm: SwatModule) -> dict[str, str]:
@@ -158,9 +154,8 @@ def sharers(gm: SwatModule) -> dict[str, str]:
     first: dict[fx.Node, str] = {}
     found: dict[str, str] = {}
     for layer in sparse_layers(gm):
-        pack = layer.node.args[4]
-        name = layer.plan.name
-        found[name] = first.setdefault(pack, name) if isinstance(pack, fx.Node) else name
+        name, pack = layer.plan.name, layer.node.pack
+        found[name] = name if pack is None else first.setdefault(pack, name)
     return found
 
 

@@ -37,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from swatfx import kernels, selectors
@@ -238,9 +238,8 @@ def _watched(
 
 def _activation_threshold(gm: SwatModule, layer: SparseLayer) -> ActivationThreshold | None:
     """The threshold of the layer's input, which may be another layer's; None if it has none."""
-    pack = layer.node.args[4]
-    node = pack.args[1] if isinstance(pack, fx.Node) else layer.node.kwargs.get("activation_state")
-    if not isinstance(node, fx.Node):
+    node = layer.node.activation_state
+    if node is None:
         return None
     module = gm.swat.get_submodule(str(node.target).removeprefix("swat."))
     assert isinstance(module, ActivationThreshold)

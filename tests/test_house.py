@@ -46,6 +46,7 @@ FLOORS = {
         "swatfx.wrappers",
         "swatfx.change_rules",
         "swatfx.changes",
+        "swatfx.walking",
         "swatfx.layers",
         "swatfx.eager_share",
         "swatfx.reaching",
