@@ -16,7 +16,6 @@ from passes.annotate_products import add_costs, is_own, name_and_kind, product_c
 from passes.trace_shapes import Run, Seen
 from passes.watch_products import Frame, Product
 from swatfx import macs, meta
-from swatfx.density import Density
 from swatfx.graph_module import SwatModule
 from swatfx.layers import SparseLayer, sparse_layers
 from swatfx.macs import Macs
@@ -83,7 +82,7 @@ def _add(
     if accounting == "exact" and call is not None and not transposed:
         dense, sparse = _exact(plan, call, seen, layer)
     else:
-        dense, assumed = _by_shapes(plan, seen), plan.assumed_activation_density
+        dense, assumed = _by_shapes(plan, seen), plan.rule.assumed_activation_density
         if accounting == "torch":
             wanted = int(seen.input_requires_grad), int(seen.weight_requires_grad)
             dense = Macs(dense.forward, *(dense.forward * want for want in wanted))
@@ -146,14 +145,14 @@ def _inference(dense: int, forward: int, plan: LayerPlan, layer: SparseLayer | N
     """MACs of the forward in evaluation: activations are dense there, zeroed weights are not."""
     if layer is None or plan.kind.startswith("conv_transpose"):
         return dense
-    if plan.forward_weight and not plan.forward_activation:
+    if plan.rule.forward_weight and not plan.rule.forward_activation:
         return forward
-    sparse = plan.forward_weight or plan.zeroed
+    sparse = plan.rule.forward_weight or plan.is_zeroed
     return macs.scale(Macs(dense, 0, 0), layer.weight_density.value if sparse else 1, 1, 1).forward
 
 
 def _scaled(
-    dense: Macs, plan: LayerPlan, layer: SparseLayer | None, assumed: Density | None = None
+    dense: Macs, plan: LayerPlan, layer: SparseLayer | None, assumed: float | None = None
 ) -> Macs:
     """Scaled by target densities; `assumed` is that of activations that are not sparsified."""
     if layer is None:
@@ -161,11 +160,11 @@ def _scaled(
     weight = layer.weight_density.value
     activation = activation_density(plan, layer)
     gradient = plan.gradient_density.value
-    forward = weight if plan.forward_weight else 1.0
-    forward *= activation if plan.forward_activation else 1.0
-    backward = weight if plan.backward_weight else 1.0
-    natural = 1.0 if assumed is None else assumed.value
-    kept = activation if plan.backward_activation else natural
+    forward = weight if plan.rule.forward_weight else 1.0
+    forward *= activation if plan.rule.forward_activation else 1.0
+    backward = weight if plan.rule.backward_weight else 1.0
+    natural = 1.0 if assumed is None else assumed
+    kept = activation if plan.rule.backward_activation else natural
     return macs.scale(dense, forward, backward * gradient, kept * gradient)
 
 
@@ -203,15 +202,15 @@ def _exact(
     else:
         weight = macs.scale(dense, layer.weight_density.value, 1, 1).forward
     gradient = plan.gradient_density.value
-    forward = weight if plan.forward_weight else full
-    if plan.forward_activation:
+    forward = weight if plan.rule.forward_weight else full
+    if plan.rule.forward_activation:
         forward = math.ceil(forward * activation_density(plan, layer) - 1e-6)
-    backward = weight if plan.backward_weight else full
+    backward = weight if plan.rule.backward_weight else full
     kept = scaled.weight_gradient
     if seen.keep is not None:
         filters = plan.weight_shape[0] // (call.groups if kernel else 1)
         kept = macs.exact_activation_macs(seen.keep.cpu(), uses, filters)
         kept = math.ceil(kept * gradient - 1e-6)
-    if plan.update == "active":  # of inactive weights, no gradient is formed
+    if plan.rule.update == "active":  # of inactive weights, no gradient is formed
         kept = math.ceil(kept * weight / max(full, 1) - 1e-6)
     return dense, Macs(forward, math.ceil(backward * gradient - 1e-6) * wanted, kept)

@@ -183,8 +183,8 @@ def _passes(
 ) -> Iterator[tuple[int, str, Cycles, Traffic]]:
     """(sample, pass, cycles, traffic); no input gradient where nobody wants one."""
     ones = np.ones_like(masks.weights)
-    forward = masks.weights if plan.forward_weight else ones
-    backward = masks.weights if plan.backward_weight else ones
+    forward = masks.weights if plan.rule.forward_weight else ones
+    backward = masks.weights if plan.rule.backward_weight else ones
     outputs = math.prod(seen.output_shape) // max(masks.batch, 1)
     inputs = shape.channels * math.prod(shape.input_hw)
     gradient = np.ones(outputs, dtype=np.bool_)  # of the output: dense
@@ -275,7 +275,7 @@ class _Masks:
         else:
             density = options.natural_density
             self._nonzero = _draw(rng, (self.samples, *plane), density)
-            if layer is not None and plan.backward_activation:
+            if layer is not None and plan.rule.backward_activation:
                 density = min(density, activation_density(plan, layer))
             self._kept = _draw(rng, (self.samples, *plane), density)
             sources.append(f"activations drawn, {options.natural_density:g} not zero")

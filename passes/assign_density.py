@@ -32,9 +32,13 @@ def assign_density(gm: SwatModule, ctx: Context) -> PassResult:
     for node in nodes:
         plans.setdefault(node.plan.name, node.plan)
     rules = _rule_of(ctx.policy, [*plans, *gm.unreached])
-    for rule in dict.fromkeys(rules.values()):
-        group = [plan for name, plan in plans.items() if rules[name] == rule]
-        for plan in _assign(group, rule[1]):
+    for budget, rule in dict.fromkeys(rules.values()):
+        group = [
+            replace(plan, rule=rule, budget=budget)
+            for name, plan in plans.items()
+            if rules[name] == (budget, rule)
+        ]
+        for plan in _assign(group, rule):
             plans[plan.name] = plan
     _check_something_left(ctx.policy, plans | gm.unreached)
     for node in nodes:
@@ -59,7 +63,7 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
     taking_part = [plan for plan in group if skipped[plan.name] is None]
     shapes = [plan.weight_shape for plan in taking_part]
     if policy.distribution == "dense":
-        return [replace(plan, skipped=skipped[plan.name], policy=policy.name) for plan in group]
+        return [replace(plan, skipped=skipped[plan.name]) for plan in group]
     masks.check_rules(policy)
     share = distributions.get(policy.distribution)
     weights = share(shapes, Density.from_sparsity(policy.sparsity))
@@ -75,42 +79,20 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
         replace(
             plan,
             skipped=skipped[plan.name],
-            policy=policy.name,
             counted_activation_density=counted if skipped[plan.name] == "first layer" else None,
         )
         for plan in group
         if skipped[plan.name] is not None
     ]
-    held = policy.hold_from_epoch is not None
-    selector = selectors.HELD + policy.weight_selector if held else policy.weight_selector
-    zeroed = policy.zero_inactive != "never"
-    sees_weight = policy.forward_weight or policy.backward_weight or zeroed
-    assumed = policy.assumed_activation_density
     for plan, weight, activation in zip(taking_part, weights, activations, strict=True):
-        weight = selectors.get(selector).own_density(plan.weight_shape) or weight
+        weight = selectors.get(plan.weight_selector).own_density(plan.weight_shape) or weight
         _check_selectors(policy, weight, plan.name)
         result.append(
             replace(
                 plan,
-                policy=policy.name,
-                weight_density=weight if sees_weight else DENSE,
+                weight_density=weight if plan.sees_weight or plan.is_zeroed else DENSE,
                 activation_density=activation if sees_activation else DENSE,
                 gradient_density=gradient,
-                weight_selector=selector,
-                activation_selector=policy.activation_selector,
-                gradient_selector=policy.gradient_selector,
-                forward_weight=policy.forward_weight,
-                forward_activation=policy.forward_activation,
-                backward_weight=policy.backward_weight,
-                backward_activation=policy.backward_activation,
-                update=policy.update,
-                period=policy.period,
-                global_threshold=policy.global_threshold,
-                seed=policy.seed,
-                held=policy.hold_from_epoch == 0,
-                starts_dense=policy.ramp != "none",
-                zeroed=zeroed,
-                assumed_activation_density=None if assumed is None else Density(assumed),
             )
         )
     return result

@@ -85,8 +85,7 @@ def _reasons(
 ) -> dict[LayerNode, str | None]:
     """Why each layer runs dense, or None; `device` stands in for the model's own."""
     asked = str(gm.meta.get("kernels", "auto"))
-    policy = Policy.from_json(gm.meta["policy"])
-    reasons = {layer: _why_dense(layer, asked, policy, device) for layer in layers}
+    reasons = {layer: _why_dense(layer, asked, device) for layer in layers}
     convolutions = [layer for layer in layers if layer.is_conv]
     _agree(reasons, convolutions)
     while True:
@@ -131,9 +130,7 @@ def choose_again(gm: SwatModule, ctx: Context) -> None:
     choose_kernels(gm, ctx)
 
 
-def _why_dense(
-    layer: LayerNode, asked: str, policy: Policy, device: torch.device | None
-) -> str | None:
+def _why_dense(layer: LayerNode, asked: str, device: torch.device | None) -> str | None:
     """Why the layer has to run dense, or None."""
     plan, call = layer.plan, layer.record.call
     assert call is not None
@@ -144,8 +141,9 @@ def _why_dense(
         return unsuited
     if not kernels.available():
         return "no compiled kernels"
-    if not (plan.forward_weight and plan.backward_weight and plan.backward_activation):
-        return _dense_product(plan, policy)
+    rule = plan.rule
+    if not (rule.forward_weight and rule.backward_weight and rule.backward_activation):
+        return _dense_product(rule)
     unfit = _unfit(plan, call) if layer.is_conv else None
     if unfit is not None or asked == "sparse":
         return unfit
@@ -168,14 +166,14 @@ def _unsuited(weight: Tensor | None, device: torch.device | None) -> str | None:
     return None
 
 
-def _dense_product(plan: LayerPlan, policy: Policy) -> str:
+def _dense_product(rule: Policy) -> str:
     """Which of the three products the method leaves dense."""
-    name = _NAMES.get(plan.policy, plan.policy)
-    if not plan.forward_weight:
+    name = _NAMES.get(rule.name, rule.name)
+    if not rule.forward_weight:
         return f"{name} runs forward on dense weights"
-    if not plan.backward_weight:
+    if not rule.backward_weight:
         return f"{name} takes input gradients from dense weights"
-    if masks.needs(policy.rule_for(plan.name)[1]):
+    if masks.needs(rule):
         return f"masks of {name} need dense weight gradients"
     return f"{name} leaves activations dense, and so weight gradients"
 

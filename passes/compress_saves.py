@@ -34,7 +34,7 @@ def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
 
 
 def _packs(plan: LayerPlan) -> bool:
-    return plan.backward_activation and not plan.activation_density.is_dense
+    return plan.rule.backward_activation and not plan.activation_density.is_dense
 
 
 def _keeps_its_input(node: fx.Node) -> bool:
@@ -42,7 +42,7 @@ def _keeps_its_input(node: fx.Node) -> bool:
     record = meta.read(node)
     if record.plan is None:
         return False
-    return record.role != "op" or not record.plan.backward_activation
+    return record.role != "op" or not record.plan.rule.backward_activation
 
 
 class _Rewriter:

@@ -42,7 +42,7 @@ def find_unreached(gm: SwatModule, ctx: Context) -> PassResult:
                 weight=join(path, leaf),
                 weight_shape=tuple(weight.shape),
                 skipped=_reason(gm, path, id(weight) in read),
-                policy=ctx.policy.name,
+                rule=ctx.policy,
             )
             called.add(id(weight))  # a shared module is listed once
     gm.__dict__["unreached"] = plans

@@ -181,22 +181,22 @@ class _Rewriter:
         self, plan: LayerPlan, call: LayerCall, site: Site, weight: fx.Node, version: int
     ) -> _Shared | None:
         """Threshold and pack of the input, shared with earlier readers where that is exact."""
-        if not (plan.backward_activation or plan.forward_activation):
+        if not plan.sees_activation:
             return None
         moves = self.gm.swat.clock.optimizer_wanted_by is not None
         key = (
             site.input,
             version,
             plan.activation_density,
-            plan.activation_selector,
-            plan.period,
-            plan.global_threshold,
-            plan.forward_activation,
-            plan.backward_activation,
+            plan.rule.activation_selector,
+            plan.rule.period,
+            plan.rule.global_threshold,
+            plan.rule.forward_activation,
+            plan.rule.backward_activation,
             site.spatial,
             bool(call.pad),
             # Densities that move, and draws that are seeded by the layer's name, are a layer's own.
-            plan.name if moves or plan.activation_selector == "random" else "",
+            plan.name if moves or plan.rule.activation_selector == "random" else "",
             # The pack asks whether its readers' weights train, so they have to exist before it.
             None if weight.op == "get_attr" else weight,
         )
@@ -213,12 +213,14 @@ class _Rewriter:
         threshold = activation_threshold(plan, site.spatial, site.value, below_eager)
         target = self.states.add(plan.name, "activation_threshold", threshold, self.taken)
         a_t = self._call(target, (site.input, self.step), "a_t")
-        if not plan.backward_activation:
+        if not plan.rule.backward_activation:
             return _Shared(a_t, None, {})
         # A linear layer reads rows, however its input lies. And backward pads what it unpacks: the
         # padded tensor may lie otherwise than the core.
         layout = ROW_MAJOR if call.pad or not site.spatial else ""
-        pack = Pack(plan.name, plan.activation_selector, site.spatial, layout, self.value_dtype)
+        pack = Pack(
+            plan.name, plan.rule.activation_selector, site.spatial, layout, self.value_dtype
+        )
         target = self.states.add(plan.name, "pack", pack, self.taken)
         kept = self._call(target, (site.input, a_t), "kept")
         return _Shared(a_t, kept, {})
@@ -232,20 +234,20 @@ class _Rewriter:
     ) -> fx.Node:
         """The sparse op; arguments at their defaults are left out, to keep the graph short."""
         where = Where(
-            plan.forward_weight,
-            plan.forward_activation,
-            plan.backward_weight,
-            plan.backward_activation,
+            plan.rule.forward_weight,
+            plan.rule.forward_activation,
+            plan.rule.backward_weight,
+            plan.rule.backward_activation,
             not plan.gradient_density.is_dense,
-            plan.update == "active",
+            plan.rule.update == "active",
         )
         options: dict[str, Any] = {"sparse": str(where), "weight_selector": plan.weight_selector}
-        if plan.forward_activation and shared is not None:
+        if plan.rule.forward_activation and shared is not None:
             options["activation_state"] = shared.threshold
-            options["activation_selector"] = plan.activation_selector
+            options["activation_selector"] = plan.rule.activation_selector
         if where.gradient:
             options["gradient_density"] = density_text(plan.gradient_density)
-            options["gradient_selector"] = plan.gradient_selector
+            options["gradient_selector"] = plan.rule.gradient_selector
         kept = shared.pack if shared is not None else None
         if kept is not None:
             options["kept_dtype"] = self.value_dtype

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from swatfx import selectors
-from swatfx.density import DENSE
 from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule
 from swatfx.learned import LearnedThreshold
@@ -98,15 +97,15 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
     module = WeightThreshold(
         plan.name,
         plan.weight_selector,
-        DENSE if plan.starts_dense else plan.weight_density,
+        plan.first_densities[0],
         state=state,
-        period=plan.period,
+        period=plan.rule.period,
         spatial=spatial,
         is_weight=True,
-        seed=plan.seed,
+        seed=plan.rule.seed,
     )
     module.recompute(weight)
-    if plan.held:
+    if plan.rule.hold_from_epoch == 0:
         module.hold()
     return module
 
@@ -114,7 +113,7 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
 def _learned_threshold(
     plan: LayerPlan, spatial: int, weight: Tensor, state: Tensor
 ) -> LearnedThreshold:
-    if not plan.forward_weight:
+    if not plan.rule.forward_weight:
         raise PolicyError(
             "learned thresholds are trained by the forward pass that sees them",
             layer=plan.name,
@@ -136,17 +135,17 @@ def activation_threshold(
     Eager code may call what is below it several times a forward. Where a state outlives a forward,
     each call needs its own.
     """
-    outlives = plan.period > 1 and not selectors.get(plan.activation_selector).groups
+    outlives = plan.rule.period > 1 and not selectors.get(plan.rule.activation_selector).groups
     kind = CallThresholds if below_eager and outlives else ActivationThreshold
     return kind(
         plan.name,
-        plan.activation_selector,
-        DENSE if plan.starts_dense else plan.activation_density,
-        state=initial_state(None, weight, plan.activation_selector, spatial, False),
-        period=plan.period,
+        plan.rule.activation_selector,
+        plan.first_densities[1],
+        state=initial_state(None, weight, plan.rule.activation_selector, spatial, False),
+        period=plan.rule.period,
         spatial=spatial,
         is_weight=False,
-        seed=plan.seed,
-        all_ranks=plan.global_threshold,
-        in_forward=plan.forward_activation,
+        seed=plan.rule.seed,
+        all_ranks=plan.rule.global_threshold,
+        in_forward=plan.rule.forward_activation,
     )

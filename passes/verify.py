@@ -38,7 +38,7 @@ def _check(node: fx.Node) -> bool:
     state, kept = node.args[3], node.args[4]
     if not isinstance(state, fx.Node) or "weight_threshold" not in str(state.target):
         raise _error(node, "a sparse op without a weight threshold")
-    if record.plan.backward_activation != (kept is not None):
+    if record.plan.rule.backward_activation != (kept is not None):
         raise _error(node, "packed activation and plan do not agree")
     return True
 

@@ -87,14 +87,14 @@ class Attachment:
     def __init__(self, gm: SwatModule) -> None:
         self._gm = gm
         self._clock = gm.swat.clock
-        self._policy = Policy.from_json(gm.meta["policy"])
+        self._policy = gm.swat.policy
         self._attached: list[Hooked] = []
         self._plan: Plan | None = None
         self._round: dict[Hooked, int] = {}  # who has stepped, with the training forwards then
         self._opened = -1  # training forwards when the first of them did
         self._together = False  # whether several step after one forward
         self._closures: weakref.WeakSet[Any] = weakref.WeakSet()  # ours, around users' closures
-        self._budgets = budgets(gm, self._policy)
+        self._budgets = budgets(gm)
         # Layers that an optimizer has to hold, and for each the module and name of its weight.
         self._wanted = [
             (layer, *_place(gm, layer))
@@ -364,11 +364,11 @@ class Handle:
             attachment.remove(hooked)
 
 
-def budgets(gm: SwatModule, policy: Policy) -> list[tuple[int, Policy, list[SparseLayer]]]:
+def budgets(gm: SwatModule) -> list[tuple[int, Policy, list[SparseLayer]]]:
     """(position of the rule, rule, its layers) of each rule that takes some."""
     groups: dict[tuple[int, Policy], list[SparseLayer]] = {}
     for layer in sparse_layers(gm):
-        groups.setdefault(policy.rule_for(layer.plan.name), []).append(layer)
+        groups.setdefault((layer.plan.budget, layer.plan.rule), []).append(layer)
     return [(position, rule, layers) for (position, rule), layers in groups.items()]
 
 

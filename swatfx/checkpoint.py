@@ -197,4 +197,4 @@ def _plan(gm: SwatModule) -> dict[str, Any]:
     # Kernels are chosen anew on the machine that loads.
     layers = {name: replace(p, kernels="").to_json() for name, p in all_plans(gm).items()}
     options = {name: gm.meta[name] for name in OPTIONS}
-    return {"policy": gm.meta["policy"], "layers": layers, "options": options}
+    return {"policy": gm.swat.policy.to_json(), "layers": layers, "options": options}

@@ -214,7 +214,7 @@ def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, .
                 remedy="add the other, or leave this one out",
             )
         subject = _subject(args, chosen, shape)
-        sparsity = policy.Policy.from_json(subject.gm.meta["policy"]).sparsity
+        sparsity = subject.gm.swat.policy.sparsity
         with _bar(len(all_plans(subject.gm)) * len(names)) as bar:
             rows = table6_trained(
                 subject.gm,

@@ -35,7 +35,7 @@ def compiled(args: argparse.Namespace, model: nn.Module) -> SwatModule:
     if not args.checkpoint:
         return compile_model(model, asked)
     gm = load(args.checkpoint, model)
-    saved = Policy.from_json(gm.meta["policy"])
+    saved = gm.swat.policy
     if (args.policy is not None or args.sparsity is not None) and saved != asked:
         raise InputError(
             f"{args.checkpoint} was trained with another policy, {saved.name}:{saved.sparsity:g}",

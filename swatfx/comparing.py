@@ -370,7 +370,7 @@ class _Counter:
             ) from error
         for layer in sparse_layers(gm):
             # Costs are linear in a layer's densities: counted at their mean, they are the mean.
-            if policy.rule_for(layer.plan.name)[1].moves_densities:
+            if layer.plan.rule.moves_densities:
                 planned = layer.plan.weight_density
                 value = None if densities is None else densities.get(layer.plan.name)
                 layer.set_density(planned if value is None else Density(value))

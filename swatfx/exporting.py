@@ -154,7 +154,7 @@ def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
     assert call is not None and weight is not None
     source, weight_node, bias = layer.input, layer.weight, node.args[2]
     masked = weight.detach()
-    if plan.forward_weight:
+    if plan.rule.forward_weight:
         threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
         assert isinstance(threshold, WeightThreshold)
         masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
@@ -281,7 +281,7 @@ def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
     tensors = {name: value.clone() for name, value in tensors.items()}  # no two may share memory
     sparse: dict[str, dict[str, Any]] = {}
     for layer in sparse_layers(twin):
-        if not layer.plan.forward_weight:
+        if not layer.plan.rule.forward_weight:
             continue
         names = [n for n, v in gm.state_dict().items() if _same(v, layer.weight)]
         if not names:

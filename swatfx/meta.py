@@ -6,6 +6,7 @@ fx.Transformer, torch.export and its save and load. This file is the only one th
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -14,9 +15,13 @@ import torch
 from torch import fx
 
 from swatfx.density import DENSE, Density
+from swatfx.policy import Policy
+from swatfx.selectors.names import HELD
 
 # What `compile(..., value_dtype=...)` takes, by the name that a model keeps.
 VALUE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "bf16": torch.bfloat16}
+
+_DENSE = Policy("dense", distribution="dense")  # of a layer that no rule was asked for
 
 _KEY = "swatfx"
 _CACHE = "_swatfx_record"
@@ -34,29 +39,14 @@ class LayerPlan:
         is_first: no other layer stands between this one and a graph input.
         is_last: likewise for the outputs.
         skipped: why the layer stays dense, or None.
-        policy: name of the policy that rules it.
+        rule: the policy that rules it: one of those of `swatfx.per_layer`, or the only one.
+        budget: position of that rule; layers that have it in common share a budget.
         weight_density: what Top-K keeps of the weight.
         activation_density: what Top-K keeps of the input activation.
         gradient_density: what Top-K keeps of the output gradient.
-        weight_selector: name in `swatfx.selectors`.
-        activation_selector: likewise.
-        gradient_selector: likewise.
-        forward_weight: see `Policy`, as are the five below.
-        forward_activation: forward sees Top-K activations.
-        backward_weight: input gradient sees Top-K weights.
-        backward_activation: weight gradient sees Top-K activations.
-        update: "all" or "active".
-        period: iterations between threshold refreshes.
-        global_threshold: activation threshold over all ranks.
-        seed: of random selectors.
         state: name of the layer's module under `swat.`, if it takes part.
         counted_activation_density: what the paper's accounting takes for the input of a layer that
             is itself dense (SWAT-U's first); None: the activation density.
-        held: the active set is held from the first step on, see `Policy.hold_from_epoch`.
-        starts_dense: densities begin at 1, whatever their target.
-        zeroed: inactive weights are zero, at least when training ends.
-        assumed_activation_density: what the paper's accounting takes in the weight gradient where
-            activations are dense; None: 1.
         kernels: "sparse", or "dense: " and why; "" where nothing was chosen. A matter of the
             machine, not of the method: the values are the same.
     """
@@ -68,27 +58,13 @@ class LayerPlan:
     is_first: bool = False
     is_last: bool = False
     skipped: str | None = None
-    policy: str = "dense"
+    rule: Policy = _DENSE
+    budget: int = -1
     weight_density: Density = DENSE
     activation_density: Density = DENSE
     gradient_density: Density = DENSE
-    weight_selector: str = "nchw"
-    activation_selector: str = "nchw"
-    gradient_selector: str = "nchw"
-    forward_weight: bool = True
-    forward_activation: bool = False
-    backward_weight: bool = True
-    backward_activation: bool = True
-    update: str = "all"
-    period: int = 1
-    global_threshold: bool = False
-    seed: int = 0
     state: str = ""
     counted_activation_density: Density | None = None
-    held: bool = False
-    starts_dense: bool = False
-    zeroed: bool = False
-    assumed_activation_density: Density | None = None
     kernels: str = ""
 
     @property
@@ -104,19 +80,69 @@ class LayerPlan:
         """Whether the layer was rewritten."""
         return self.skipped is None
 
+    @property
+    def weight_selector(self) -> str:
+        """Name in `swatfx.selectors`: the rule's, or what holds the mask that it selects."""
+        name = self.rule.weight_selector
+        return name if self.rule.hold_from_epoch is None else HELD + name
+
+    @property
+    def sees_weight(self) -> bool:
+        """Whether any pass of a layer that takes part sees Top-K weights."""
+        return self.rule.forward_weight or self.rule.backward_weight
+
+    @property
+    def sees_activation(self) -> bool:
+        """Likewise for activations."""
+        return self.rule.forward_activation or self.rule.backward_activation
+
+    @property
+    def is_zeroed(self) -> bool:
+        """Whether inactive weights are zero, at least when training ends."""
+        return self.rule.zero_inactive != "never"
+
+    @property
+    def first_densities(self) -> tuple[Density, Density]:
+        """(weight, activation) densities that training begins with: 1 where a ramp leads down."""
+        if self.rule.ramp != "none":
+            return DENSE, DENSE
+        return self.weight_density, self.activation_density
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return {f.name: _encode(getattr(self, f.name)) for f in fields(self)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> LayerPlan:
-        """Inverse of `to_json`."""
-        values = dict(data)
+        """Inverse of `to_json`; also reads what versions wrote that copied the rule's fields."""
+        values = dict(data) if "rule" in data else _of_copied_fields(data)
+        values["rule"] = _rule(values["rule"])
         values["weight_shape"] = tuple(values["weight_shape"])
-        for key, value in data.items():
+        for key, value in values.items():
             if value is not None and key.endswith("_density"):
                 values[key] = _density(*value)
         return LayerPlan(**values)
+
+
+def _of_copied_fields(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan as it was before it held its rule (until 2026-11).
+
+    What the rule said of sparsity is not in it; densities are.
+    """
+    own = {f.name for f in fields(LayerPlan)} - {"rule"}
+    copied = {f.name for f in fields(Policy)} & set(data) - {"name"}
+    rule = {name: data[name] for name in copied} | {"name": data["policy"]}
+    if rule["weight_selector"].startswith(HELD):
+        rule["weight_selector"] = rule["weight_selector"].removeprefix(HELD)
+        rule["hold_from_epoch"] = 0 if data["held"] else 1
+    if data["starts_dense"]:
+        rule["ramp"] = "cubic"
+    if data["zeroed"]:
+        rule["zero_inactive"] = "always"
+    assumed = data["assumed_activation_density"]
+    rule["assumed_activation_density"] = None if assumed is None else assumed[0]
+    values = {name: value for name, value in data.items() if name in own}
+    return values | {"rule": json.dumps(Policy(**rule).to_json())}
 
 
 @dataclass(frozen=True)
@@ -185,7 +211,20 @@ def _density(value: float, exact: str | None) -> Density:
     return Density.from_json([value, exact])
 
 
+@lru_cache(maxsize=4096)
+def _rule(text: str) -> Policy:
+    """A decoded policy: all layers of a rule share one."""
+    return Policy.from_json(json.loads(text))
+
+
+@lru_cache(maxsize=4096)
+def _text(rule: Policy) -> str:
+    return json.dumps(rule.to_json())
+
+
 def _encode(value: Any) -> Any:
+    if isinstance(value, Policy):
+        return _text(value)
     if isinstance(value, Density):
         return value.to_json()
     return list(value) if isinstance(value, tuple) else value

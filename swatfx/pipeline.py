@@ -249,7 +249,6 @@ def _add_state(gm: SwatModule, policy: Policy) -> None:
         swat.remember(len(policy.rules) + 1)
     swat.train(gm.training)
     gm.add_module("swat", swat)
-    gm.meta["policy"] = policy.to_json()
     gm.adopt_parts()
     gm.register_load_state_dict_post_hook(after_load)  # type: ignore[no-untyped-call]
 
@@ -284,7 +283,7 @@ def run_passes(gm: SwatModule, passes: Sequence[Pass], ctx: Context) -> SwatModu
 
 
 def _choose_kernels_again(gm: SwatModule) -> None:
-    choose_again(gm, Context(Policy.from_json(gm.meta["policy"])))
+    choose_again(gm, Context(gm.swat.policy))
 
 
 @dataclass(frozen=True)

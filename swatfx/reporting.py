@@ -22,7 +22,6 @@ from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.norm import EXACT
 from swatfx.pipeline import Measured, SimulationOptions, kernels_on, measure
-from swatfx.policy import Policy
 from swatfx.simulation import DESIGNS, Simulation, simulate
 
 PAPER = "paper"
@@ -226,7 +225,6 @@ def report(
     measured = measure(root, inputs, accounting)
     layers = tuple(_record(root, measured, kernels))
     totals = _totals(root, layers, measured, activation_floor, costs)
-    policy = Policy.from_json(root.meta["policy"])
     simulated = None
     if isinstance(accelerators, (str, Accelerator)) or accelerators:
         simulated = simulate(root, inputs, accelerators, options=simulation_options)
@@ -235,7 +233,7 @@ def report(
         totals,
         tuple(OtherRecord(*row, *kept) for row, kept in measured.other_saves.items()),
         dict(root.eager),
-        policy.name,
+        root.swat.policy.name,
         accounting,
         root.meta["norm_saves"],
         root.meta["value_dtype"],
@@ -295,7 +293,7 @@ def _record(
             realised_weight_density=realised,
             realised_activation_density=measured.realised.get(name),
             weight_selector=plan.weight_selector,
-            activation_selector=plan.activation_selector,
+            activation_selector=plan.rule.activation_selector,
             parameters=measured.row_parameters.get(name, plan.parameters),
             skipped=plan.skipped or (None if cost.output_shape else "not called by these inputs"),
             kernels=plan.kernels if kernels is None else kernels.get(name, ""),
@@ -336,8 +334,8 @@ def _totals(
         p.counted_activation_density is not None and not p.counted_activation_density.is_dense
         for p in plans
     )
-    assumed = [p.assumed_activation_density for p in plans if p.assumed_activation_density]
-    totals["assumed_activation_density"] = assumed[0].value if assumed else None
+    assumed = (p.rule.assumed_activation_density for p in plans if p.takes_part)
+    totals["assumed_activation_density"] = next(filter(None, assumed), None)
     totals["activation_reduction"] = dropped / max(read + measured.norm_elements, 1)
     totals["activation_sparsity"] = dropped / max(read, 1)
     weights = sum(layer.parameters for layer in layers)
@@ -353,7 +351,9 @@ def _totals(
 def _topk_overhead(
     measured: Measured, reduction: float, step_ms: float, topk_ms: float
 ) -> dict[str, Any]:
-    period = max((plan.period for plan in measured.plans.values() if plan.takes_part), default=1)
+    period = max(
+        (plan.rule.period for plan in measured.plans.values() if plan.takes_part), default=1
+    )
     speedup = macs.topk_speedup(reduction, period, step_ms, topk_ms)
     paper = (step_ms, topk_ms) == PAPER_TOPK_COST
     line = (

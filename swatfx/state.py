@@ -414,7 +414,7 @@ class SwatState(nn.Module):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.policy_made_for = policy
+        self.policy = policy
         self.clock = Clock(policy.name if policy.needs_optimizer else None)
         self.part_clock = PartClock(self.clock)
         self.register_buffer("memory", None)
@@ -443,7 +443,7 @@ class SwatState(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The policy, so that a state dict says what it belongs to."""
-        return saved_policy.as_tensor(self.policy_made_for)
+        return saved_policy.as_tensor(self.policy)
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: a state of another policy was refused before."""
@@ -451,7 +451,7 @@ class SwatState(nn.Module):
     def check_policy(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Raise CheckpointError if `state_dict`, our keys at `prefix`, is of another policy."""
         own = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
-        saved_policy.check(self.policy_made_for, state_dict, prefix, own)
+        saved_policy.check(self.policy, state_dict, prefix, own)
 
     def spare_keys(self) -> set[str]:
         """Keys that checkpoints of earlier versions lack: those of calls that had no state."""

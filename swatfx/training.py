@@ -14,7 +14,6 @@ from swatfx.graph_module import SwatModule, all_parts, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.ops.origin import note_load
 from swatfx.optimizers import held_by, optimizers_of
-from swatfx.policy import Policy
 
 
 def refresh(gm: nn.Module) -> None:
@@ -113,11 +112,10 @@ def _wrapped(module: nn.Module) -> Any:
 
 def _masked_weights(gm: SwatModule) -> dict[str, Tensor]:
     """Name of each weight under a held mask, and of its aliases -> the mask."""
-    policy = Policy.from_json(gm.meta["policy"])
     masked: dict[int, Tensor] = {}
     for layer in sparse_layers(gm):
-        rule = policy.rule_for(layer.plan.name)[1]
         layer.weight_threshold.mend(layer.weight)
+        rule = layer.plan.rule
         sees = rule.forward_weight or rule.zero_inactive == "always"
         if layer.weight_threshold.is_held and sees:
             masked[id(layer.weight)] = layer.keep()

@@ -124,9 +124,9 @@ def tune(
     """
     check_objective(objective)
     root = unwrap(gm)
-    policy = Policy.from_json(root.meta["policy"])
+    policy = root.swat.policy
     plans = {layer.plan.name: layer.plan for layer in sparse_layers(root)}
-    _check_policy(policy, plans)
+    _check_policy(plans)
     seen = batches_of(data, batches)
     inputs = planned_inputs(root, seen[0][0])
     fraction = _fraction(budget, inputs, objective, simulation_options)
@@ -170,8 +170,8 @@ def _grid() -> tuple[float, ...]:
     return tuple(float(f"{d:.3g}") for d in np.geomspace(LEAST_DENSITY, 1, LEVELS))
 
 
-def _check_policy(policy: Policy, plans: Mapping[str, LayerPlan]) -> None:
-    for rule in {policy.rule_for(name)[1] for name in plans}:
+def _check_policy(plans: Mapping[str, LayerPlan]) -> None:
+    for rule in {plan.rule for plan in plans.values()}:
         if rule.moves_densities or rule.hold_from_epoch == 0:
             moves = "its densities move by themselves" if rule.moves_densities else "masks are held"
             raise PolicyError(
@@ -219,10 +219,9 @@ def _items(
     groups = sharers(gm) if objective == "saved_bytes" else {name: name for name in plans}
     members: dict[tuple[str, bool, bool], list[str]] = {}
     for name, plan in plans.items():
-        fixed = policy.rule_for(name)[1].activation_sparsity is not None
-        weight = plan.forward_weight or plan.backward_weight
-        weight = weight and not selectors.get(plan.weight_selector).fixed_density
-        activation = plan.forward_activation or plan.backward_activation
+        fixed = plan.rule.activation_sparsity is not None
+        weight = plan.sees_weight and not selectors.get(plan.weight_selector).fixed_density
+        activation = plan.sees_activation
         if weight and activation and not separate and not fixed:
             members.setdefault((groups[name], True, True), []).append(name)
             continue
@@ -340,13 +339,12 @@ def _policy(
 ) -> Policy:
     """One rule a layer; all that has none stays dense."""
     rules = {}
-    for name in plans:
-        base = policy.rule_for(name)[1]
+    for name, plan in plans.items():
         weight, activation = chosen.get(name, (None, None))
         changes: dict[str, Any] = {"first_dense": False, "last_dense": False}
         if weight is not None:
             changes |= {"distribution": "uniform", "sparsity": _sparsity(weight)}
         if activation is not None and activation != weight:
             changes["activation_sparsity"] = _sparsity(activation)
-        rules[glob.escape(name)] = replace(base, **changes)
+        rules[glob.escape(name)] = replace(plan.rule, **changes)
     return replace(per_layer(rules), name=f"tuned({policy.name})")

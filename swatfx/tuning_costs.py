@@ -143,10 +143,8 @@ def with_densities(gm: SwatModule, densities: Densities) -> SwatModule:
 def _seen(plan: LayerPlan, densities: tuple[Density, Density]) -> dict[str, Density]:
     """Those of the densities of weight and activation that `plan` has use for, by field."""
     weight, activation = densities
-    sees_weight = plan.forward_weight or plan.backward_weight
-    sees_activation = plan.forward_activation or plan.backward_activation
-    found = {"weight_density": weight} if sees_weight else {}
-    return found | ({"activation_density": activation} if sees_activation else {})
+    found = {"weight_density": weight} if plan.sees_weight else {}
+    return found | ({"activation_density": activation} if plan.sees_activation else {})
 
 
 def sharers(gm: SwatModule) -> dict[str, str]:
@@ -212,7 +210,7 @@ def cost_curves(
         options: of the simulation.
     """
     plans = {layer.plan.name: layer.plan for layer in sparse_layers(gm)}
-    curved = objective.startswith(CYCLES) or any(plans[n].forward_activation for n in moving)
+    curved = objective.startswith(CYCLES) or any(plans[n].rule.forward_activation for n in moving)
     knots = [float(k) for k in np.geomspace(least, 1, _CURVED_KNOTS if curved else 2)]
     runs = []
     for knot in knots:

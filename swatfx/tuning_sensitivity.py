@@ -265,7 +265,7 @@ def _weight_energy(layer: SparseLayer, grid: Sequence[float]) -> Floats:
     axes, squares = Axes.of(weight.dim(), weight.dim() - 2, True), weight.double().square()
     kept = []
     for value in grid:
-        state = chosen.state(weight, Density(value), axes, layer.plan.seed)
+        state = chosen.state(weight, Density(value), axes, layer.plan.rule.seed)
         kept.append(float((squares * chosen.keep(weight, state, axes)).sum().item()))
     return np.asarray(kept) / max(float(squares.sum().item()), 1e-300)
 

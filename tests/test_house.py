@@ -20,7 +20,6 @@ FLOORS = {
         "swatfx.atomic",
         "swatfx.density",
         "swatfx.policy",
-        "swatfx.meta",
     ],
     1: [
         "swatfx.bits",
@@ -33,6 +32,7 @@ FLOORS = {
         "swatfx.selectors",
         "swatfx.ops",
         "swatfx.distributions",
+        "swatfx.meta",
         "swatfx.macs",
         "swatfx.products",
         "swatfx.masks",

@@ -85,7 +85,7 @@ def test_the_policy_is_the_models_own_but_for_densities(tmp_path: Any) -> None:
     for name, plan in plans.items():
         if name in skipped:
             continue
-        assert (plan.period, plan.weight_selector, plan.activation_selector) == (
+        assert (plan.rule.period, plan.weight_selector, plan.rule.activation_selector) == (
             7,
             "channel",
             "chw",
