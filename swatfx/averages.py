@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from swatfx.density import Density
-from swatfx.masks import largest
 from swatfx.ops.state import HELD
 from swatfx.selectors import Axes, Held, RandomSelector
+from swatfx.topk import largest
 
 if TYPE_CHECKING:
     from swatfx.state import WeightThreshold

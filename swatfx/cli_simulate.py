@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swatfx import accelerators, models, policy
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.atomic import write_text
 from swatfx.cli_subject import compiled
 from swatfx.cli_types import (
@@ -31,7 +32,6 @@ from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule
 from swatfx.layers import all_plans
-from swatfx.pipeline import SimulationOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.simulation import Simulation, simulate
 from swatfx.simulation_trace import trace_events

@@ -18,6 +18,7 @@ from torch import Tensor
 from swatfx.density import Density
 from swatfx.errors import UnknownNameError
 from swatfx.policy import Policy
+from swatfx.topk import largest
 
 DSR_THRESHOLD = 1e-3  # what global-magnitude starts at
 _TOLERANCE = 0.1  # of the number of weights that it is to drop
@@ -82,25 +83,6 @@ def drop_count(layer: MaskedLayer, fraction: float) -> int:
     """Weights to drop: `fraction` of those within the target, and all that are beyond it."""
     beyond = max(0, layer.active - layer.target.count(layer.keep.numel()))
     return beyond + math.floor(fraction * (layer.active - beyond) + 1e-9)
-
-
-def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
-    """Bool mask of the `count` largest `scores` among those where the mask `among` is set.
-
-    Of equal ones, those at the lowest index in row-major order, on every device. NaN is largest.
-    """
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    where = among.reshape(-1).nonzero().squeeze(1)
-    count = min(count, where.numel())
-    if count > 0:
-        found = scores.reshape(-1)[where]
-        nan = found.isnan()
-        last = found.topk(count).values.amin()  # NaN if one is among them
-        if bool(last.isnan()) and int(nan.sum().item()) < count:
-            last = found.masked_fill(nan, torch.inf).topk(count).values.amin()
-        over, ties = (nan & False, nan) if last.isnan() else (nan | (found > last), found == last)
-        chosen[where] = over | ties & (ties.cumsum(0) <= count - over.sum())
-    return chosen.view(scores.shape)
 
 
 def _draw(layer: MaskedLayer) -> Tensor:

@@ -16,7 +16,7 @@ from torch import fx
 
 from swatfx.density import DENSE, Density
 from swatfx.policy import Policy
-from swatfx.selectors.names import HELD
+from swatfx.policy.fields import HELD
 
 # What `compile(..., value_dtype=...)` takes, by the name that a model keeps.
 VALUE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "bf16": torch.bfloat16}
@@ -82,9 +82,8 @@ class LayerPlan:
 
     @property
     def weight_selector(self) -> str:
-        """Name in `swatfx.selectors`: the rule's, or what holds the mask that it selects."""
-        name = self.rule.weight_selector
-        return name if self.rule.hold_from_epoch is None else HELD + name
+        """Name in `swatfx.selectors`."""
+        return self.rule.selector_in_use
 
     @property
     def sees_weight(self) -> bool:

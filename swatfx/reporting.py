@@ -14,14 +14,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from passes.choose_kernels import kernels_on
 from swatfx import macs
 from swatfx.accelerators import Accelerator
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.arguments import SHARE, as_inputs, checked, instance, optional
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
+from swatfx.measuring import Measured, measure
 from swatfx.ops.norm import EXACT
-from swatfx.pipeline import Measured, SimulationOptions, kernels_on, measure
 from swatfx.simulation import DESIGNS, Simulation, simulate
 
 PAPER = "paper"

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from swatfx import accelerators as designs
 from swatfx.accelerators import Accelerator
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.arguments import as_inputs, checked, instance, optional
 from swatfx.errors import InputError
 from swatfx.graph_module import unwrap
-from swatfx.pipeline import SimulationOptions, simulate_cycles
+from swatfx.measuring import simulate_cycles
 from swatfx.walking import layer_nodes
 
 DESIGNS = instance(Accelerator, str, list, tuple)

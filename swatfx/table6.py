@@ -18,10 +18,10 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.errors import InputError
 from swatfx.graph_module import SwatModule
 from swatfx.layers import all_plans
-from swatfx.pipeline import SimulationOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import swat_u
 from swatfx.simulation import PASSES, LayerCycles, simulate

@@ -141,3 +141,22 @@ def exact_top(scores: Tensor, density: Density, shape: tuple[int, ...]) -> Tenso
 def _kth_of_rows(rows: Tensor, k: int) -> Tensor:
     wide = rows if rows.dtype in _DIGITS else rows.float()
     return wide.kthvalue(wide.shape[1] - k + 1, dim=1).values.to(rows.dtype)
+
+
+def largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` largest `scores` among those where the mask `among` is set.
+
+    Of equal ones, those at the lowest index in row-major order, on every device. NaN is largest.
+    """
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    where = among.reshape(-1).nonzero().squeeze(1)
+    count = min(count, where.numel())
+    if count > 0:
+        found = scores.reshape(-1)[where]
+        nan = found.isnan()
+        last = found.topk(count).values.amin()  # NaN if one is among them
+        if bool(last.isnan()) and int(nan.sum().item()) < count:
+            last = found.masked_fill(nan, torch.inf).topk(count).values.amin()
+        over, ties = (nan & False, nan) if last.isnan() else (nan | (found > last), found == last)
+        chosen[where] = over | ties & (ties.cumsum(0) <= count - over.sum())
+    return chosen.view(scores.shape)

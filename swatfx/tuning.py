@@ -18,13 +18,13 @@ import numpy as np
 from torch import nn
 
 from swatfx import selectors
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.arguments import BATCHES, COUNT, FLAG, FUNCTION, checked, instance, optional
 from swatfx.density import Density
 from swatfx.errors import InputError, PolicyError
 from swatfx.graph_module import SwatModule, unwrap
 from swatfx.layers import sparse_layers
 from swatfx.meta import LayerPlan
-from swatfx.pipeline import SimulationOptions
 from swatfx.policy import Policy, per_layer
 from swatfx.tuning_costs import (
     CostCurves,

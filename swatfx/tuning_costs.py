@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from swatfx import accelerators
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.density import Density
 from swatfx.errors import InputError, UnknownNameError
 from swatfx.graph_module import SwatModule, private_copy, unwrap
 from swatfx.layers import sparse_layers
+from swatfx.measuring import measure
 from swatfx.meta import LayerPlan
-from swatfx.pipeline import SimulationOptions, measure
 from swatfx.simulation import simulate
 from swatfx.training import refresh
 from swatfx.walking import layer_nodes

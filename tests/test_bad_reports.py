@@ -11,10 +11,10 @@ import torch
 
 import swatfx
 from swatfx import comparing
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.cli import main
 from swatfx.errors import SwatError
 from swatfx.graph_module import SwatModule
-from swatfx.pipeline import SimulationOptions
 from swatfx.simulation import simulate
 
 X = torch.empty(2, 1, 8, 8, device="meta")

@@ -59,6 +59,7 @@ FLOORS = {
     2: ["passes"],
     3: [
         "swatfx.pipeline",
+        "swatfx.measuring",
         "swatfx.schedules",
         "swatfx.optimizers",
         "swatfx.joint_updates",

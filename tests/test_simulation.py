@@ -12,11 +12,11 @@ from torch import nn
 import swatfx
 from swatfx import accelerators, cli
 from swatfx.accelerators import Accelerator, Count, Ideal
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.accelerators.traffic import Traffic, operand_bytes
 from swatfx.cli_simulate import sweep_values
 from swatfx.errors import InputError, UnknownNameError
 from swatfx.layers import sparse_layers
-from swatfx.pipeline import SimulationOptions
 from swatfx.simulation import PASSES, simulate
 from swatfx.simulation_trace import trace_events
 from swatfx.table6 import table6_trained

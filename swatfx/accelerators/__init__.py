@@ -22,6 +22,7 @@ from swatfx.accelerators.cnvlutin import Cnvlutin
 from swatfx.accelerators.dense import DenseTile
 from swatfx.accelerators.geometry import Problem, ceil_div, count_multiplications
 from swatfx.accelerators.ideal import Ideal
+from swatfx.accelerators.options import SimulationOptions
 from swatfx.accelerators.scnn import SCNN
 from swatfx.accelerators.systolic import Systolic
 from swatfx.accelerators.tensordash import TensorDash
@@ -109,6 +110,7 @@ def _value(text: str) -> Value:
 
 
 __all__ = [
+    "SimulationOptions",
     "ACCELERATORS",
     "SCNN",
     "Accelerator",

@@ -17,6 +17,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "ramp": ("none", "cubic"),
 }
 
+HELD = "held:"  # before the name of a selector: what it selected once is kept
 _INT64 = 2**62  # ops take counts as int64
 
 
@@ -171,6 +172,12 @@ class Policy:
                 value=f"hold_from_epoch={self.hold_from_epoch}",
                 remedy="use hold_from_epoch=0 with drop, grow and ramp",
             )
+
+    @property
+    def selector_in_use(self) -> str:
+        """Name of the weights' selector: where masks are held, of what holds its choice."""
+        held = self.hold_from_epoch is not None
+        return HELD + self.weight_selector if held else self.weight_selector
 
     @property
     def updates_masks(self) -> bool:

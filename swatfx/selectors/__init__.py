@@ -10,9 +10,10 @@ Tensors are described by `spatial`, the number of spatial dimensions: activation
 (F, C, *kernel).
 """
 
+from swatfx.policy.fields import HELD
 from swatfx.selectors.base import Axes, Selector
 from swatfx.selectors.masks import Held, NofM, RandomSelector
-from swatfx.selectors.names import HELD, SELECTORS, get, register
+from swatfx.selectors.names import SELECTORS, get, register
 
 __all__ = [
     "HELD",

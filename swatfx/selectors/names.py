@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 from swatfx.errors import UnknownNameError
+from swatfx.policy.fields import HELD
 from swatfx.selectors.base import Selector, filter_l2, l1_over
 from swatfx.selectors.masks import Held, NofM, RandomSelector
 from swatfx.selectors.ssc import SSC, SscSelector
-
-HELD = "held:"
 
 # Add a selector by adding a value here, or at run time with `register`.
 SELECTORS: dict[str, Selector] = {
