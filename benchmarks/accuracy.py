@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --data DIR_OR_NPZ [--limit N] [--epochs N] [--seeds N] [--json]
 
 Trains cifar/resnet20 on the first `--limit` images of CIFAR-10, augmented, by the recipe of
-`swatfx.recipes` stretched to `--epochs`, and tests on all 10,000 test images. Runs of one seed
+`swatfx.runs.recipes` stretched to `--epochs`, and tests on all 10,000 test images. Runs of one seed
 start from the same weights and see the same batches. Beside the JSON file stands one in Markdown,
 and the loss curves as PNG where matplotlib is installed. Runs that are finished are kept in the
 file `--partial` until all are: started again with the same options, the runner takes them thence.
@@ -35,7 +35,7 @@ from benchmarks.training_runs import (
     train_epoch,
 )
 from swatfx import datasets, kernels
-from swatfx.recipes import make_optimizer, recipe_for
+from swatfx.runs import make_optimizer, recipe_for
 
 _EPOCHS = (12, 2)  # the second with --quick
 _POINTS = 10  # of a loss curve, an epoch

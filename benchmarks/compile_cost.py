@@ -30,7 +30,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 import swatfx
 from benchmarks import common, options
 from swatfx import models
-from swatfx.state import Threshold
+from swatfx.compiled import Threshold
 
 _MODELS = ("resnet50", "densenet121")
 _QUICK_MODELS = ("digits/cnn",)

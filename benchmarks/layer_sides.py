@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from swatfx import layouts
+from swatfx.compiled import ActivationThreshold, Clock, Pack, WeightThreshold, initial_state
 from swatfx.density import Density
 from swatfx.ops.layout import converted
-from swatfx.state import ActivationThreshold, Clock, Pack, WeightThreshold, initial_state
+from swatfx.tensors import layouts
 
 PARTS = (
     "weight_threshold",

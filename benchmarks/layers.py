@@ -29,7 +29,7 @@ import torch
 from benchmarks import common, options
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
 from benchmarks.sides import failure
-from swatfx import layouts
+from swatfx.tensors import layouts
 
 LAYERS = (
     Layer(1, 64, 256, 56, 32),

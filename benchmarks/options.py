@@ -9,10 +9,10 @@ import re
 
 import torch
 
-from swatfx import cli_types
+from swatfx.cli import arguments as cli_types
 from swatfx.errors import SwatError
 from swatfx.policy import as_policy
-from swatfx.tuning_costs import check_objective
+from swatfx.tuning import check_objective
 
 positive = cli_types.whole()
 threads = cli_types.whole(1, cli_types.MOST_THREADS)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import swatfx
 from benchmarks import options
 from swatfx import models
-from swatfx.graph_module import SwatModule
+from swatfx.compiled import SwatModule
 
 FORMS = ("nchw", "channels_last", "compiled")
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, options
-from swatfx import bits, kernels, ops
+from swatfx import kernels, ops
 from swatfx.density import Density
 from swatfx.ops.state import compute_state
+from swatfx.tensors import bits
 
 _SIZES = (10**5, 10**6, 6 * 10**6, 25 * 10**6)
 _QUICK_SIZES = (10**4, 2 * 10**5)

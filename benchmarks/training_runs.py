@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import common, options
 from benchmarks.sides import as_form
 from swatfx import datasets
-from swatfx.recipes import learning_rate, recipe_for
+from swatfx.runs import learning_rate, recipe_for
 
 _TEST_BATCH = 500
 

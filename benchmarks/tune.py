@@ -5,7 +5,7 @@
 The budget is what `swat-u:S` costs a training step. ERK's sparsity is raised until it costs no
 more. The tuned densities come from `swatfx.tune`, once, after a short dense warm-up by a seed that
 no other run has. Then each policy is trained from scratch with `--seeds` seeds: cifar/resnet20 on
-the first `--limit` images of CIFAR-10, augmented, by the recipe of `swatfx.recipes` shrunk to
+the first `--limit` images of CIFAR-10, augmented, by the recipe of `swatfx.runs.recipes` shrunk to
 `--epochs`; tested on all 10,000 test images. Runs of one seed start from the same weights and see
 the same batches. What is finished is kept in the file `--partial` until all is: started again with
 the same options, the runner takes it thence.
@@ -38,7 +38,7 @@ from benchmarks.training_runs import (
 )
 from swatfx import datasets, models
 from swatfx.policy import Policy
-from swatfx.recipes import make_optimizer, recipe_for
+from swatfx.runs import make_optimizer, recipe_for
 from swatfx.tuning import cost, tune
 
 _WARM_UP_SEED = 1000  # beyond those of the runs that are compared

@@ -13,14 +13,19 @@ from dataclasses import replace
 import torch
 
 from passes.annotate_products import add_costs, is_own, name_and_kind, product_cost
+from passes.reading.products import Frame, Product
 from passes.trace_shapes import Run, Seen
-from passes.watch_products import Frame, Product
 from swatfx import macs, meta
-from swatfx.graph_module import SwatModule
-from swatfx.layers import SparseLayer, sparse_layers
+from swatfx.compiled import (
+    LayerNode,
+    SparseLayer,
+    SwatModule,
+    all_nodes,
+    layer_nodes,
+    sparse_layers,
+)
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
-from swatfx.walking import LayerNode, all_nodes, layer_nodes
 
 
 def annotate_cost(gm: SwatModule, sparse: Run, dense: Run, accounting: str) -> None:

@@ -23,10 +23,8 @@ from swatfx import meta
 from swatfx.accelerators import Accelerator, Cycles
 from swatfx.accelerators.options import SimulationOptions
 from swatfx.accelerators.traffic import Traffic, operand_bytes
-from swatfx.graph_module import SwatModule
-from swatfx.layers import SparseLayer, sparse_layers
+from swatfx.compiled import SparseLayer, SwatModule, layer_nodes, sparse_layers
 from swatfx.meta import LayerCall, LayerPlan
-from swatfx.walking import layer_nodes
 
 Mask = npt.NDArray[np.bool_]
 

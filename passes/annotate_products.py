@@ -14,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from passes.reading.products import Frame, Product
 from passes.trace_shapes import Run
-from passes.watch_products import Frame, Product
 from swatfx import macs, meta
-from swatfx.graph_module import SwatModule, join
+from swatfx.compiled import Bound, Norm, NormOf, Saver, SwatModule, all_nodes, join
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
-from swatfx.saves import Bound, Norm, NormOf, Saver
-from swatfx.walking import all_nodes
 
 OF_ACTIVATIONS = "matrix product of activations"
 OF_WEIGHTS = "matrix product of weights"

@@ -11,13 +11,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from swatfx import distributions, masks, meta, selectors
+from swatfx.compiled import SwatModule, layer_nodes
 from swatfx.density import DENSE, Density
 from swatfx.errors import InputError, PolicyError
-from swatfx.graph_module import SwatModule
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
-from swatfx.walking import layer_nodes
 
 
 def assign_density(gm: SwatModule, ctx: Context) -> PassResult:

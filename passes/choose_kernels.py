@@ -23,17 +23,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from passes.layout_flow import LayoutFlow
+from passes.writing.layout_flow import LayoutFlow
 from swatfx import kernels, masks
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.compiled import LayerNode, Pack, SwatModule, all_parts, nodes_of, sparse_nodes
 from swatfx.kernels.problems import MAX_TAPS
-from swatfx.layouts import BATCH_INNERMOST
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.layout import laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
-from swatfx.state import Pack
-from swatfx.walking import LayerNode, nodes_of, sparse_nodes
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 MOST_DENSE = 0.3
 LEAST_FILTERS = 16  # of a group: below, hardly a vector is filled

@@ -2,9 +2,9 @@
 
 Reads nodes, modules and LayerPlans; replaces batch norm (with the addition and the ReLU behind it,
 if nobody else reads what lies between), ReLU, 2d pooling and dropout by calls of leaves below
-`swat` (`swatfx.saves`), which the model's own modules go on to rule. Values stay what they are, and
-so do parameters and their names. What has hooks, is parametrized, or works in place on a tensor
-that others read, stays as it is. A second run finds nothing left and changes nothing.
+`swat` (`swatfx.compiled.saves`), which the model's own modules go on to rule. Values stay what they
+are, and so do parameters and their names. What has hooks, is parametrized, or works in place on a
+tensor that others read, stays as it is. A second run finds nothing left and changes nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import fx
 
-from passes.aliasing import Versions
-from passes.saving_calls import Calls
-from passes.saving_leaves import Leaves
+from passes.reading.aliasing import Versions
+from passes.reading.saving_calls import Calls
+from passes.writing.saving_leaves import Leaves
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts, join, relative
+from swatfx.compiled import SwatModule, all_parts, join, relative, sparse_nodes
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
-from swatfx.walking import sparse_nodes
 
 
 def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:

@@ -11,14 +11,13 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from passes.dataflow import Key, first_and_last, reached_layers, to_networkx
-from passes.layer_calls import Site, expression, find_site, normal_call, roots
-from passes.module_kinds import LAYERS, opaque_reason
+from passes.reading.dataflow import Key, first_and_last, reached_layers, to_networkx
+from passes.reading.layer_calls import Site, expression, find_site, normal_call, roots
+from passes.tracing.module_kinds import LAYERS, opaque_reason
 from swatfx import meta
-from swatfx.graph_module import SwatModule, join
+from swatfx.compiled import SwatModule, all_nodes, join
 from swatfx.meta import LayerPlan, NodeRecord
 from swatfx.passing import Context, PassResult
-from swatfx.walking import all_nodes
 
 
 def find_layers(gm: SwatModule, ctx: Context) -> PassResult:

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.layer_calls import find_site, roots
-from passes.module_kinds import layer_weights
-from swatfx.graph_module import SwatModule, join
+from passes.reading.layer_calls import find_site, roots
+from passes.tracing.module_kinds import layer_weights
+from swatfx.compiled import SwatModule, all_nodes, join, layer_nodes
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
-from swatfx.walking import all_nodes, layer_nodes
 
 
 def find_unreached(gm: SwatModule, ctx: Context) -> PassResult:

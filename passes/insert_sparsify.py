@@ -14,18 +14,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.aliasing import Versions
-from passes.layer_calls import Site, find_site
-from passes.layer_states import States, activation_threshold, weight_threshold
+from passes.reading.aliasing import Versions
+from passes.reading.layer_calls import Site, find_site
+from passes.writing.layer_states import States, activation_threshold, weight_threshold
 from swatfx import meta
-from swatfx.graph_module import SwatModule, all_parts, is_root, relative
-from swatfx.layouts import ROW_MAJOR
+from swatfx.compiled import CONV, LINEAR, Pack, SwatModule, all_parts, is_root, relative
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import Where, density_text
 from swatfx.passing import Context, PassResult
-from swatfx.state import Pack
-from swatfx.walking import CONV, LINEAR
+from swatfx.tensors.layouts import ROW_MAJOR
 
 
 def insert_sparsify(gm: SwatModule, ctx: Context) -> PassResult:

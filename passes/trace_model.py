@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from passes import composites
-from passes.layer_calls import find_site
-from passes.module_kinds import (
+from passes.reading.layer_calls import find_site
+from passes.tracing import composites
+from passes.tracing.module_kinds import (
     LAYERS,
     is_script,
     may_call_layers,
@@ -23,18 +23,23 @@ from passes.module_kinds import (
     owns_layer,
     untraceable_reason,
 )
-from passes.tracer import Tracer, reason_of
-from swatfx.calls import Arguments, Pattern, Ways, holds_none, split_inputs
-from swatfx.errors import InputError
-from swatfx.graph_module import (
+from passes.tracing.tracer import Tracer, reason_of
+from swatfx.compiled import (
+    Arguments,
     EagerRoot,
+    Pattern,
+    Reroute,
     SwatModule,
+    Ways,
     all_parts,
+    holds_none,
     is_root,
     join,
+    lends_layers,
     signature_of,
+    split_inputs,
 )
-from swatfx.reaching import Reroute, lends_layers
+from swatfx.errors import InputError
 
 _VARIADIC = "untraceable: variadic arguments, and no example_inputs"
 _NO_INPUT = "untraceable: every argument is optional, and no example_inputs"
@@ -49,7 +54,7 @@ def trace_model(twin: nn.Module, example_inputs: Any) -> SwatModule:
     """Trace a mirrored model.
 
     Args:
-        twin: a mirror (`swatfx.graph_module.mirror`); its modules are changed in place.
+        twin: a mirror (`swatfx.compiled.module.mirror`); its modules are changed in place.
         example_inputs: a call that shall be a graph: positional inputs, or a dict by name.
 
     Raises:

@@ -22,15 +22,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
-from passes.watch_products import Frame, Frames, Product, Watch
-from swatfx import bits, layouts, meta
-from swatfx.calls import split_inputs
+from passes.reading.products import Frame, Frames, Product, Watch
+from swatfx import meta
+from swatfx.compiled import (
+    CONV,
+    LINEAR,
+    Pack,
+    Saver,
+    SwatModule,
+    all_parts,
+    private_copy,
+    split_inputs,
+)
 from swatfx.errors import InputError, SwatError
-from swatfx.graph_module import SwatModule, all_parts, private_copy
 from swatfx.ops.layout import laid_out
-from swatfx.saves import Saver
-from swatfx.state import Pack
-from swatfx.walking import CONV, LINEAR
+from swatfx.tensors import bits, layouts
 
 Key = tuple[str, str]  # (part path, node name)
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,10 +8,9 @@ from __future__ import annotations
 from torch import fx
 
 from swatfx import meta
+from swatfx.compiled import CONV, LINEAR, SwatModule, all_nodes, all_parts, layer_nodes
 from swatfx.errors import PassError
-from swatfx.graph_module import SwatModule, all_parts
 from swatfx.passing import Context, PassResult
-from swatfx.walking import CONV, LINEAR, all_nodes, layer_nodes
 
 
 def verify(gm: SwatModule, ctx: Context) -> PassResult:

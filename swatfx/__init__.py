@@ -1,13 +1,13 @@
 """swatfx: sparse weight activation training (SWAT) as a torch.fx compiler pass."""
 
 from swatfx import models
-from swatfx.attachment import Handle
 from swatfx.checkpoint import load, save
 from swatfx.comparing import Comparison, compare
+from swatfx.compiled import observe
+from swatfx.costs import Report, report
 from swatfx.density import Density
 from swatfx.errors import SwatError, SwatWarning
 from swatfx.exporting import export, load_sparse
-from swatfx.observing import observe
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import (
     Policy,
@@ -33,8 +33,7 @@ from swatfx.policy import (
     swat_m,
     swat_u,
 )
-from swatfx.reporting import Report, report
-from swatfx.training import attach, dense_state_dict, refresh
+from swatfx.training import Handle, attach, dense_state_dict, refresh
 from swatfx.tuning import tune
 from swatfx.version import __version__
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from swatfx.cli import main
+from swatfx.cli.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from swatfx.graph_module import SwatModule
+from swatfx.compiled import SwatModule
 from swatfx.policy import Policy
 
 

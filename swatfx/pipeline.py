@@ -17,28 +17,30 @@ from torch.utils import _pytree as pytree
 from passes.assign_density import assign_density
 from passes.choose_kernels import choose_again, choose_kernels
 from passes.compress_saves import compress_saves
-from passes.dataflow import to_networkx
 from passes.find_layers import find_layers
 from passes.find_unreached import find_unreached, matrices_outside
 from passes.insert_sparsify import insert_sparsify
+from passes.reading.dataflow import to_networkx
 from passes.trace_model import trace_model
-from passes.trace_random import DRAWN
+from passes.tracing.random import DRAWN
 from passes.verify import verify
 from swatfx.arguments import INPUTS, SEVERAL, checked, optional
-from swatfx.calls import split_inputs
-from swatfx.changes import watch
-from swatfx.eager_share import warn_of_eager
+from swatfx.compiled import (
+    SwatModule,
+    SwatState,
+    all_nodes,
+    mirror,
+    split_inputs,
+    watch,
+    watch_wrappers,
+)
+from swatfx.costs import measure, warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
-from swatfx.graph_module import SwatModule, mirror
-from swatfx.measuring import measure
 from swatfx.meta import VALUE_DTYPES
 from swatfx.ops.norm import EXACT, INT8
 from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
-from swatfx.state import SwatState
 from swatfx.training import after_load, watch_loads
-from swatfx.walking import all_nodes
-from swatfx.wrappers import watch_wrappers
 
 # Tracing patches torch while it runs: one thread at a time. Forwards in others go straight through.
 TRACING = threading.RLock()

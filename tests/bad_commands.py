@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from collections.abc import Iterator
 
-from swatfx import cli
+from swatfx.cli import commands as cli
 
 NUMBERS = ["", "nan", "inf", "-inf", "-1", "0", "1.5", "1e400", "99999999999999999999", "-0.0"]
 NUMBERS += ["2147483647", "0x10", "many", "1,2", "½", "٣", "1_000", "+1", " 1 "]

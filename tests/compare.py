@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import swatfx
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 
 DENSITY_1 = swatfx.swat_u(0.0, first_dense=False)
 HALF = swatfx.swat_u(0.5, first_dense=False)

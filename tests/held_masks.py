@@ -10,8 +10,8 @@ from small_nets import batches, plain, sgd, train
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 
 EPOCH, TOTAL = 3, 9  # optimizer steps: three epochs of three
 TIMES = {"steps_per_epoch": EPOCH, "total_steps": TOTAL}

@@ -15,8 +15,8 @@ from small_nets import loss_of
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.graph_module import SwatModule, all_parts
-from swatfx.layers import all_plans
+from swatfx.compiled.layers import all_plans
+from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.ops.layout import laid_out
 
 

@@ -10,9 +10,9 @@ from small_nets import loss_of, plain
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.learned import add_penalty, learned_thresholds, reset_if_empty
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.learned import add_penalty, learned_thresholds, reset_if_empty
+from swatfx.compiled.module import SwatModule
 
 torch.set_num_threads(1)
 # Without a penalty of its own, so that it trains without `swatfx.attach`: see `fit`.

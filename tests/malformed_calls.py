@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import kernels, layouts
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx import kernels
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 
 OPS = torch.ops.swatfx
 INTEGERS = (-1, 0, 1, 2, 3, 7, 100)

@@ -17,11 +17,12 @@ import torch
 from topk_data import KINDS, draw
 from torch import Tensor
 
-from swatfx import bits, kernels, layouts, selectors, topk
+from swatfx import kernels, selectors
 from swatfx.density import Density
 from swatfx.kernels import library
 from swatfx.ops.where import active_weight
-from swatfx.selectors import Axes
+from swatfx.selectors import Axes, topk
+from swatfx.tensors import bits, layouts
 
 OPS = torch.ops.swatfx
 LAYOUTS = (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import swatfx
 from passes.compress_saves import compress_saves
-from swatfx import models, pipeline, saves
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx import models, pipeline
+from swatfx.compiled import saves
+from swatfx.compiled.module import SwatModule, all_parts
 
 torch.set_num_threads(1)
 

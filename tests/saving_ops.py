@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
+from swatfx.tensors import layouts
 
 
 def leaf(shape: tuple[int, ...], layout: str = "row_major", **options: Any) -> Tensor:

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import models
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.reporting import LayerRecord
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.reporting import LayerRecord
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 

@@ -15,9 +15,9 @@ from small_nets import loss_of
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 ZERO = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "ssc"]
 ALL = POLICIES | {"ssc": swatfx.ssc(2, 4)}

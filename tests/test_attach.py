@@ -12,10 +12,10 @@ import torch
 from small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snapshot, train
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.distributions import momentum_budgets
 from swatfx.errors import AttachError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 DENSITY = 0.2
 

@@ -17,10 +17,10 @@ from small_nets import assert_same, loss_of, snapshot
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.learned import learned_thresholds
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError, InputError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.learned import learned_thresholds
 
 RIGL = replace(POLICIES["rigl"], first_dense=False)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 AVERAGES: dict[str, dict[str, Any]] = {
     "swa": {},

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import swatfx
-from swatfx.layers import sparse_layers
-from swatfx.training import compiled_models
+from swatfx.compiled.layers import sparse_layers
+from swatfx.training.attaching import compiled_models
 
 
 class Ema(nn.Module):

@@ -9,7 +9,8 @@ import re
 import bad_commands
 import pytest
 
-from swatfx import cli, demo
+from swatfx.cli import commands as cli
+from swatfx.cli import demo
 
 # What is right although it looks odd, by option; all else that a command takes is an error of ours.
 _COUNT = {"+1", "2147483647"}

@@ -24,9 +24,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import swatfx
 from swatfx import selectors
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.simulation import simulate
 from swatfx.errors import InputError, PassError, PolicyError, SwatError, UnknownNameError
-from swatfx.graph_module import SwatModule
-from swatfx.simulation import simulate
 
 
 def _meta(*shape: int) -> Tensor:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import swatfx
-from swatfx import comparing
 from swatfx.accelerators.options import SimulationOptions
-from swatfx.cli import main
+from swatfx.cli.commands import main
+from swatfx.comparing import table as comparing
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.simulation import simulate
 from swatfx.errors import SwatError
-from swatfx.graph_module import SwatModule
-from swatfx.simulation import simulate
 
 X = torch.empty(2, 1, 8, 8, device="meta")
 RUN = {"data": "digits", "epochs": 1, "limit": 32, "quiet": True}

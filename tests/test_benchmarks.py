@@ -20,9 +20,9 @@ from runners import check_result, check_spread, run_quick, spare_time
 import swatfx
 from benchmarks import common, compile_cost
 from benchmarks import topk as topk_runner
-from swatfx import topk
+from swatfx.compiled.state import Threshold
 from swatfx.density import Density
-from swatfx.state import Threshold
+from swatfx.selectors import topk
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import nn
 import swatfx
 from benchmarks import common, layers
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
-from swatfx import layouts
+from swatfx.tensors import layouts
 
 _LAYER = Layer(3, 8, 12, 6, 4)
 

@@ -20,7 +20,7 @@ from benchmarks.reproduce import __main__, figures, plotting, running, tables
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.jobs import SCALES, Network
 from benchmarks.reproduce.table_rows import TABLES, TRAINING, WEIGHTS, Row
-from swatfx.runs import train_run
+from swatfx.runs.run import train_run
 
 
 @pytest.fixture(autouse=True)

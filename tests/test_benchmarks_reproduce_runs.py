@@ -20,7 +20,7 @@ from benchmarks.reproduce.recording import Recorded, read
 from benchmarks.reproduce.running import Runner
 from swatfx.errors import InputError, SwatError
 from swatfx.policy import as_policy, dense, per_layer, swat_u
-from swatfx.runs import train_run
+from swatfx.runs.run import train_run
 
 
 @pytest.fixture(autouse=True)

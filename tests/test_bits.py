@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swatfx import bits
+from swatfx.tensors import bits
 
 SETTINGS = settings(deadline=None, max_examples=100)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

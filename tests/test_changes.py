@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import ChangedModelError, InputError, SwatError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

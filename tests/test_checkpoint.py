@@ -15,11 +15,11 @@ from small_nets import Residual, assert_same, batches, plain, sgd, snapshot, tra
 from torch import Tensor, nn
 
 import swatfx
-from swatfx import checkpoint
-from swatfx.atomic import write_atomically
-from swatfx.checkpoint import read_extra
+from swatfx.checkpoint import saving as checkpoint
+from swatfx.checkpoint.saving import read_extra
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import CheckpointError, InputError
-from swatfx.graph_module import SwatModule
+from swatfx.files.atomic import write_atomically
 
 
 def _compiled() -> SwatModule:

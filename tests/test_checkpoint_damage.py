@@ -14,8 +14,8 @@ from small_nets import assert_same, sgd, snapshot
 from torch import Tensor, nn
 
 import swatfx
-from swatfx import checkpoint
-from swatfx.checkpoint_checks import read_content
+from swatfx.checkpoint import saving as checkpoint
+from swatfx.checkpoint.checks import read_content
 from swatfx.errors import CheckpointError
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx import Policy
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 
 torch.set_num_threads(1)
 S = 0.75

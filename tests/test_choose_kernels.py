@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import swatfx
 from passes.choose_kernels import LEAST_FILTERS, MOST_DENSE
 from swatfx import kernels
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 from swatfx.policy import Policy
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
@@ -139,7 +139,7 @@ def test_a_mixture_of_densities() -> None:
     """ERK keeps small layers dense and large ones sparse; so do rules for each layer."""
     found = choices(residual, "swat-erk:0.8")
     gm = swatfx.compile(residual(), "swat-erk:0.8")
-    plans = {layer.plan.name: layer.plan for layer in swatfx.layers.sparse_layers(gm)}
+    plans = {layer.plan.name: layer.plan for layer in swatfx.compiled.layers.sparse_layers(gm)}
     sparse = {name for name, kind in found.items() if kind == SPARSE}
     assert sparse and sparse < set(found)
     for name, kind in found.items():
@@ -259,7 +259,9 @@ def test_densities_that_move() -> None:
             loss.backward()
             optimizer.step()
         losses.append(loss.item())
-    densities = {layer.weight_density.value for layer in swatfx.layers.sparse_layers(gms[0])}
+    densities = {
+        layer.weight_density.value for layer in swatfx.compiled.layers.sparse_layers(gms[0])
+    }
     assert len(densities) > 2
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 

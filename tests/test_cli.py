@@ -14,7 +14,7 @@ import torch
 
 import swatfx
 from swatfx import models, policy
-from swatfx.cli import main
+from swatfx.cli.commands import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

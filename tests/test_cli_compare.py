@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from swatfx import runs
-from swatfx.cli import main
-from swatfx.cli_compare import split_policies
-from swatfx.comparing import compare
+from swatfx.cli.commands import main
+from swatfx.cli.compare import split_policies
+from swatfx.comparing.table import compare
 from swatfx.errors import PolicyError
-from swatfx.run_folder import CHECKPOINT
+from swatfx.runs import run as runs
+from swatfx.runs.folder import CHECKPOINT
 
 NET = ("compare", "digits/cnn", "--policies")
 TRAIN = ("--train", "--data", "digits", "--epochs", "1", "--limit", "64", "--threads", "1")

@@ -11,7 +11,7 @@ import torch
 
 import swatfx
 from swatfx import models
-from swatfx.cli import main
+from swatfx.cli.commands import main
 
 SIMULATE = ["simulate", "digits/cnn", "--accelerator", "scnn"]
 REAL = ["--checkpoint", "a.ckpt", "--data", "digits"]

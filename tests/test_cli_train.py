@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from swatfx import cli, runs
+from swatfx.cli import commands as cli
+from swatfx.runs import run as runs
 
 
 def _main(*options: str) -> int:

@@ -14,9 +14,10 @@ import small_nets
 import torch
 
 import swatfx
-from swatfx import comparing, models, per_layer, swat_u
-from swatfx.comparing import Comparison, Row, compare
-from swatfx.comparing_runs import Run, Trained
+from swatfx import models, per_layer, swat_u
+from swatfx.comparing import table as comparing
+from swatfx.comparing.runs import Run, Trained
+from swatfx.comparing.table import Comparison, Row, compare
 from swatfx.errors import InputError, PolicyError, UnknownNameError
 
 X = torch.empty(4, 1, 8, 8, device="meta")

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from swatfx import runs
-from swatfx.comparing_runs import (
+from swatfx.comparing.runs import (
     OPTIONS,
     Run,
     Trained,
@@ -22,9 +21,10 @@ from swatfx.comparing_runs import (
     train_policies,
 )
 from swatfx.errors import CheckpointError, InputError, PolicyError, UnknownNameError
-from swatfx.run_config import RunConfig
-from swatfx.run_folder import CHECKPOINT, METRICS
-from swatfx.runs import train_run
+from swatfx.runs import run as runs
+from swatfx.runs.config import RunConfig
+from swatfx.runs.folder import CHECKPOINT, METRICS
+from swatfx.runs.run import train_run
 
 # 64 images make one step an epoch.
 OPTIONS_GIVEN = {"data": "digits", "epochs": 2, "limit": 64, "device": "cpu", "threads": 1}

@@ -23,8 +23,9 @@ from torch.nn.utils import parametrize
 
 import swatfx
 from passes.compress_saves import compress_saves
-from swatfx import kernels, pipeline, saves
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx import kernels, pipeline
+from swatfx.compiled import saves
+from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.passing import Context
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 
 STEPS, SIZE = 4, 4
 

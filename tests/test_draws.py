@@ -7,7 +7,7 @@ import torch
 
 from swatfx import kernels, selectors
 from swatfx.density import Density
-from swatfx.masks import GROWS, MaskedLayer
+from swatfx.masks.rules import GROWS, MaskedLayer
 from swatfx.selectors import Axes
 
 _X = torch.randn(8, 4, 3, 3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import swatfx
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 
 torch.set_num_threads(1)
 

@@ -23,9 +23,9 @@ from small_nets import (
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.density import Density
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 DENSITIES = (0.3, 0.2, 0.1)
 

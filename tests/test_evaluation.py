@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
 import swatfx
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.state import WeightThreshold
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.state import WeightThreshold
 
 torch.set_num_threads(1)
 S = 0.75

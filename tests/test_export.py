@@ -28,9 +28,9 @@ from torch.nn.utils import parametrizations
 
 import swatfx
 from swatfx import kernels, meta
+from swatfx.compiled.layers import all_plans, sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import ExportError, SwatError, UnknownNameError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import all_plans, sparse_layers
 
 # torch.onnx's and torch.export's own: nothing that a caller could do differently.
 pytestmark = [

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from swatfx import datasets
-from swatfx.cli import main
+from swatfx.cli.commands import main
 from swatfx.errors import InputError
 
 

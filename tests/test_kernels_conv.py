@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swatfx import kernels, layouts
-from swatfx.layouts import BATCH_INNERMOST
+from swatfx import kernels
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")

@@ -10,8 +10,9 @@ import formulas
 import pytest
 import torch
 
-from swatfx import kernels, layouts
-from swatfx.layouts import BATCH_INNERMOST
+from swatfx import kernels
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")

@@ -10,11 +10,12 @@ from kernel_builds import python
 from torch import Tensor, nn
 
 import swatfx
-from swatfx import kernels, layouts
+from swatfx import kernels
 from swatfx.errors import InputError
 from swatfx.kernels import fitting
-from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.pack import order_of
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swatfx import bits, kernels, layouts
+from swatfx import kernels
 from swatfx.ops import norm
+from swatfx.tensors import bits, layouts
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 

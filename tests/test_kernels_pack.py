@@ -21,13 +21,14 @@ from topk_data import (
 )
 from torch import Tensor
 
-from swatfx import bits, kernels, layouts, ops, selectors
+from swatfx import kernels, ops, selectors
 from swatfx.density import Density
 from swatfx.kernels import pack as pack_kernels
-from swatfx.layouts import ROW_MAJOR
 from swatfx.ops.pack import order_of, unpack
 from swatfx.ops.where import active_weight, kept_top
 from swatfx.selectors import Axes
+from swatfx.tensors import bits, layouts
+from swatfx.tensors.layouts import ROW_MAJOR
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="no compiled kernels"),

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swatfx import kernels, layouts
+from swatfx import kernels
 from swatfx.errors import InputError
 from swatfx.ops import pool
 from swatfx.ops.dropout import dropout_backward_reference, dropout_reference
 from swatfx.ops.layout import converted, to_layout, to_layout_reference
 from swatfx.ops.relu import relu_backward_reference, relu_reference
+from swatfx.tensors import layouts
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 

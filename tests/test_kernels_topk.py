@@ -23,14 +23,15 @@ from topk_data import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from swatfx import bits, kernels, layouts, selectors, topk
+from swatfx import kernels, selectors
 from swatfx.density import Density
 from swatfx.errors import InputError
 from swatfx.kernels import topk as topk_kernels
 from swatfx.kernels.groups import matrices
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST
 from swatfx.ops.state import compute_state
-from swatfx.selectors import Axes
+from swatfx.selectors import Axes, topk
+from swatfx.tensors import bits, layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="no compiled kernels"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import datasets, kernels, models
-from swatfx.recipes import RECIPES, learning_rate, make_optimizer
+from swatfx.runs.recipes import RECIPES, learning_rate, make_optimizer
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 

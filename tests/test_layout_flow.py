@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 import swatfx
 from passes.choose_kernels import choose_kernels
-from swatfx import kernels, layouts
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx import kernels
+from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.passing import Context
 from swatfx.policy import as_policy
+from swatfx.tensors import layouts
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 IN, OUT = layouts.BATCH_INNERMOST, layouts.ROW_MAJOR

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swatfx import layouts
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 
 
 @pytest.mark.parametrize("layout", [ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST])

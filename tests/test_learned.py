@@ -33,16 +33,16 @@ from torch.nn.utils import parametrizations
 
 import swatfx
 from swatfx import kernels
-from swatfx.errors import PolicyError
-from swatfx.graph_module import private_copy
-from swatfx.layers import sparse_layers
-from swatfx.learned import (
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.learned import (
     LearnedThreshold,
     add_penalty,
     learned_thresholds,
     penalty,
     reset_if_empty,
 )
+from swatfx.compiled.module import private_copy
+from swatfx.errors import PolicyError
 
 # ---- Graph and state -----------------------------------------------------------------------------
 

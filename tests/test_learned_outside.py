@@ -11,9 +11,9 @@ from small_nets import Residual, assert_same, batches, plain, sgd, snapshot
 from torch import nn
 
 import swatfx
+from swatfx.compiled.learned import add_parameters, learned_thresholds, parameters_to_add
 from swatfx.errors import AttachError
-from swatfx.exporting import inference_module
-from swatfx.learned import add_parameters, learned_thresholds, parameters_to_add
+from swatfx.exporting.writing import inference_module
 
 # ---- Optimizers and checkpoints ------------------------------------------------------------------
 

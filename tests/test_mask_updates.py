@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import swatfx
+from swatfx.compiled.layers import SparseLayer, sparse_layers
 from swatfx.errors import AttachError, InputError
-from swatfx.layers import SparseLayer, sparse_layers
-from swatfx.masks import GROWS, GrowRule, MaskedLayer, by_score
+from swatfx.masks.rules import GROWS, GrowRule, MaskedLayer, by_score
 
 GROWING = [2, 4, 6]  # optimizer steps of the RigL of held_masks, a cosine of six steps
 DROPPED = {2: 0.225, 4: 0.075, 6: 0.0}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import swatfx
-from swatfx import masks
 from swatfx.density import Density
 from swatfx.errors import UnknownNameError
-from swatfx.masks import DROPS, GROWS, SHARES, MaskedLayer, drop_count, largest, share_out
+from swatfx.masks import rules as masks
+from swatfx.masks.rules import DROPS, GROWS, SHARES, MaskedLayer, drop_count, largest, share_out
 
 SETTINGS = settings(deadline=None, max_examples=60)
 LAYERED = ["magnitude", "signed", "random"]  # each drops `drop_count` of every layer

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 import swatfx
 from swatfx import meta
+from swatfx.compiled.layers import all_plans
 from swatfx.density import Density
-from swatfx.layers import all_plans
 from swatfx.meta import LayerPlan, NodeRecord
 from swatfx.policy import CONSTRUCTORS
 

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
-from swatfx import Policy, bits
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.state import Pack
+from swatfx import Policy
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.state import Pack
+from swatfx.tensors import bits
 
 torch.set_num_threads(1)
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

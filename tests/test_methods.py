@@ -28,11 +28,11 @@ from small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snap
 from torch import nn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.state import SwatState
 from swatfx.density import Density
 from swatfx.errors import AttachError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.state import SwatState
 
 MASKED = [name for name in POLICIES if POLICIES[name].sparsity and name != "forward-activations"]
 # The cubic ramp from 1 to 0.2 over six steps, moved every second step: 1 - 0.8 (1 - (1 - t/6)^3).

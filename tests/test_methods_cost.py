@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import models
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
-from swatfx.reporting import LayerRecord
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.reporting import LayerRecord
 
 W, A = "weight", "activation"
 # What scales forward, input gradient, weight gradient and inference; numbers are themselves.

@@ -23,7 +23,7 @@ from small_nets import assert_same, batches, plain, sgd, train
 from torch import Tensor
 
 import swatfx
-from swatfx.masks import DROPS, GROWS, GrowRule, by_score, largest
+from swatfx.masks.rules import DROPS, GROWS, GrowRule, by_score, largest
 from swatfx.policy import CONSTRUCTORS, Policy
 
 

@@ -14,8 +14,8 @@ from small_nets import assert_same, batches, plain, sgd, snapshot, train
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
-from swatfx.graph_module import SwatModule
 from swatfx.selectors import Held
 
 NAMES = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "soft-filter", "swat-frozen"]

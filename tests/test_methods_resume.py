@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import models
-from swatfx.checkpoint import load
-from swatfx.cli import main
-from swatfx.layers import sparse_layers
-from swatfx.run_folder import CHECKPOINT, METRICS
-from swatfx.runs import RunConfig, train_run
+from swatfx.checkpoint.saving import load
+from swatfx.cli.commands import main
+from swatfx.compiled.layers import sparse_layers
+from swatfx.runs.folder import CHECKPOINT, METRICS
+from swatfx.runs.run import RunConfig, train_run
 
 # The steps after which training is stopped, and what is special about them.
 CUTS: dict[str, list[int]] = {

@@ -10,7 +10,7 @@ from any_optimizer import FORMS
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.layers import sparse_layers
+from swatfx.compiled.layers import sparse_layers
 
 DENSITY = 0.1
 

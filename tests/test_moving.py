@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import kernels, meta
-from swatfx.graph_module import SwatModule, all_parts
-from swatfx.layers import sparse_layers
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.state import Pack
 from swatfx.ops.layout import laid_out
-from swatfx.state import Pack
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, Callable[[], nn.Module]] = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swatfx import layouts
 from swatfx.ops.norm import batch_norm
+from swatfx.tensors import layouts
 
 
 @pytest.mark.parametrize(

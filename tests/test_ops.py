@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swatfx import layouts, selectors
+from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import SwatError
 from swatfx.ops.state import HELD
 from swatfx.selectors import Axes
+from swatfx.tensors import layouts
 
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from saving_ops import leaf, saved_by
 from torch import Tensor
 
-from swatfx import kernels, layouts
+from swatfx import kernels
 from swatfx.ops import norm
 from swatfx.ops.norm_codes import decode
+from swatfx.tensors import layouts
 
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from saving_ops import leaf, saved_by
 
-from swatfx import bits, kernels, layouts
+from swatfx import kernels
 from swatfx.errors import SwatError
 from swatfx.ops.saved import active_bits, mask_from
+from swatfx.tensors import bits, layouts
 
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import selectors
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.density import Density
 from swatfx.errors import CheckpointError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 from swatfx.selectors import Axes, Held
-from swatfx.topk import exact_top
+from swatfx.selectors.topk import exact_top
 
 PAIRS = [
     ("swat-u:0.9", "swat-u:0.5", "sparsity 0.9 saved, 0.5 here"),

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
 import swatfx
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 
 torch.set_num_threads(1)
 PERIOD = 10

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
-from swatfx.graph_module import SwatModule
 
 torch.set_num_threads(1)
 POLICIES = [

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import Policy
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.state import Pack
 from swatfx.density import Density
 from swatfx.errors import InputError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 from swatfx.ops.where import weight_keep
-from swatfx.state import Pack
 
 torch.set_num_threads(1)
 S = 0.75

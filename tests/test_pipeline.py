@@ -32,9 +32,9 @@ from passes.find_layers import find_layers
 from passes.insert_sparsify import insert_sparsify
 from passes.verify import verify
 from swatfx import meta, pipeline
+from swatfx.compiled.layers import all_plans
+from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.errors import InputError, PassError, SwatError
-from swatfx.graph_module import SwatModule, all_parts
-from swatfx.layers import all_plans
 from swatfx.passing import Context, PassResult
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

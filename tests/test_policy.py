@@ -13,9 +13,9 @@ from torch import Tensor
 
 import swatfx
 from swatfx import policy
+from swatfx.compiled.layers import all_plans, sparse_layers
 from swatfx.density import Density
 from swatfx.errors import PolicyError
-from swatfx.layers import all_plans, sparse_layers
 from swatfx.policy import Policy, as_policy, parse
 
 STRINGS = {

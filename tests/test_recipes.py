@@ -9,13 +9,7 @@ import torch
 from torch import nn
 
 from swatfx.errors import InputError, UnknownNameError
-from swatfx.recipes import (
-    RECIPES,
-    learning_rate,
-    make_optimizer,
-    recipe_for,
-    recipe_named,
-)
+from swatfx.runs.recipes import RECIPES, learning_rate, make_optimizer, recipe_for, recipe_named
 
 # (recipe, epochs, batch, {epoch counted from 1: rate at its start and end}, nesterov, decay)
 TABLES = [

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import kernels
-from swatfx.cli import main
-from swatfx.comparing import compare
+from swatfx.cli.commands import main
+from swatfx.comparing.table import compare
 
 IMAGES = torch.empty(4, 3, 8, 8, device="meta")
 

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from swatfx import locks, runs
-from swatfx.atomic import leftovers, write_text
-from swatfx.cli import main
+from swatfx.cli.commands import main
 from swatfx.errors import CheckpointError, InputError
-from swatfx.run_config import RunConfig
-from swatfx.run_folder import FolderInUseError, RunFolder
+from swatfx.files import locks
+from swatfx.files.atomic import leftovers, write_text
+from swatfx.runs import run as runs
+from swatfx.runs.config import RunConfig
+from swatfx.runs.folder import FolderInUseError, RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 TRAIN = ["train", "--model", "digits/cnn", "--data", "digits", "--policy", "swat-u:0.9"]
@@ -42,7 +43,7 @@ def _config(folder: pathlib.Path, **options: Any) -> RunConfig:
 
 HOLD = """
 import sys, time
-from swatfx.run_folder import RunFolder
+from swatfx.runs.folder import RunFolder
 with RunFolder(sys.argv[1]).taken({}, resume=False):
     print("held", flush=True)
     time.sleep(60)

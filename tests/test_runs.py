@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from swatfx import models, runs
-from swatfx.checkpoint import load
+from swatfx import models
+from swatfx.checkpoint.saving import load
 from swatfx.errors import InputError, SwatError, UnknownNameError
-from swatfx.run_folder import CHECKPOINT, CONFIG, METRICS
-from swatfx.runs import RunConfig, RunResult, train_run
+from swatfx.runs import run as runs
+from swatfx.runs.folder import CHECKPOINT, CONFIG, METRICS
+from swatfx.runs.run import RunConfig, RunResult, train_run
 
 # 320 images make five steps of 64 an epoch.
 BASE = RunConfig(

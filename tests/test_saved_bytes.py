@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx import kernels, models
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
-from swatfx.graph_module import SwatModule
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +107,9 @@ def _realised(record: Any) -> dict[str, Any]:
 
 def _packs(gm: SwatModule, x: Tensor) -> list[tuple[int, int]]:
     """(bytes, bytes at the planned density) of every packed input of a step."""
-    from swatfx import bits
+    from swatfx.compiled.state import Pack
     from swatfx.density import Density
-    from swatfx.state import Pack
+    from swatfx.tensors import bits
 
     found = []
 

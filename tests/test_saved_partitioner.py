@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 
 torch.set_num_threads(1)
 BACKENDS = ["aot_eager", "aot_eager_default_partitioner"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import swatfx
 from swatfx.density import Density
 from swatfx.errors import AttachError, PolicyError
+from swatfx.masks.schedule import Schedule
 from swatfx.policy import Policy
-from swatfx.schedules import Schedule
 
 SETTINGS = settings(deadline=None, max_examples=60)
 

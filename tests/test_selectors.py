@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import swatfx
-from swatfx import bits, selectors
+from swatfx import selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import PolicyError, UnknownNameError
 from swatfx.selectors import SELECTORS, Axes, NofM, Selector
+from swatfx.tensors import bits
 
 SETTINGS = settings(deadline=None, max_examples=60)
 WEIGHT = Axes(0, 1)

@@ -10,13 +10,13 @@ from small_nets import Residual
 
 import swatfx
 from swatfx import selectors
+from swatfx.compiled.layers import sparse_layers
 from swatfx.density import DENSE, Density
 from swatfx.errors import PolicyError
-from swatfx.layers import sparse_layers
 from swatfx.policy import Policy
 from swatfx.selectors import Axes, Held
 from swatfx.selectors.ssc import SscSelector
-from swatfx.structured import ssc_density, ssc_mask
+from swatfx.selectors.ssc_pattern import ssc_density, ssc_mask
 
 WEIGHT = Axes(0, 1)
 Shape = tuple[int, ...]

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import swatfx
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import ChangedModelError
-from swatfx.graph_module import SwatModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of the CPU and of a world of one
 REFUSED = r"layer '\w+'.*(spread over ranks|hook).*"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.graph_module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule, all_parts
 
 torch.set_num_threads(1)
 S = 0.75

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 import swatfx
-from swatfx import accelerators, cli
+from swatfx import accelerators
 from swatfx.accelerators import Accelerator, Count, Ideal
 from swatfx.accelerators.options import SimulationOptions
 from swatfx.accelerators.traffic import Traffic, operand_bytes
-from swatfx.cli_simulate import sweep_values
+from swatfx.cli import commands as cli
+from swatfx.cli.simulate import sweep_values
+from swatfx.compiled.layers import sparse_layers
+from swatfx.costs.perfetto import trace_events
+from swatfx.costs.simulation import PASSES, simulate
 from swatfx.errors import InputError, UnknownNameError
-from swatfx.layers import sparse_layers
-from swatfx.simulation import PASSES, simulate
-from swatfx.simulation_trace import trace_events
-from swatfx.table6 import table6_trained
+from swatfx.paper.table6 import table6_trained
 
 torch.set_num_threads(1)
 

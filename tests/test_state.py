@@ -25,9 +25,9 @@ from small_nets import (
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import CheckpointError
-from swatfx.graph_module import SwatModule
-from swatfx.layers import sparse_layers
 
 # At iteration 5 of period 3, the thresholds in use are two iterations old.
 BEFORE, AFTER, PERIOD = 5, 4, 3

@@ -21,7 +21,7 @@ from swatfx import models
 from swatfx.density import DENSE
 from swatfx.errors import PolicyError, UnknownNameError
 from swatfx.selectors.ssc import SscSelector
-from swatfx.structured import TAPS, ssc_density, ssc_kept, ssc_mask
+from swatfx.selectors.ssc_pattern import TAPS, ssc_density, ssc_kept, ssc_mask
 
 SETTINGS = settings(deadline=None, max_examples=80)
 odd = st.sampled_from([1, 3, 5])

@@ -7,10 +7,11 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from swatfx import policy, table1
-from swatfx.cli import main
+from swatfx import policy
+from swatfx.cli.commands import main
+from swatfx.paper import table1
+from swatfx.paper.table1 import PAPER_ROWS, Table1Row, is_structured, join, row
 from swatfx.policy import Policy, dense, parse, per_layer
-from swatfx.table1 import PAPER_ROWS, Table1Row, is_structured, join, row
 
 # As printed. Its columns: sparsity across layers; sparse forward, input gradient, weight gradient;
 # unstructured, structured network. DSG is not implemented.

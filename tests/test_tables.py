@@ -10,7 +10,7 @@ import torch
 
 import swatfx
 from swatfx import models
-from swatfx.cli import main
+from swatfx.cli.commands import main
 from swatfx.macs import topk_speedup
 
 # (network, policy, options of the report, training / activation / inference reduction in percent).

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swatfx
-from swatfx.graph_module import SwatModule
+from swatfx.compiled.module import SwatModule
 from swatfx.ops.memory import Memory
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))

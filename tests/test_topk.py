@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swatfx import topk
 from swatfx.density import DENSE, Density
-from swatfx.topk import grouped_kth_magnitude, kth_magnitude
+from swatfx.selectors import topk
+from swatfx.selectors.topk import grouped_kth_magnitude, kth_magnitude
 
 SETTINGS = settings(deadline=None, max_examples=60)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -11,8 +11,8 @@ from compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train
 from torch import Tensor, nn
 
 import swatfx
+from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
-from swatfx.graph_module import SwatModule
 
 torch.set_num_threads(1)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tuning_nets import META, Batch, compiled, images
 
 import swatfx
+from swatfx.compiled.layers import all_plans
 from swatfx.errors import InputError, PolicyError, SwatError
-from swatfx.layers import all_plans
 from swatfx.policy import Policy
-from swatfx.tuning import cost, densities_of, tune
-from swatfx.tuning_costs import planned_inputs
+from swatfx.tuning.costs import planned_inputs
+from swatfx.tuning.search import cost, densities_of, tune
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -6,12 +6,12 @@ import pytest
 from tuning_nets import META, compiled, images, layers_of
 
 import swatfx
+from swatfx.compiled.layers import all_plans
+from swatfx.costs.simulation import simulate
 from swatfx.density import Density
 from swatfx.errors import UnknownNameError
-from swatfx.layers import all_plans
-from swatfx.simulation import simulate
-from swatfx.tuning import tune
-from swatfx.tuning_costs import cost, with_densities
+from swatfx.tuning.costs import cost, with_densities
+from swatfx.tuning.search import tune
 
 
 def test_costs_are_those_of_the_report() -> None:

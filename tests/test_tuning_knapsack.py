@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swatfx.errors import InputError
-from swatfx.tuning_knapsack import choose
+from swatfx.tuning.knapsack import choose
 
 SETTINGS = settings(max_examples=60, deadline=None)
 

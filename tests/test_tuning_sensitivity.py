@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tuning_nets import compiled, images, layers_of
 
 import swatfx
-from swatfx.tuning import densities_of, tune
-from swatfx.tuning_sensitivity import batches_of, sensitivity
+from swatfx.tuning.search import densities_of, tune
+from swatfx.tuning.sensitivity import batches_of, sensitivity
 
 GRID = (0.05, 0.1, 0.2, 0.5, 1.0)
 

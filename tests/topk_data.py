@@ -11,8 +11,8 @@ from torch import Tensor
 
 from swatfx import kernels, selectors
 from swatfx.density import Density
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 from swatfx.selectors import Axes
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 
 LAYOUTS = [ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

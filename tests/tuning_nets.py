@@ -9,7 +9,7 @@ from small_nets import Residual
 from torch import Tensor
 
 import swatfx
-from swatfx.layers import sparse_layers
+from swatfx.compiled.layers import sparse_layers
 
 META = torch.empty(4, 3, 8, 8, device="meta")
 Batch = tuple[Tensor, Tensor]

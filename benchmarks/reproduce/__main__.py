@@ -27,7 +27,7 @@ from benchmarks.reproduce.experiments import EXPERIMENTS, Experiment
 from benchmarks.reproduce.jobs import SCALES, Arm, Job, Network, Scale, jobs_of, told
 from benchmarks.reproduce.outcomes import Outcome
 from benchmarks.reproduce.running import Runner, minutes
-from swatfx import cli_types
+from swatfx.cli import arguments as cli_types
 from swatfx.errors import SwatError
 
 WORK = common.ROOT / "runs" / "reproduce"

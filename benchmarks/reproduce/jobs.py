@@ -11,8 +11,7 @@ from typing import Any
 
 from swatfx.errors import SwatError
 from swatfx.policy import Policy, as_policy
-from swatfx.recipes import Recipe, recipe_for
-from swatfx.runs import RunConfig
+from swatfx.runs import Recipe, RunConfig, recipe_for
 
 
 @dataclass(frozen=True)

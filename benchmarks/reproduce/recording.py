@@ -21,8 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from swatfx import observe
-from swatfx.graph_module import SwatModule
-from swatfx.state import WeightThreshold
+from swatfx.compiled import SwatModule, WeightThreshold
 
 _DIGITS = 7
 

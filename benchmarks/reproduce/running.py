@@ -26,8 +26,7 @@ from benchmarks.reproduce.jobs import Job
 from benchmarks.reproduce.recording import Recorded, read, recording
 from swatfx.datasets import open_data
 from swatfx.errors import SwatError
-from swatfx.run_folder import CHECKPOINT, CONFIG, METRICS
-from swatfx.runs import train_run
+from swatfx.runs import CHECKPOINT, CONFIG, METRICS, train_run
 
 try:
     import fcntl

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import bits, layouts
 from swatfx.kernels import fitting, library, problems
 from swatfx.kernels.problems import Shapes
-from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.calls import ConvCall
 from swatfx.ops.conv import (
     conv,
@@ -30,6 +28,8 @@ from swatfx.ops.conv import (
 )
 from swatfx.ops.layout import converted
 from swatfx.ops.where import active_weight
+from swatfx.tensors import bits, layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 PACKED = (torch.float32, torch.bfloat16)
 _DOES_NOT_FIT = 2

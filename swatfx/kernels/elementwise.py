@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer, real, size
 from swatfx.ops.dropout import (
@@ -20,6 +19,7 @@ from swatfx.ops.dropout import (
 from swatfx.ops.layout import converted
 from swatfx.ops.relu import relu, relu_backward, relu_backward_reference, relu_reference
 from swatfx.ops.saved import bits_size, new_in_layout
+from swatfx.tensors import layouts
 
 
 def _fits(x: Tensor) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swatfx import bits
 from swatfx.kernels.problems import MAX_TAPS, Shapes
 from swatfx.ops.pack import order_of
+from swatfx.tensors import bits
 
 LARGEST_STRIDE = 16
 LARGEST_KERNEL = 64

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.kernels import library
 from swatfx.kernels.library import pointer, size
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 from swatfx.ops.layout import to_layout, to_layout_reference
 from swatfx.ops.saved import new_in_layout
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 
 # A batch of transpositions for n images of c channels of s positions: matrices, rows, columns, then
 # the steps between rows and between matrices, in the input and in the output.

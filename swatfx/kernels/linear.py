@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import bits
 from swatfx.kernels import fitting, library
 from swatfx.kernels.conv import PACKED, run_problem, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
-from swatfx.layouts import BATCH_INNERMOST, ROW_MAJOR
 from swatfx.ops.calls import LinearCall
 from swatfx.ops.layout import converted
 from swatfx.ops.linear import (
@@ -30,6 +28,8 @@ from swatfx.ops.linear import (
     linear_reference,
 )
 from swatfx.ops.where import not_a_view
+from swatfx.tensors import bits
+from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
 LEAST_ROWS = 16
 

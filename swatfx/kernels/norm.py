@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer, size
 from swatfx.ops import norm
 from swatfx.ops.calls import NormBackwardCall, NormCall
 from swatfx.ops.layout import converted
 from swatfx.ops.saved import bits_size, new_in_layout
+from swatfx.tensors import layouts
 
 LANES = 16
 

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from swatfx import bits, layouts, selectors
+from swatfx import selectors
 from swatfx.kernels import fitting
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
 from swatfx.kernels.library import function, pointer, size, threads
@@ -19,6 +19,7 @@ from swatfx.ops.layout import to_layout
 from swatfx.ops.pack import pack, pack_reference, shape_of
 from swatfx.ops.where import kept_top
 from swatfx.selectors import Axes
+from swatfx.tensors import bits, layouts
 
 
 @pack.register_kernel("cpu")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer
 from swatfx.ops.layout import converted
@@ -24,6 +23,7 @@ from swatfx.ops.pool import (
     max_pool2d_reference,
 )
 from swatfx.ops.saved import new_in_layout
+from swatfx.tensors import layouts
 
 
 def _sizes(

@@ -7,10 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from swatfx import topk
 from swatfx.density import Density
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
 from swatfx.kernels.library import function, pointer, size, threads
+from swatfx.selectors import topk
 
 # How far from the sample's k-th largest the interval reaches, in standard deviations of its rank:
 # it misses once in ten thousand searches, which then take ten times as long.

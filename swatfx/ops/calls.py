@@ -123,8 +123,9 @@ class ConvCall(SparseCall):
         activation_selector: name in `swatfx.selectors`.
         gradient_density: of the output gradient; "" keeps it dense.
         gradient_selector: name in `swatfx.selectors`.
-        layout: of `swatfx.layouts`; what the result and the input gradient come in. "" takes that
-            of the input, and gives what aten gives. (`kept` says itself in which order it lies.)
+        layout: of `swatfx.tensors.layouts`; what the result and the input gradient come in. ""
+            takes that of the input, and gives what aten gives. (`kept` says itself in which order
+            it lies.)
         kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
     """
 
@@ -187,7 +188,7 @@ class NormBackwardCall(Call):
 
     Attributes:
         shape: of the norm's input.
-        layout: of the norm's input, see `swatfx.layouts`; the first two gradients lie so.
+        layout: of the norm's input, see `swatfx.tensors.layouts`; the first two gradients lie so.
         training: as forward was told; so are relu and saves.
         relu: likewise.
         has_residual: whether forward added one.

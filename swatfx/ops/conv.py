@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import layouts, selectors
+from swatfx import selectors
 from swatfx.errors import InputError, SwatError
-from swatfx.layouts import BATCH_INNERMOST
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, ConvCall, schema_of
 from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
@@ -24,6 +23,8 @@ from swatfx.ops.pack import unpack
 from swatfx.ops.saved import in_layout
 from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
+from swatfx.tensors import layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

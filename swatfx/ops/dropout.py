@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import bits as bitmask
-from swatfx import layouts
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.saved import bits_size, in_layout, mask_from, new_in_layout
+from swatfx.tensors import bits as bitmask
+from swatfx.tensors import layouts
 
 
 def dropout_reference(x: Tensor, p: float) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.ops.saved import new_in_layout
+from swatfx.tensors import layouts
 
 
 def to_layout_reference(x: Tensor, layout: str) -> Tensor:
@@ -16,7 +16,7 @@ def to_layout_reference(x: Tensor, layout: str) -> Tensor:
 
     Args:
         x: (N, C, *any), with any strides.
-        layout: name in `swatfx.layouts`.
+        layout: name in `swatfx.tensors.layouts`.
 
     Returns:
         of x's shape and dtype, dense in `layout`; a tensor of its own. Its gradient goes back in

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swatfx import layouts, selectors
+from swatfx import selectors
 from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, schema_of
@@ -19,6 +19,7 @@ from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
 from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
+from swatfx.tensors import layouts
 
 
 def linear_reference(

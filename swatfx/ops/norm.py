@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.errors import InputError
 from swatfx.ops.calls import NormBackwardCall, NormCall, schema_of
 from swatfx.ops.conv import no_double_backward
@@ -25,6 +24,7 @@ from swatfx.ops.saved import (
     new_in_layout,
     relu_gradient,
 )
+from swatfx.tensors import layouts
 
 __all__ = [
     "EXACT",

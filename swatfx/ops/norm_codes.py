@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.ops.saved import active_bits
+from swatfx.tensors import layouts
 
 
 def int8_header(channels: int) -> int:

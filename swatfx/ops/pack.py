@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swatfx import bits, layouts, selectors
+from swatfx import selectors
 from swatfx.errors import InputError
-from swatfx.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 from swatfx.ops.where import not_a_view
 from swatfx.selectors import Axes
+from swatfx.tensors import bits, layouts
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
 
 _ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST)  # of one, two and three dimensions
 
@@ -48,11 +49,12 @@ def pack_reference(
         spatial: number of spatial dimensions.
         selector: name in `swatfx.selectors`.
         dtype: of the stored values.
-        layout: of `swatfx.layouts`, the order in which elements are counted; "" takes that of `x`.
+        layout: of `swatfx.tensors.layouts`, the order in which elements are counted; "" takes that
+            of `x`.
 
     Returns:
         uint8 [bytes] for row-major order, [bytes, 1] for channels_last, [bytes, 1, 1] for
-        batch_innermost: see `swatfx.bits`. Zeros are never stored, kept or not.
+        batch_innermost: see `swatfx.tensors.bits`. Zeros are never stored, kept or not.
     """
     axes = Axes.of(x.dim(), spatial, False)
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.errors import InputError
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.saved import in_layout, new_in_layout
+from swatfx.tensors import layouts
 
 MOST_CELLS = 256  # of a window: a cell's position has to fit into a byte
 

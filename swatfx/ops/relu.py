@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import layouts
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.saved import (
     active_bits,
@@ -17,6 +16,7 @@ from swatfx.ops.saved import (
     new_in_layout,
     relu_gradient,
 )
+from swatfx.tensors import layouts
 
 
 def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:

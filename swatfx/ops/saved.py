@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from swatfx import bits, layouts
 from swatfx.ops.where import not_a_view
+from swatfx.tensors import bits, layouts
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

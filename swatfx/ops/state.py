@@ -25,7 +25,7 @@ from swatfx.errors import InputError
 from swatfx.ops.calls import OF_ACTIVATION, RefreshCall, schema_of
 from swatfx.ops.recomputed import Forwards, History, inside_backward, key_of, may_be_recomputed
 from swatfx.selectors import Axes
-from swatfx.topk import holds_nan
+from swatfx.selectors.topk import holds_nan
 
 HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from swatfx import selectors
 from swatfx.density import Density
-from swatfx.dispatch import Replaceable
 from swatfx.selectors import Axes, RandomSelector
+from swatfx.tensors.replaceable import Replaceable
 
 SWAT = "w/wa"
 

@@ -202,10 +202,10 @@ def ssc(
     """Structured sparse convolutions: a fixed pattern a layer, given by (g, p).
 
     Verma et al., Pushing the Efficiency Limit Using Structured Sparse Convolutions: see
-    `swatfx.structured` for the pattern, which is reconstructed from the supplement's counts. `g`
-    and `p` may depend on the number of filters, {64: 1, 128: 2} or "64=1/128=2": layers with
-    another number stay dense. `q` is the `p` of 1x1 layers, where it differs. Layers' densities
-    follow from their shapes; first and last layer are dense.
+    `swatfx.selectors.ssc_pattern` for the pattern, which is reconstructed from the supplement's
+    counts. `g` and `p` may depend on the number of filters, {64: 1, 128: 2} or "64=1/128=2": layers
+    with another number stay dense. `q` is the `p` of 1x1 layers, where it differs. Layers'
+    densities follow from their shapes; first and last layer are dense.
     """
     _check_periods(g=g, p=p, **({} if q is None else {"q": q}))
     name = f"ssc:g{_periods(g)}:p{_periods(p)}" + ("" if q is None else f":q{_periods(q)}")

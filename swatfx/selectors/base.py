@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swatfx.density import Density
-from swatfx.topk import Reduce, fused_search, grouped_kth_magnitude, kth_magnitude
+from swatfx.selectors.topk import Reduce, fused_search, grouped_kth_magnitude, kth_magnitude
 
 
 @dataclass(frozen=True)

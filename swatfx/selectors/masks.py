@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from swatfx import bits
 from swatfx.density import Density
 from swatfx.errors import PolicyError
 from swatfx.selectors.base import Axes, Selector
-from swatfx.topk import Reduce, exact_top
+from swatfx.selectors.topk import Reduce, exact_top
+from swatfx.tensors import bits
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx import bits
 from swatfx.density import DENSE, Density
 from swatfx.errors import PolicyError
 from swatfx.selectors.base import Axes, Selector
-from swatfx.structured import OVERLAPS, TAPS, ssc_density, ssc_mask
-from swatfx.topk import Reduce
+from swatfx.selectors.ssc_pattern import OVERLAPS, TAPS, ssc_density, ssc_mask
+from swatfx.selectors.topk import Reduce
+from swatfx.tensors import bits
 
 SSC = "ssc:"
 
@@ -26,7 +26,7 @@ Periods = int | tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class SscSelector(Selector):
-    """A fixed pattern a layer: `swatfx.structured.ssc_mask` of its shape.
+    """A fixed pattern a layer: `swatfx.selectors.ssc_pattern.ssc_mask` of its shape.
 
     Which weights are active depends on g and p, which may differ by the layer's number of filters.
     The density follows, whatever a policy assigns.
@@ -35,9 +35,9 @@ class SscSelector(Selector):
         g: period of the slice; not asked for kernels of one tap.
         p: period of the single tap.
         q: what p is in kernels of one tap (1x1 convolutions, linear layers); None: p.
-        taps: of the slice, in `swatfx.structured.TAPS`.
+        taps: of the slice, in `swatfx.selectors.ssc_pattern.TAPS`.
         shift: channels by which the pattern moves from filter to filter.
-        overlap: how the density is counted, in `swatfx.structured.OVERLAPS`.
+        overlap: how the density is counted, in `swatfx.selectors.ssc_pattern.OVERLAPS`.
     """
 
     g: Periods = 1

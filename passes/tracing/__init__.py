@@ -1,0 +1,1 @@
+"""From modules to a graph: what can be followed, and what stays eager Python."""

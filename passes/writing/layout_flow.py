@@ -1,0 +1,280 @@
+"""How the layout of sparse convolutions flows through a graph; used by `choose_kernels` alone.
+
+Reads nodes and modules; inserts `laid_out` calls, which copy a tensor into a layout where it is not
+in it yet. A tensor is converted where it is made, once for all its readers that want it, unless
+somebody writes into it in between: then its readers convert it themselves. What reads strides
+(views) or is somebody else's Python (eager modules, who gets the graph's outputs) goes on to see
+row-major order.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from passes.reading.aliasing import Versions
+from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule, relative, saves
+from swatfx.ops.layout import laid_out
+from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
+
+# Whose results lie in memory as their operands do.
+_SAVERS = (
+    saves.Relu,
+    saves.MaxPool2d,
+    saves.AvgPool2d,
+    saves.Norm,
+    saves.NormOf,
+    saves.DropoutOf,
+    saves.Dropout,
+)
+_MODULES = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Identity,
+)
+_FUNCTIONS = (
+    torch.relu,
+    torch.add,
+    torch.mul,
+    torch.sigmoid,
+    torch.tanh,
+    operator.add,
+    operator.iadd,
+    operator.mul,
+    operator.imul,
+    F.relu,
+    F.relu6,
+    F.leaky_relu,
+    F.gelu,
+    F.silu,
+    F.hardswish,
+    F.hardsigmoid,
+    F.sigmoid,
+)
+_METHODS = ("add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "tanh", "clone")
+# Whose results are row-major whatever the operands are.
+_ROW_MAJOR_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Embedding)
+_ROW_MAJOR = (
+    "contiguous",
+    F.linear,
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    torch.matmul,
+    operator.matmul,
+    torch.bmm,
+    CONV,
+    LINEAR,
+)
+# Whose results share memory with their operand in some memory orders and not in others.
+_SHARES_BY_ORDER = {
+    "channel_shuffle", "contiguous", "flatten", "pixel_shuffle", "pixel_unshuffle", "ravel",
+    "reshape", "reshape_as", "resize_", "resize_as_", "unflatten", "view", "view_as",
+    "view_as_complex",
+}  # fmt: skip
+_SHARING_MODULES = (
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+)
+# What a layout may make fail, and what it may make differ.
+_VIEWS = ("view", "view_as", torch.view_as_complex)
+_STRIDES = ("as_strided", "stride", "is_contiguous", torch.as_strided)
+_LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math", "swatfx", "passes")
+
+
+class LayoutFlow:
+    """The layout in one graph, from the sparse convolutions `layers` on.
+
+    All is decided on the graph as it was found, since positions and aliases are of that.
+    """
+
+    def __init__(
+        self, part: SwatModule, prefix: str, eager: dict[str, str], layers: list[LayerNode]
+    ) -> None:
+        self.part = part
+        self.graph = part.graph
+        self.eager = {relative(prefix, path): reason for path, reason in eager.items()}
+        self.layers = layers
+        self.sparse = dict.fromkeys(layer.node for layer in layers)
+        self.versions = Versions(part, self.eager)
+        self.nodes = list(self.graph.nodes)
+        self.operands = {node: self._operands(node) for node in self.nodes}
+        self.wanted = self._wanted()
+        self.lies, self.derived = self._flow()
+
+    def run(self) -> None:
+        """Insert the conversions."""
+        back = [(source, node) for node in self.nodes for source in self._foreign_inputs(node)]
+        for source, readers in self.wanted.items():
+            self._convert(source, readers)
+        for source, reader in back:
+            self._convert_back(source, reader)
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose memory order `node` passes on; empty for all that goes its own way."""
+        found: tuple[Any, ...]
+        if node.op == "call_module":
+            module = self.part.get_submodule(str(node.target))
+            if not isinstance(module, _SAVERS) and type(module) not in _MODULES:
+                return []
+            found = (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("residual"))
+        elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS):
+            found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
+        else:
+            return []
+        operands = [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
+        return operands if all(self._may_copy(n, node) for n in operands) else []
+
+    def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:
+        """Whether `node` may work on a copy of `source`: where it writes into it, nobody sees."""
+        if self.versions.of(source, node) == self.versions.of(source, node.next):
+            return True
+        for other in self.versions.aliases(source):
+            if self.versions.is_before(other, node) and (
+                other.op in ("placeholder", "get_attr")
+                or any(self.versions.is_before(node, user) for user in other.users)
+            ):
+                return False
+        return True
+
+    def unsafe(self) -> list[LayerNode]:
+        """The sparse convolutions whose layout would change which tensors see a write.
+
+        A view or a copy, that is a matter of memory order in `reshape` and its like. It makes a
+        difference where somebody writes into either of the two later.
+        """
+        last = self.nodes[-1]
+        todo = [
+            node
+            for node in self.nodes
+            if self._shares_by_order(node)
+            and any(n in self.derived for n in node.all_input_nodes)
+            and self.versions.of(node, node) != self.versions.of(node, last)
+        ]
+        if not todo:
+            return []
+        above = set(todo)
+        while todo:
+            sources = todo.pop().all_input_nodes
+            fresh = [n for n in sources if n in self.derived and n not in above]
+            above.update(fresh)
+            todo += [n for n in fresh if n not in self.sparse]
+        # What lies so for the sake of convolutions behind it has none above.
+        return [layer for layer in self.layers if layer.node in above] or self.layers
+
+    def _shares_by_order(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.part.get_submodule(str(node.target)), _SHARING_MODULES)
+        if node.op not in ("call_method", "call_function"):
+            return False
+        name = getattr(node.target, "__name__", str(node.target))
+        return name in _SHARES_BY_ORDER or "memory_format" in node.kwargs
+
+    # ---- Into the layout ----
+
+    def _wanted(self) -> dict[fx.Node, list[fx.Node]]:
+        """What comes in another layout -> those of its readers that want it converted."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        passed: set[fx.Node] = set()
+        stack: list[tuple[fx.Node, fx.Node]] = []
+        for layer in self.layers:
+            readers = (layer.node, layer.pack, layer.activation_state)
+            stack += [(layer.input, reader) for reader in readers if reader is not None]
+        while stack:
+            source, reader = stack.pop()
+            if source in self.sparse:
+                continue
+            if not self.operands[source]:
+                if self._sees(source, reader):
+                    found.setdefault(source, []).append(reader)
+            elif source not in passed:
+                passed.add(source)
+                stack += [(operand, source) for operand in self.operands[source]]
+        return {node: found[node] for node in self.nodes if node in found}
+
+    def _sees(self, source: fx.Node, reader: fx.Node) -> bool:
+        """Whether `reader` reads `source` as it was made."""
+        return self.versions.of(source, reader) == self.versions.of(source, source.next)
+
+    def _convert(self, source: fx.Node, readers: list[fx.Node]) -> None:
+        after = source
+        if source.op == "placeholder":
+            after = [n for n in self.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(after):
+            new = self._call(source, BATCH_INNERMOST)
+        for reader in readers:
+            reader.replace_input_with(source, new)
+
+    def _call(self, source: fx.Node, layout: str) -> fx.Node:
+        name = f"{source.name}_laid_out"
+        return self.graph.create_node("call_function", laid_out, (source, layout), name=name)
+
+    # ---- And out of it ----
+
+    def _flow(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        """(nodes in the layout, nodes whose strides may stem from one that is)."""
+        lies, derived = set(self.sparse), set(self.sparse)
+        for node in self.nodes:
+            operands = self.operands[node]
+            if any(n in lies or node in self.wanted.get(n, ()) for n in operands):
+                lies.add(node)
+                derived.add(node)
+            elif any(n in derived for n in node.all_input_nodes) and not self._is_settled(node):
+                derived.add(node)
+        return lies, derived
+
+    def _is_settled(self, node: fx.Node) -> bool:
+        """Whether the result of `node` is row-major, whatever its inputs are."""
+        if node.op == "call_module":
+            module = self.part.get_submodule(str(node.target))
+            return isinstance(module, _ROW_MAJOR_MODULES) or self._is_foreign(node)
+        return node.target in _ROW_MAJOR or self._is_foreign(node)
+
+    def _is_foreign(self, node: fx.Node) -> bool:
+        """Whether somebody else's Python gets the inputs of `node`: it may ask for strides."""
+        if node.op == "call_module":
+            module = self.part.get_submodule(str(node.target))
+            known = type(module).__module__.partition(".")[0] in _LIBRARIES
+            is_script = isinstance(module, torch.jit.ScriptModule)
+            return str(node.target) in self.eager or is_script or not known
+        if node.op == "call_function":
+            home = getattr(node.target, "__module__", None) or "torch"
+            return home.partition(".")[0] not in _LIBRARIES
+        return node.op == "output"
+
+    def _foreign_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that `node` has to see in row-major order."""
+        if self._is_foreign(node):
+            return [n for n in node.all_input_nodes if n in self.derived]
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return []
+        if node.target in _VIEWS and first in self.derived:
+            return [first]  # nobody writes through it later: `unsafe`
+        return [first] if node.target in _STRIDES and first in self.lies else []
+
+    def _convert_back(self, source: fx.Node, reader: fx.Node) -> None:
+        with self.graph.inserting_before(reader):
+            new = self._call(source, ROW_MAJOR)
+        later = [reader]
+        if reader.op == "call_module":  # eager code may write into what it gets: all see that
+            old = [n for n in source.users if n in self.operands]
+            later += [n for n in old if self.versions.is_before(reader, n)]
+        for node in later:
+            node.replace_input_with(source, new)

@@ -1,0 +1,82 @@
+"""The leaves below `swat` that `compress_saves` calls, and their names."""
+
+from __future__ import annotations
+
+import functools
+import keyword
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from swatfx.compiled import SwatModule, saves
+from swatfx.ops.norm import EXACT
+
+SHARED: dict[str, Callable[[], nn.Module]] = {
+    "relu": saves.Relu,
+    "max_pool2d": saves.MaxPool2d,
+    "avg_pool2d": saves.AvgPool2d,
+    "dropout": saves.Dropout,
+}
+_FUNCTIONAL_NORM = "batch_norm"
+
+
+class Leaves:
+    """Makes leaves as they are asked for; the graphs of one model share them."""
+
+    def __init__(self, gm: SwatModule) -> None:
+        self.gm = gm
+        found = [n for n, m in gm.swat.named_children() if isinstance(m, saves.Saves)]
+        self.container = found[0] if found else _unused("saves", gm.swat._modules)
+        self._norm_saves: str = gm.meta.get("norm_saves", EXACT)
+        self._names = {m.path: n for n, m in self._children().items() if isinstance(m, saves.Bound)}
+
+    def shared(self, name: str) -> str:
+        """Target of the one leaf of `SHARED` called `name`."""
+        return self._once(name, SHARED[name])
+
+    def functional_norm(self) -> str:
+        """Target of the leaf for `F.batch_norm`."""
+        return self._once(_FUNCTIONAL_NORM, lambda: saves.Norm(self._norm_saves))
+
+    def norm(self, path: str) -> str:
+        """Target of the leaf for the model's norm at `path`."""
+        return self._bound(path, functools.partial(saves.NormOf, saves=self._norm_saves))
+
+    def dropout(self, path: str) -> str:
+        """Target of the leaf for the model's dropout at `path`."""
+        return self._bound(path, saves.DropoutOf)
+
+    def _children(self) -> dict[str, nn.Module]:
+        container = self.gm.swat._modules.get(self.container)
+        return {} if container is None else dict(container.named_children())
+
+    def _once(self, name: str, make: Callable[[], nn.Module]) -> str:
+        if name not in self._children():
+            self._add(name, make())
+        return f"swat.{self.container}.{name}"
+
+    def _bound(self, path: str, make: Callable[..., nn.Module]) -> str:
+        if path not in self._names:
+            owner, _, leaf = path.rpartition(".")
+            base = path.replace(".", "_")
+            if not base.isidentifier() or keyword.iskeyword(base):
+                base = "of_" + base
+            taken = {*self._children(), *SHARED, _FUNCTIONAL_NORM}
+            self._names[path] = _unused(base, taken)
+            self._add(self._names[path], make(self.gm.get_submodule(owner), leaf, path))
+        return f"swat.{self.container}.{self._names[path]}"
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        if self.container not in self.gm.swat._modules:
+            self.gm.swat.add_module(self.container, saves.Saves())
+        container = self.gm.swat.get_submodule(self.container)
+        container.add_module(name, module)
+        container.train(self.gm.swat.training)
+
+
+def _unused(name: str, taken: Any) -> str:
+    chosen, count = name, 1
+    while chosen in taken:
+        chosen, count = f"{name}_{count}", count + 1
+    return chosen

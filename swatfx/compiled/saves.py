@@ -1,0 +1,277 @@
+"""Leaf modules that norms, ReLUs, pools and dropouts of a compiled graph became: they save less.
+
+They hold nothing of their own. A norm's parameters, buffers and flags stay where the model has
+them, and are looked up at every call. Where no gradient will be asked for they do what eager does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swatfx import ops
+from swatfx.ops.calls import NormCall
+from swatfx.ops.norm import EXACT, INT8, NOTHING
+from swatfx.ops.pool import MOST_CELLS
+from swatfx.tensors import layouts
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether a gradient may be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _ours(x: Tensor) -> bool:
+    """Whether torch itself would leave the layout of `x`."""
+    return layouts.layout_of(x) == layouts.BATCH_INNERMOST
+
+
+class Saver(nn.Module):
+    """A leaf whose `plain` does, for the arguments of `forward`, what eager does and keeps."""
+
+    plain: Callable[..., Any]
+
+
+class Saves(nn.Module):
+    """Container of the leaves, below `swat`."""
+
+
+class Relu(Saver):
+    """ReLU."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Keep a bit an element; `inplace` says that nobody else reads `x`."""
+        if not _wanted(x):
+            return F.relu(x, inplace)
+        y: Tensor = ops.relu(x)[0]
+        return y
+
+    def plain(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """As in eager."""
+        return F.relu(x)
+
+
+class MaxPool2d(Saver):
+    """Max pooling; arguments as in `F.max_pool2d`, in pairs."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Keep a byte an output."""
+        wanted, window = _wanted(x), args[0][0] * args[0][1]
+        if x.dim() != 4 or window > MOST_CELLS or not (wanted or _ours(x)):
+            return self.plain(x, *args)
+        y: Tensor = ops.max_pool2d(x, *args, wanted)[0]
+        return y
+
+    def plain(self, x: Tensor, *args: Any) -> Tensor:
+        """As in eager."""
+        y: Tensor = F.max_pool2d(x, *args)
+        return y
+
+
+class AvgPool2d(Saver):
+    """Average pooling; arguments as in `F.avg_pool2d`, in pairs."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Keep nothing."""
+        if x.dim() != 4 or not (_wanted(x) or _ours(x)):
+            return self.plain(x, *args)
+        y: Tensor = ops.avg_pool2d(x, *args)
+        return y
+
+    def plain(self, x: Tensor, *args: Any) -> Tensor:
+        """As in eager."""
+        return F.avg_pool2d(x, *args)
+
+
+class Dropout(Saver):
+    """Dropout as a function."""
+
+    def forward(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """Keep a bit an element, in training."""
+        if not (training and 0 < p < 1 and _wanted(x)):
+            return F.dropout(x, p, training)
+        y: Tensor = ops.dropout(x, p)[0]
+        return y
+
+    def plain(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """As in eager."""
+        return F.dropout(x, p, training)
+
+
+class Bound(Saver):
+    """Stands in for a module of the model, which may change, or be changed for another, later."""
+
+    def __init__(self, owner: nn.Module, name: str, path: str) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # a reference, not a child: its parameters have their names
+        self.name = name
+        self.path = path
+
+    @property
+    def module(self) -> Any:
+        """The module that it stands in for, as it is now."""
+        return getattr(self.__dict__["owner"], self.name)
+
+
+class DropoutOf(Bound):
+    """A dropout module of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep a bit an element, in training."""
+        module = self.module
+        if _is_changed(module, (nn.Dropout,)) or not (0 < module.p < 1 and _wanted(x)):
+            return self.plain(x)
+        if not module.training:
+            return x
+        y: Tensor = ops.dropout(x, module.p)[0]
+        return y
+
+    def plain(self, x: Tensor) -> Tensor:
+        """As in eager, but not in place."""
+        module = self.module
+        if isinstance(module, nn.Dropout) and module.inplace:
+            return F.dropout(x, module.p, module.training)
+        y: Tensor = module(x)
+        return y
+
+
+def _is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether `module` has become another kind, or was given hooks or another forward."""
+    if type(module) not in kinds or "forward" in module.__dict__:
+        return True
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+class Norm(Saver):
+    """Batch norm as a function, with the addition and the ReLU that follow it."""
+
+    def __init__(self, saves: str) -> None:
+        super().__init__()
+        self.saves = saves
+
+    def forward(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        residual: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """`[relu](F.batch_norm(x, ...) [+ residual])`."""
+        wanted = _wanted(x, residual, weight, bias)
+        if not wanted and not _ours(x):
+            y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+            return _finish(y, residual, relu)
+        statistics = (running_mean, running_var)
+        call = NormCall(training, momentum, eps, relu, self.saves)
+        return _norm(call, x, residual, weight, bias, statistics)
+
+    def plain(
+        self, x: Tensor, *args: Any, residual: Tensor | None = None, relu: bool = False
+    ) -> Tensor:
+        """As in eager."""
+        return _then(F.batch_norm(x, *args), residual, relu)
+
+
+class NormOf(Bound):
+    """A batch norm module of the model, with the addition and the ReLU that follow it."""
+
+    def __init__(self, owner: nn.Module, name: str, path: str, saves: str) -> None:
+        super().__init__(owner, name, path)
+        self.saves = saves
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """`[relu](norm(x) [+ residual])`, in the mode that the norm is in."""
+        norm = self.module
+        if _is_changed(norm, NORMS):
+            return self.plain(x, residual, relu)
+        wanted = _wanted(x, residual, norm.weight, norm.bias)
+        if not wanted and not _ours(x):
+            return _finish(norm(x), residual, relu)
+        norm._check_input_dim(x)
+        momentum = norm.momentum
+        statistics = (norm.running_mean, norm.running_var)
+        if norm.training:
+            if norm.track_running_stats and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if momentum is None:
+                    momentum = 1.0 / float(norm.num_batches_tracked)
+            if not norm.track_running_stats:
+                statistics = (None, None)
+        training = norm.training or statistics == (None, None)
+        momentum = 0.0 if momentum is None else momentum
+        call = NormCall(training, momentum, norm.eps, relu, self.saves)
+        return _norm(call, x, residual, norm.weight, norm.bias, statistics)
+
+    def plain(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        """As in eager."""
+        return _then(self.module(x), residual, relu)
+
+
+def _then(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
+
+
+def _alike(y: Tensor, residual: Tensor) -> bool:
+    return y.dtype == residual.dtype and y.shape == residual.shape
+
+
+def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Addition and ReLU on a norm's own output that nobody else reads and no gradient is for."""
+    if residual is not None:
+        y = y.add_(residual) if _alike(y, residual) else y + residual
+    return F.relu(y, True) if relu else y
+
+
+def _norm(
+    call: NormCall,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """Run the op, and write the running statistics."""
+    if any(s is not None and s.requires_grad for s in statistics):
+        # Eager has no gradient for these, and says so where it is asked for one.
+        y = F.batch_norm(x, *statistics, weight, bias, call.training, call.momentum, call.eps)
+        return _then(y, residual, call.relu)
+    if call.training and (x.numel() == x.shape[1] or not call.eps > 0):
+        # One value a channel, or an eps that may divide by zero: eager's own error tells it.
+        F.batch_norm(x, None, None, weight, bias, True, call.momentum, call.eps)
+    if residual is not None and not _alike(x, residual):
+        y = _norm(replace(call, relu=False), x, None, weight, bias, statistics)
+        return _relu(y + residual) if call.relu else y + residual
+    trains_weight = weight is not None and weight.requires_grad
+    if not _wanted(x, residual, weight, bias):
+        call = replace(call, saves=NOTHING)
+    elif call.saves == INT8 and not call.training and not trains_weight:
+        call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
+    y, _, _, new_mean, new_var, _ = ops.batch_norm(
+        x, residual, weight, bias, *statistics, *call.options
+    )
+    if call.training:
+        for running, new in zip(statistics, (new_mean, new_var), strict=True):
+            if running is not None:
+                running.copy_(new)
+    result: Tensor = y
+    return result
+
+
+def _relu(x: Tensor) -> Tensor:
+    y: Tensor = ops.relu(x)[0] if _wanted(x) else F.relu(x)
+    return y

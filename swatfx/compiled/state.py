@@ -1,0 +1,494 @@
+"""What a compiled model remembers: its clock and its layers' thresholds, as leaf modules.
+
+Everything that changes while training lives here in buffers under `swat.`, so that torch.compile
+sees one graph and a checkpoint holds all that resuming needs. Evaluation changes none of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from swatfx import ops, selectors
+from swatfx.compiled import saved_policy
+from swatfx.compiled.averages import mend
+from swatfx.density import Density
+from swatfx.errors import AttachError
+from swatfx.ops.autocast import autocast_dtype
+from swatfx.ops.current import Ranked, recall
+from swatfx.ops.recomputed import History
+from swatfx.ops.state import CALLS, HELD, check_rankable, compute_state, read_density
+from swatfx.policy import Policy
+from swatfx.selectors import Axes, Selector
+from swatfx.tensors import layouts
+
+_tokens = itertools.count()
+
+
+class Clock(nn.Module):
+    """Counts training forwards of the root; call it first, with the graph's inputs."""
+
+    iteration: Tensor
+    updates: Tensor
+    _is_impure = True  # dead-code elimination must not stop the clock
+
+    def __init__(self, optimizer_wanted_by: str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device="cpu"))
+        # Optimizer steps; on the host as the iteration is, whatever the default device.
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self.token = next(_tokens)
+        self.optimizer_wanted_by = optimizer_wanted_by
+        self.attached = False
+        self.lost = ""
+
+    def lose(self, layer: str) -> None:
+        """Whatever optimizer was attached is not that of the weights any more."""
+        self.lost = f" (layer {layer!r} has another weight since one was)"
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Return int64 [5] of `swatfx::step` in training, the bare counter in evaluation."""
+        if not self.training:
+            return self.iteration
+        unattached = self.optimizer_wanted_by is not None and not self.attached
+        if unattached and torch.is_grad_enabled():  # else it only gathers statistics: `update_bn`
+            raise AttachError(
+                f"policy {self.optimizer_wanted_by!r} acts after the optimizer's steps, but none is"
+                f" attached{self.lost}",
+                remedy="call swatfx.attach(gm, optimizer) before training",
+            )
+        step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True, "")
+        self.iteration.copy_(step[2])
+        return step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.token = next(_tokens)  # a deep copy keeps a time of its own
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clock:
+        # The counter is read by the host at every step: on a GPU it would cost a synchronisation.
+        return self
+
+
+class PartClock(nn.Module):
+    """Reads the clock in a part of the model that lies below eager code."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
+
+    def forward(self, *inputs: Any, part: str) -> Tensor:
+        """Return int64 [5] of `swatfx::step` for a call of `part`, without advancing."""
+        clock: Clock = self.__dict__["clock"]
+        if not self.training:
+            return clock.iteration
+        step: Tensor = ops.step(clock.iteration, clock.token, _tensors(inputs), False, part)
+        return step
+
+
+def _tensors(inputs: Any) -> list[Tensor]:
+    leaves = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+    return [x for x in leaves if x.layout is torch.strided and not x.is_nested]
+
+
+class Threshold(nn.Module):
+    """One tensor's selection state, refreshed every `period` training iterations.
+
+    Buffers: `threshold` (the selector's state), `stamp` (iteration of its last refresh), `density`
+    and `fraction`. What a recomputation in backward may need of the past is in `history`.
+    Stamp, density and fraction stay on the host in their own dtype, wherever the model is moved to:
+    the host reads them at every step, and 0.1 in half precision would be another density.
+    A spare one belongs to calls that earlier versions had no graph for, and had no state of.
+    """
+
+    threshold: Tensor
+    density: Tensor
+    fraction: Tensor
+    stamp: Tensor
+
+    def __init__(
+        self,
+        layer: str,
+        selector: str,
+        density: Density,
+        *,
+        state: Tensor,
+        period: int,
+        spatial: int,
+        is_weight: bool,
+        seed: int,
+        all_ranks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selector = selector
+        self.period = period
+        self.spatial = spatial
+        self.is_weight = is_weight
+        self.is_spare = False
+        self.seed = seed
+        self.all_ranks = all_ranks
+        self.history = History()
+        self.is_parameter = False  # set where it is known to be one, not computed at every forward
+        self.register_buffer("threshold", state)
+        self.register_buffer("density", torch.zeros((), dtype=torch.float64, device="cpu"))
+        self.register_buffer("fraction", torch.zeros(2, dtype=torch.int64, device="cpu"))
+        self.register_buffer("stamp", torch.full((), -1, dtype=torch.int64, device="cpu"))
+        self.set_density(density)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Threshold:
+        self._buffers["threshold"] = fn(self.threshold)
+        self.history.forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.history.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def chosen(self) -> Selector:
+        """The selector itself."""
+        return selectors.get(self.selector)
+
+    def set_density(self, density: Density) -> None:
+        """Change the target; it takes effect at the next refresh."""
+        exact = density.exact
+        self.density.fill_(density.value)
+        pair = (0, 0) if exact is None else (exact.numerator, exact.denominator)
+        self.fraction.copy_(torch.tensor(pair, device="cpu"))
+
+    def check(self, x: Tensor) -> None:
+        """Raise InputError if `x` has to be ranked and cannot be."""
+        if not read_density(self.density, self.fraction).is_dense:
+            check_rankable(x.detach(), self.layer, self.is_weight)
+
+    @property
+    def _last_refresh(self) -> int:
+        """Iteration of the last refresh, which seeds random draws; 0 before the first."""
+        stamp = int(self.stamp.item())
+        return 0 if stamp == HELD else max(stamp, 0)
+
+    def recompute(self, x: Tensor) -> None:
+        """Set the state from `x` now, whatever the iteration."""
+        if x.is_meta:
+            return
+        state = compute_state(
+            x.detach(),
+            read_density(self.density, self.fraction),
+            self.selector,
+            layer=self.layer,
+            spatial=self.spatial,
+            is_weight=self.is_weight,
+            seed=self.seed,
+            iteration=self._last_refresh,
+        )
+        self.threshold.copy_(state)
+        self.history.forget()
+
+    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+        result: tuple[Tensor, Tensor, Tensor] = ops.refresh(
+            x.detach(),
+            self.threshold,
+            self.stamp,
+            step,
+            self.density,
+            self.fraction,
+            self.period,
+            self.selector,
+            self.layer,
+            self.spatial,
+            self.is_weight,
+            self.seed,
+            self.all_ranks,
+            self.history.token,
+            autocast_dtype(x) == torch.float16,
+            self.is_parameter,
+        )
+        use, threshold, stamp = result
+        self.threshold.copy_(threshold)
+        self.stamp.copy_(stamp)
+        return use
+
+
+class WeightThreshold(Threshold):
+    """State of a weight; valid from the start.
+
+    In evaluation it is not read, and not written: what is active is selected from the weight as it
+    is. Once held, no forward refreshes it, and evaluation reads it: what `swatfx.attach` hangs on
+    the optimizer may change it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.remembered = Ranked()
+        self.planned = self.density_now
+        self.is_copy = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.is_copy = True
+
+    @property
+    def density_now(self) -> Density:
+        """The target as it is now."""
+        return read_density(self.density, self.fraction)
+
+    def mend(self, weight: Tensor) -> None:
+        """Put right what may have been broken where buffers of a copy are averaged with others'."""
+        if self.is_copy and not torch.compiler.is_compiling():
+            mend(self, weight)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the state stays as it is."""
+        return int(self.stamp.item()) == HELD
+
+    def hold(self) -> None:
+        """Keep the state as it is from now on."""
+        self.stamp.fill_(HELD)
+
+    def make_room(self, weight: Tensor) -> None:
+        """Take the shape that the state of `weight` has."""
+        state = initial_state(weight, weight, self.selector, self.spatial, True)
+        self._buffers["threshold"] = state
+        self.history.forget()
+        self.remembered.forget()
+
+    @torch.no_grad()
+    def renew(self, weight: Tensor) -> None:
+        """Serve `weight`, which took another's place: selected at the density as it is now."""
+        self.make_room(weight)
+        if not self.is_held:
+            self.stamp.fill_(-1)
+        self.recompute(weight)
+
+    def forward(self, weight: Tensor, step: Tensor) -> Tensor:
+        """Return the state to use now."""
+        if self.training:
+            return self._refresh(weight, step)
+        weight = weight.detach()
+        self.mend(weight)
+        decides = self.threshold, self.stamp, step, self.density, self.fraction
+        if not torch.compiler.is_compiling():
+            found = recall(self.remembered, weight, *decides)
+            if found is not None:
+                return found
+        token = self.remembered.token
+        state: Tensor = ops.current(weight, *decides, self.selector, self.layer, self.seed, token)
+        return state
+
+    def state_now(self, weight: Tensor) -> Tensor:
+        """The state that evaluation uses for `weight`, not to be written into; nothing changes."""
+        state: Tensor = ops.current(
+            weight.detach(),
+            self.threshold,
+            self.stamp,
+            self.stamp,
+            self.density,
+            self.fraction,
+            self.selector,
+            self.layer,
+            self.seed,
+            -1,
+        )
+        return state
+
+    def recompute(self, x: Tensor) -> None:
+        """Set the state from `x` now; a random one is drawn as at the last refresh."""
+        super().recompute(x)
+        self.remembered.forget()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightThreshold:
+        self.remembered.forget()
+        super()._apply(fn, recurse)
+        return self
+
+
+class ActivationThreshold(Threshold):
+    """State of an input activation; None where no pass will use it."""
+
+    def __init__(self, *args: Any, in_forward: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.in_forward = in_forward
+
+    def forward(self, x: Tensor, step: Tensor, *weights: Tensor) -> Tensor | None:
+        """Return the state to use now, if the layers that own `weights` train."""
+        if not self.training or not (self.in_forward or any(w.requires_grad for w in weights)):
+            return None
+        return self._refresh(x, step)
+
+
+class CallThresholds(ActivationThreshold):
+    """States of an input activation in a part that eager code may call several times a forward.
+
+    Each call of a forward has a state of its own: `threshold` is that of the first one, buffer
+    `later` [CALLS - 1, *state] those of the next, `later_stamps` when these were refreshed.
+    """
+
+    later: Tensor
+    later_stamps: Tensor
+
+    def __init__(self, *args: Any, state: Tensor, **options: Any) -> None:
+        super().__init__(*args, state=state, **options)
+        self.register_buffer("later", torch.zeros_like(state).repeat(CALLS - 1, *[1] * state.dim()))
+        stamps = torch.full((CALLS - 1,), -1, dtype=torch.int64, device="cpu")
+        self.register_buffer("later_stamps", stamps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CallThresholds:
+        self._buffers["later"] = fn(self.later)
+        super()._apply(fn, recurse)
+        return self
+
+    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+        result: tuple[Tensor, Tensor, Tensor] = ops.refresh_call(
+            x.detach(),
+            torch.cat([self.threshold.unsqueeze(0), self.later]),
+            torch.cat([self.stamp.unsqueeze(0), self.later_stamps]),
+            step,
+            self.density,
+            self.fraction,
+            self.period,
+            self.selector,
+            self.layer,
+            self.spatial,
+            self.seed,
+            self.all_ranks,
+            self.history.token,
+            autocast_dtype(x) == torch.float16,
+        )
+        use, thresholds, stamps = result
+        self.threshold.copy_(thresholds[0])
+        self.later.copy_(thresholds[1:])
+        self.stamp.copy_(stamps[0])
+        self.later_stamps.copy_(stamps[1:])
+        return use
+
+
+class Pack(nn.Module):
+    """Packs an activation for the weight gradient; None where nothing will be saved."""
+
+    def __init__(
+        self,
+        layer: str,
+        selector: str,
+        spatial: int,
+        layout: str = "",
+        value_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selector = selector
+        self.spatial = spatial
+        self.layout = layout
+        self.value_dtype = value_dtype
+
+    def stored_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the packed values: what the layer sees `x` in, or `value_dtype` if narrower."""
+        seen, narrow = autocast_dtype(x), self.value_dtype
+        return seen if narrow is None or narrow.itemsize >= seen.itemsize else narrow
+
+    def forward(self, x: Tensor, threshold: Tensor | None, *weights: Tensor) -> Tensor | None:
+        """Return `swatfx::pack` of `x` if a weight gradient will ask for it."""
+        if threshold is None or not torch.is_grad_enabled():
+            return None
+        if not any(w.requires_grad for w in weights):
+            return None
+        dtype = self.stored_dtype(x)
+        layout = self.layout or layouts.layout_of(x)
+        kept: Tensor = ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, layout)
+        return kept
+
+
+class LayerState(nn.Module):
+    """Container of one layer's thresholds and packs."""
+
+
+class SwatState(nn.Module):
+    """The child `swat` of a compiled model: a clock, and a LayerState a layer."""
+
+    clock: Clock
+    memory: Tensor | None
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.clock = Clock(policy.name if policy.needs_optimizer else None)
+        self.part_clock = PartClock(self.clock)
+        self.register_buffer("memory", None)
+        self.stale = False  # a dense checkpoint was loaded: weight thresholds want recomputing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwatState:
+        memory = self.memory  # read by the host, and exact, as all numbers of the clock are
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["memory"] = memory
+        return self
+
+    def remember(self, count: int) -> None:
+        """Give each of `count` budgets a number that its drop rule may remember by."""
+        self._buffers["memory"] = torch.zeros(count, dtype=torch.float64, device="cpu")
+
+    def memory_of(self, budget: int) -> Tensor:
+        """float64 [1] of one budget, a view."""
+        assert self.memory is not None
+        return self.memory[budget : budget + 1]
+
+    def thresholds(self) -> Iterator[tuple[str, Threshold]]:
+        """(path below `swat`, module) of every threshold."""
+        for name, module in self.named_modules():
+            if isinstance(module, Threshold):
+                yield name, module
+
+    def get_extra_state(self) -> Tensor:
+        """The policy, so that a state dict says what it belongs to."""
+        return saved_policy.as_tensor(self.policy)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: a state of another policy was refused before."""
+
+    def check_policy(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise CheckpointError if `state_dict`, our keys at `prefix`, is of another policy."""
+        own = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
+        saved_policy.check(self.policy, state_dict, prefix, own)
+
+    def spare_keys(self) -> set[str]:
+        """Keys that checkpoints of earlier versions lack: those of calls that had no state."""
+        return {
+            f"{path}.{key}"
+            for path, threshold in self.thresholds()
+            for key in threshold.state_dict()
+            if threshold.is_spare or key.startswith("later")
+        }
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.check_policy(state_dict, prefix)
+        # A checkpoint of the dense model has none of our keys: supply them, and note that weight
+        # thresholds belong to other weights now.
+        if not any(key.startswith(prefix) for key in state_dict):
+            for key, value in self.state_dict().items():
+                state_dict[prefix + key] = value
+            self.stale = True
+        state_dict.setdefault(prefix + saved_policy.KEY, self.get_extra_state())  # an old one
+        own = self.state_dict()
+        for key in self.spare_keys():
+            state_dict.setdefault(prefix + key, own[key])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def initial_state(
+    x: Tensor | None, like: Tensor, selector: str, spatial: int, is_weight: bool
+) -> Tensor:
+    """Zeros of the shape that `selector` keeps: for weight `x`, or for an activation (None)."""
+    chosen = selectors.get(selector)
+    dtype = chosen.state_dtype(like.dtype)
+    if x is None:
+        shape = () if chosen.groups else chosen.state_shape((1,), Axes(None, 0))
+    else:
+        shape = chosen.state_shape(tuple(x.shape), Axes.of(x.dim(), spatial, is_weight))
+    return torch.zeros(shape, dtype=dtype, device=like.device)

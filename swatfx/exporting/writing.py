@@ -1,0 +1,396 @@
+"""Export: a compiled model as plain PyTorch, ONNX or sparse weights, or as its training graph."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from swatfx import meta
+from swatfx.arguments import FLAG, INPUTS, PATH, checked
+from swatfx.compiled import (
+    AvgPool2d,
+    Bound,
+    Dropout,
+    LayerNode,
+    MaxPool2d,
+    Norm,
+    Relu,
+    Saver,
+    SwatModule,
+    WeightThreshold,
+    all_nodes,
+    all_parts,
+    private_copy,
+    read_dense,
+    relative,
+    sparse_layers,
+    sparse_nodes,
+    unwrap,
+)
+from swatfx.errors import ExportError, UnknownNameError
+from swatfx.exporting.program import Example, exported
+from swatfx.files.atomic import write_atomically
+from swatfx.ops.layout import laid_out
+from swatfx.ops.where import active_weight
+from swatfx.pipeline import TRACING
+from swatfx.tensors import bits
+from swatfx.training import refresh
+
+_CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+_PLAIN: dict[type[Saver], Callable[..., Any]] = {
+    Norm: F.batch_norm,
+    Relu: F.relu,
+    MaxPool2d: F.max_pool2d,
+    AvgPool2d: F.avg_pool2d,
+    Dropout: F.dropout,
+}
+_FORMAT = "swatfx-sparse"  # of a .safetensors file
+_OPS = ("swatfx.conv.default", "swatfx.linear.default")
+
+
+@checked(path=PATH, example_inputs=INPUTS, training=FLAG)
+def export(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    training: bool = False,
+) -> None:
+    """Write `gm` for use elsewhere; the suffix of `path` says how.
+
+    `.pt2`: torch.export with exact Top-K weights and plain aten ops; loads without swatfx.
+    `.onnx`: likewise for ONNX runtimes (extra `onnx`). `.safetensors`: every weight, sparse ones
+    packed (extra `safetensors`); read it with `load_sparse`. What is written computes what
+    `gm.eval()` computes after `swatfx.refresh(gm)`; `gm` itself and the example inputs are not
+    changed.
+
+    Args:
+        gm: a compiled model.
+        path: file to write; replaced in one move.
+        example_inputs: positional inputs, or a dict of inputs by name; needed but for
+            `.safetensors`.
+        dynamic_shapes: which dimensions may differ from the example's, as torch.export takes it.
+            None: dimension 0 of every input for which the model leaves it open.
+        training: write the rewritten training graph itself (`.pt2` only): our ops with their
+            metadata; it loads after `import swatfx`.
+
+    Raises:
+        UnknownNameError: a suffix of no format.
+        ExportError: a missing package, or a model that torch.export cannot follow.
+        CheckpointError: the file cannot be written.
+    """
+    root = unwrap(gm)
+    suffix = Path(path).suffix
+    writers: dict[str, Callable[..., None]] = {
+        ".pt2": _write_training if training else _write_pt2,
+        ".onnx": _write_onnx,
+        ".safetensors": _write_safetensors,
+    }
+    if suffix not in writers:
+        raise UnknownNameError("export format", suffix or str(path), writers)
+    if training and suffix != ".pt2":
+        raise ExportError("a training graph is written as .pt2", value=str(path))
+    example = Example()
+    if suffix == ".safetensors":
+        if dynamic_shapes is not None:
+            raise ExportError("weights alone have no inputs", value="dynamic_shapes")
+    elif example_inputs is None:
+        raise ExportError(f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))")
+    else:
+        example = Example.of(example_inputs, dynamic_shapes)
+    with TRACING:  # torch's own exporter is for one thread
+        writers[suffix](root, Path(path), example)
+
+
+def inference_module(gm: SwatModule) -> SwatModule:
+    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
+    twin = private_copy(gm)
+    refresh(twin)
+    for node in sparse_nodes(twin):
+        _make_plain(twin, node)
+    for prefix, part in all_parts(twin):
+        part.__dict__["watch"] = None  # its layers are others from here on
+        for node in list(part.graph.nodes):
+            if node.target is laid_out:  # memory orders are for our own kernels
+                node.replace_all_uses_with(node.args[0])
+                part.graph.erase_node(node)
+            elif node.op == "call_module":
+                module = part.get_submodule(str(node.target))
+                if isinstance(module, Saver):
+                    _make_saver_plain(module, prefix, node)
+        for node in reversed(part.graph.nodes):
+            if node.op == "call_module" and str(node.target).startswith("swat.") and not node.users:
+                if node.target != "swat.eager_root":
+                    part.graph.erase_node(node)
+        part.recompile()
+    for name in list(twin.swat._modules):
+        if name != "eager_root":
+            delattr(twin.swat, name)
+    _drop_unread(twin)
+    twin.eval()
+    return twin
+
+
+def _drop_unread(gm: SwatModule) -> None:
+    """Remove the dense weights that no graph reads any more, where no eager code could either."""
+    read: set[str] = set()
+    for place in all_nodes(gm):
+        if place.node.op in ("get_attr", "call_module"):
+            read.add(place.path)
+    for name, module in gm.named_modules():
+        above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
+        if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
+            for key in list(module._parameters):
+                if f"{name}.{key}" not in read:
+                    module._parameters[key] = None
+
+
+def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
+    """Replace a sparse op by the plain one on its masked weight."""
+    part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
+    weight = layer.weight_now()
+    assert call is not None and weight is not None
+    source, weight_node, bias = layer.input, layer.weight, node.args[2]
+    masked = weight.detach()
+    if plan.rule.forward_weight:
+        threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
+        assert isinstance(threshold, WeightThreshold)
+        masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
+    with part.graph.inserting_before(node):
+        attribute = f"{plan.state}_sparse_weight"
+        if attribute not in part._buffers:
+            part.register_buffer(attribute, masked)
+        sparse = part.graph.get_attr(attribute)
+        args: tuple[Any, ...] = (source, sparse, bias)
+        function: Callable[..., Any] = F.linear
+        if plan.kind != "linear":
+            function = _CONV[plan.kind]
+            args = (*args, call.stride, call.padding, call.dilation, call.groups)
+        plain = part.graph.call_function(function, args)
+    node.replace_all_uses_with(plain)
+    part.graph.erase_node(node)
+    for user in list(weight_node.users):
+        # Thresholds and packs that asked whether the weight trains.
+        user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")
+    if not weight_node.users:
+        part.graph.erase_node(weight_node)
+
+
+def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
+    """Replace a leaf that keeps less for backward by what it stands for."""
+    graph = node.graph
+    options = dict(node.kwargs)
+    residual, relu = options.pop("residual", None), options.pop("relu", False)
+    with graph.inserting_before(node):
+        if isinstance(module, Bound):
+            path = relative(prefix, module.path)
+            plain = graph.call_module(path, node.args)
+        else:
+            plain = graph.call_function(_PLAIN[type(module)], node.args, options)
+        if residual is not None:
+            plain = graph.call_function(operator.add, (plain, residual))
+        if relu:
+            plain = graph.call_function(F.relu, (plain,))
+    node.replace_all_uses_with(plain)
+    graph.erase_node(node)
+
+
+def _write_pt2(gm: SwatModule, path: Path, example: Example) -> None:
+    _save_program(exported(inference_module(gm), example), path)
+
+
+def _write_training(gm: SwatModule, path: Path, example: Example) -> None:
+    twin = private_copy(gm)
+    twin.swat.clock.optimizer_wanted_by = None
+    twin.train()
+    with torch.enable_grad():
+        program = exported(twin, example)
+    annotate_exported(program, gm)
+    _save_program(program, path)
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    # By way of memory: torch's own writer ends the process where the disk is full.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(buffer.getbuffer())
+
+    write_atomically(path, write)
+
+
+def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> None:
+    """Put each layer's record on the exported op nodes, and on no other node.
+
+    Raises:
+        ExportError: the exported ops are not the plan's.
+    """
+    ours = [layer.node for layer in sparse_nodes(gm)]
+    exported = [n for n in program.graph.nodes if str(n.target) in _OPS]
+    if len(ours) != len(exported):
+        raise ExportError(
+            "the exported graph does not hold the plan's layers",
+            value=f"{len(exported)} ops for {len(ours)} planned calls",
+            remedy="a module that is called several times, or not at all, by eager code cannot be"
+            " exported for training",
+        )
+    for node in program.graph.nodes:
+        meta.erase(node)
+    for node, source in zip(exported, ours, strict=True):
+        meta.write(node, meta.read(source))
+
+
+def _write_onnx(gm: SwatModule, path: Path, example: Example) -> None:
+    _need("onnxscript", "onnx")
+    exported_program = exported(inference_module(gm), example)
+    try:
+        program = torch.onnx.export(exported_program, dynamo=True, verbose=False)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ExportError(
+            f"torch.onnx cannot export the model: {type(error).__name__}: {first}"
+        ) from error
+    assert program is not None  # with dynamo=True it returns what it would write
+    write_atomically(path, lambda temporary: program.save(str(temporary)))
+
+
+def _need(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ExportError(
+            f"the package {package!r} is not installed", remedy=f"pip install swatfx[{extra}]"
+        ) from error
+
+
+def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
+    _need("safetensors", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    twin = private_copy(gm)
+    refresh(twin)
+    tensors: dict[str, Tensor] = {
+        name: value.detach().contiguous()
+        for name, value in gm.state_dict().items()
+        if not name.startswith("swat.")
+    }
+    tensors = {name: value.clone() for name, value in tensors.items()}  # no two may share memory
+    sparse: dict[str, dict[str, Any]] = {}
+    for layer in sparse_layers(twin):
+        if not layer.plan.rule.forward_weight:
+            continue
+        names = [n for n, v in gm.state_dict().items() if _same(v, layer.weight)]
+        if not names:
+            raise ExportError(
+                "a computed (parametrized) weight has no name to be stored under",
+                layer=layer.plan.name,
+                remedy="export to .pt2, or remove the parametrization first",
+            )
+        for name in names:
+            if read_dense(gm, name):
+                raise ExportError(
+                    f"other code reads {name!r} dense, and a state dict cannot hold both",
+                    layer=layer.plan.name,
+                    remedy="export to .pt2, or keep the layer dense with swatfx.per_layer",
+                )
+        weight = layer.weight.detach().contiguous().reshape(-1)
+        keep = layer.keep_now().reshape(-1) & (weight != 0)
+        for name in names:
+            del tensors[name]
+            tensors[f"{name}.bitmask"] = bits.mask_to_bits(keep)
+            tensors[f"{name}.values"] = weight[keep].clone()
+            sparse[name] = {"shape": list(layer.weight.shape)}
+    about = json.dumps(sparse)
+    metadata = {"format": _FORMAT, "sparse": about, "sha256": _digest(tensors, about)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, str(temporary), metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+@checked(path=PATH)
+def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read what `export` wrote as `.safetensors`: a dense state dict with zeros where Top-K was.
+
+    It loads into the original model with strict=True.
+
+    Raises:
+        ExportError: the file is damaged or not ours.
+    """
+    _need("safetensors", "safetensors")
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own, undocumented
+        raise ExportError(
+            f"cannot read the file ({type(error).__name__})", value=str(path)
+        ) from error
+    if metadata.get("format") != _FORMAT:
+        raise ExportError("not a file that swatfx.export wrote", value=str(path))
+    try:
+        # Files of versions before 2026-12 have no checksum.
+        if "sha256" in metadata or set(metadata) != {"format", "sparse"}:
+            if metadata["sha256"] != _digest(tensors, metadata["sparse"]):
+                raise ValueError("its checksum is another")
+        for name, about in json.loads(metadata["sparse"]).items():
+            tensors[name] = _unpacked(tensors, name, tuple(about["shape"]))
+    except Exception as error:  # whatever damage may lead to
+        raise ExportError(
+            f"the file is damaged ({_why(error)})",
+            value=str(path),
+            remedy="write it again with swatfx.export",
+        ) from error
+    return tensors
+
+
+def _unpacked(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The dense weight of bitmask and values, which leave `tensors`."""
+    keep = bits.bits_to_mask(tensors.pop(f"{name}.bitmask"), torch.Size(shape).numel())
+    values = tensors.pop(f"{name}.values")
+    dense = values.new_zeros(keep.numel())
+    dense[keep] = values
+    return dense.view(shape)
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    """SHA-256 of all that a file of sparse weights holds."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _why(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

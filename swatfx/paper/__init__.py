@@ -1,0 +1,8 @@
+"""The paper's tables 1 and 6, from the policies' fields and the cycle models."""
+
+from swatfx.paper.table6 import render, table6_trained
+
+__all__ = [
+    "render",
+    "table6_trained",
+]

@@ -1,0 +1,1 @@
+"""What lies below all kernels: bitmasks, memory orders, functions with a compiled form."""
