@@ -172,3 +172,11 @@ def test_readme_extension_examples_are_short() -> None:
     for code in snippets():
         lines = [line for line in code.splitlines() if line.strip()]
         assert len(lines) <= 20, code
+
+
+def test_importing_waits_for_nothing_slow() -> None:
+    """numba, networkx and torchvision are imported where they are first needed."""
+    slow = "{'numba', 'networkx', 'torchvision'}"
+    code = f"import sys, swatfx; print(sorted({slow} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

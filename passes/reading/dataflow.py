@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from torch import fx
 
 from passes.tracing.module_kinds import owns_matrix
@@ -20,9 +19,11 @@ _PRODUCTS = ("matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "bil
 Key = tuple[str, str]  # (part path, node name)
 
 if TYPE_CHECKING:
-    Graph = nx.DiGraph[Key]
+    import networkx
+
+    Graph = networkx.DiGraph[Key]
 else:
-    Graph = nx.DiGraph  # not subscriptable when it runs
+    Graph = Any  # networkx is slow to import: the functions below do
 
 
 @checked(gm=instance(SwatModule), fallback=FLAG)
@@ -36,7 +37,9 @@ def to_networkx(gm: SwatModule, fallback: bool = True) -> Graph:
         gm: the model.
         fallback: join the parts that only calls for which there is no graph come by.
     """
-    graph: Graph = nx.DiGraph()
+    import networkx
+
+    graph: Graph = networkx.DiGraph()
     for place in all_nodes(gm):
         node, plan = place.node, place.record.plan
         graph.add_node(
@@ -105,7 +108,11 @@ def _matrices(gm: SwatModule, graph: Graph) -> dict[str, Key]:
 
 def first_and_last(graph: Graph) -> tuple[set[Key], set[Key]]:
     """Layer nodes with no layer between them and a graph input, and a graph output."""
-    order = list(nx.topological_sort(graph)) if nx.is_directed_acyclic_graph(graph) else list(graph)
+    import networkx
+
+    order = list(graph)
+    if networkx.is_directed_acyclic_graph(graph):
+        order = list(networkx.topological_sort(graph))
     return (
         _frontier(graph, order, "placeholder", graph.predecessors),
         _frontier(graph, order[::-1], "output", graph.successors),
@@ -114,9 +121,11 @@ def first_and_last(graph: Graph) -> tuple[set[Key], set[Key]]:
 
 def reached_layers(graph: Graph) -> set[str]:
     """Names of the layers that a graph input leads to."""
+    import networkx
+
     inputs = ((key, data) for key, data in graph.nodes(data=True) if data["op"] == "placeholder")
     starts = [key for key, data in inputs if is_root(data["part"])]
-    reached = set(starts).union(*(nx.descendants(graph, key) for key in starts))
+    reached = set(starts).union(*(networkx.descendants(graph, key) for key in starts))
     return {graph.nodes[key]["layer"] for key in reached} - {None}
 
 
