@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swatfx.kernels import fitting, library, problems
 from swatfx.kernels.problems import Shapes
-from swatfx.ops.calls import ConvCall
+from swatfx.ops.calls import ConvCall, Saved
 from swatfx.ops.conv import (
     conv,
     conv_backward,
@@ -108,19 +108,9 @@ def succeeded(failed: int, what: str) -> bool:
 
 
 @conv.register_kernel("cpu")
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_state: Tensor,
-    kept: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    call = ConvCall(*options)
-    out = _forward(call, input, weight, bias, weight_state)
-    if out is None:
-        return conv_reference(input, weight, bias, weight_state, kept, *options)
-    return out
+def _(*given: Any) -> Tensor:
+    out = _forward(ConvCall(*given[5:]), *given[:4])
+    return conv_reference(*given) if out is None else out
 
 
 def _shapes(call: ConvCall, input_shape: Sequence[int], weight: Tensor) -> Shapes | None:
@@ -215,18 +205,9 @@ def _input_gradient(
 
 
 @conv_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = ConvCall(*options)
-    saved = (input, kept, weight, weight_state, input_shape)
+def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved, call = Saved.split(rest, ConvCall)
+    input, kept, weight, weight_state, input_shape, wants = saved
     shapes = _shapes(call, input_shape, weight) if grad.dtype is torch.float32 else None
     spatial = weight.dim() - 2
     if shapes is None or grad.shape != (
@@ -234,7 +215,7 @@ def _(
         shapes.filters,
         *shapes.out_size[-spatial:],
     ):
-        return conv_backward_reference(grad, *saved, wants, *options)
+        return conv_backward_reference(grad, *rest)
     wants_input, wants_weight, wants_bias = wants
     grads: list[Tensor | None] = [None, None, None]
     grad = converted(grad, call.layout)
@@ -249,9 +230,9 @@ def _(
         if found is not None:
             grads[1] = call.weight_gradient(found, weight, weight_state)
     left = [wanted and found is None for wanted, found in zip(wants, grads, strict=True)]
-    rest = [grad.new_empty(0) for _ in left]
+    others = [grad.new_empty(0) for _ in left]
     if any(left):
         dense = replace(call, gradient_density="")  # its Top-K is taken already
-        rest = list(conv_backward_reference(grad, *saved, left, *dense.options))
-    first, second, third = (r if g is None else g for r, g in zip(rest, grads, strict=True))
+        others = list(conv_backward_reference(grad, *saved._replace(wants=left), *dense.options))
+    first, second, third = (r if g is None else g for r, g in zip(others, grads, strict=True))
     return first, second, third

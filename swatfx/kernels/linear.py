@@ -18,7 +18,7 @@ from torch import Tensor
 from swatfx.kernels import fitting, library
 from swatfx.kernels.conv import PACKED, run_problem, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
-from swatfx.ops.calls import LinearCall
+from swatfx.ops.calls import LinearCall, Saved
 from swatfx.ops.layout import converted
 from swatfx.ops.linear import (
     input_in_forward,
@@ -58,19 +58,9 @@ def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int |
 
 
 @linear.register_kernel("cpu")
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_state: Tensor,
-    kept: Tensor | None,
-    *options: Any,
-) -> Tensor:
-    call = LinearCall(*options)
-    out = _forward(call, input, weight, bias, weight_state)
-    if out is None:
-        return linear_reference(input, weight, bias, weight_state, kept, *options)
-    return out
+def _(*given: Any) -> Tensor:
+    out = _forward(LinearCall(*given[5:]), *given[:4])
+    return linear_reference(*given) if out is None else out
 
 
 def _forward(
@@ -107,23 +97,14 @@ def _transposed(matrix: Tensor) -> Tensor:
 
 
 @linear_backward.register_kernel("cpu")
-def _(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = LinearCall(*options)
-    saved = (input, kept, weight, weight_state, input_shape)
+def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved, call = Saved.split(rest, LinearCall)
+    input, kept, weight, weight_state, input_shape, wants = saved
     count = _rows(grad.shape, weight, 0, call.sparse_kernels)
     shape = torch.Size(input_shape)
     fits = grad.dtype is torch.float32 and shape == (*grad.shape[:-1], weight.shape[1])
     if count is None or not fits:
-        return linear_backward_reference(grad, *saved, wants, *options)
+        return linear_backward_reference(grad, *rest)
     outputs = weight.shape[0]
     bias_grad = grad.reshape(count, outputs).sum(0) if wants[2] else grad.new_empty(0)
     grad = call.gradient(grad, 0)
@@ -140,7 +121,7 @@ def _(
     rest = (grad.new_empty(0), grad.new_empty(0))
     if any(left):
         dense = replace(call, gradient_density="")  # its Top-K is taken already
-        rest = linear_backward_reference(grad, *saved, left, *dense.options)[:2]
+        rest = linear_backward_reference(grad, *saved._replace(wants=left), *dense.options)[:2]
     return (
         rest[0] if input_grad is None else input_grad,
         rest[1] if weight_grad is None else weight_grad,

@@ -70,15 +70,8 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 
 @norm.batch_norm.register_kernel("cpu")
-def _batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
+    x, residual, weight, bias, running_mean, running_var, *options = given
     call = NormCall(*options)
     layout = layouts.layout_of(x)
     extent = _Extent.of(x.shape, layout)
@@ -96,9 +89,7 @@ def _batch_norm(
         or (call.training and extent.runs * extent.length == 1)
         or not (call.training or (running_mean is not None and running_var is not None))
     ):
-        return norm.batch_norm_reference(
-            x, residual, weight, bias, running_mean, running_var, *options
-        )
+        return norm.batch_norm_reference(*given)
     if residual is not None:
         residual = converted(residual, layout)
     y = new_in_layout(x.shape, layout, x)
@@ -153,17 +144,8 @@ def _room(
 
 
 @norm.batch_norm_backward.register_kernel("cpu")
-def _batch_norm_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    code: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    wants: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
+    grad, x, code, weight, bias, mean, invstd, wants, *options = given
     call = NormBackwardCall(*options)
     shape, layout = call.shape, call.layout
     extent = _Extent.of(shape, layout)
@@ -179,9 +161,7 @@ def _batch_norm_backward(
         or invstd is None
         or not norm.is_complete(call, x, code, wants)
     ):
-        return norm.batch_norm_backward_reference(
-            grad, x, code, weight, bias, mean, invstd, wants, *options
-        )
+        return norm.batch_norm_backward_reference(*given)
     grad = converted(grad, layout)
     # What saved tensors went through on their way (hooks, the host) may have changed their order.
     x = None if x is None or call.saves == norm.INT8 else converted(x, layout)

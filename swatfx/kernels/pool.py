@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swatfx.kernels import fitting, library
 from swatfx.kernels.library import pointer
+from swatfx.ops.calls import MaxPoolCall
 from swatfx.ops.layout import converted
 from swatfx.ops.pool import (
     MOST_CELLS,
@@ -27,65 +28,58 @@ from swatfx.tensors import layouts
 
 
 def _sizes(
-    shape: Sequence[int], out: Sequence[int], layout: str, *options: Sequence[int]
+    shape: Sequence[int], out: Sequence[int], layout: str, call: MaxPoolCall
 ) -> ctypes.Array[ctypes.c_int64]:
-    """`pooling` of csrc/pool.h; options are kernel, stride, padding and dilation."""
+    """`pooling` of csrc/pool.h."""
     batch, channels = shape[:2]
     planes, inner = batch * channels, 1
     if layout == layouts.BATCH_INNERMOST:
         planes, inner = channels, batch
     elif layout == layouts.CHANNELS_LAST:
         planes, inner = batch, channels
-    values = [planes, inner, *shape[2:], *out[2:], *(n for pair in options for n in pair)]
+    values = [planes, inner, *shape[2:], *out[2:], *call.kernel, *call.stride]
+    values += [*call.padding, *call.dilation]
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _fits(shape: Sequence[int], kernel: Sequence[int], *others: Sequence[int]) -> bool:
+def _fits(shape: Sequence[int], call: MaxPoolCall) -> bool:
     """Whether there is a window of as many cells as a byte counts, over images.
 
     Rows are parted by their columns modulo the stride: no step may be larger than such a window.
     """
+    kernel, others = call.kernel, (call.stride, call.padding, call.dilation)
     if len(shape) != 4 or not fitting.are_pairs(kernel, *others):
         return False
     steps = max(abs(n) for pair in others for n in pair)
     return min(kernel) > 0 and kernel[0] * kernel[1] <= MOST_CELLS and steps <= MOST_CELLS
 
 
-def _out_shape(shape: Sequence[int], *options: Any) -> torch.Size:
+def _out_shape(shape: Sequence[int], call: MaxPoolCall) -> torch.Size:
     """Torch knows how many outputs there are, and what it takes for a mistake."""
-    *pairs, ceil_mode = options
     seen = torch.empty(tuple(shape), device="meta")
-    out: Tensor = torch.ops.aten.max_pool2d_with_indices(seen, *map(list, pairs), ceil_mode)[0]
+    out: Tensor = torch.ops.aten.max_pool2d_with_indices(seen, *call.for_aten)[0]
     return out.shape
 
 
 @max_pool2d.register_kernel("cpu")
-def _max_pool2d(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    saves: bool = True,
-) -> tuple[Tensor, Tensor]:
-    layout = layouts.layout_of(x)
+def _max_pool2d(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    call, layout = MaxPoolCall(*options), layouts.layout_of(x)
     if (
         not library.available()
         or x.dtype != torch.float32
         or x.numel() == 0
         or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or not _fits(x.shape, kernel, stride, padding, dilation)
+        or not _fits(x.shape, call)
     ):
-        return max_pool2d_reference(x, kernel, stride, padding, dilation, ceil_mode, saves)
-    out = _out_shape(x.shape, kernel, stride, padding, dilation, ceil_mode)
+        return max_pool2d_reference(x, *options)
+    out = _out_shape(x.shape, call)
     y = new_in_layout(out, layout, x)
-    index = x.new_empty(y.numel() if saves else 0, dtype=torch.uint8)
+    index = x.new_empty(y.numel() if call.saves else 0, dtype=torch.uint8)
     library.function("swatfx_max_pool")(
         pointer(x),
         pointer(y),
         pointer(index),
-        _sizes(x.shape, out, layout, kernel, stride, padding, dilation),
+        _sizes(x.shape, out, layout, call),
         library.threads(),
     )
     return y, index
@@ -99,13 +93,14 @@ def _max_pool2d_backward(
     layout: str,
     *options: Any,
 ) -> Tensor:
+    call = MaxPoolCall(*options)
     if (
         not library.available()
         or grad.dtype != torch.float32
         or grad.numel() == 0
-        or not _fits(shape, *options[:4])
+        or not _fits(shape, call)
         or not fitting.holds_bytes(index, grad.numel())
-        or grad.shape != _out_shape(shape, *options)
+        or grad.shape != _out_shape(shape, call)
     ):
         return max_pool2d_backward_reference(grad, index, shape, layout, *options)
     grad = converted(grad, layout)
@@ -114,7 +109,7 @@ def _max_pool2d_backward(
         pointer(grad),
         pointer(index),
         pointer(dx),
-        _sizes(shape, grad.shape, layout, *options[:4]),
+        _sizes(shape, grad.shape, layout, call),
         library.threads(),
     )
     return dx

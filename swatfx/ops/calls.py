@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ _SCHEMA_TYPES = {
     "Sequence[int]": "SymInt[]",
     "Sequence[int] | None": "SymInt[]?",
     "int": "SymInt",
+    "int | None": "SymInt?",
     "float": "float",
     "bool": "bool",
     "str": "str",
     "Tensor | None": "Tensor?",
     "torch.dtype | None": "ScalarType?",
 }
+
+
+_SomeCall = TypeVar("_SomeCall", bound="Call")
 
 
 class Call:
@@ -249,6 +253,77 @@ class RefreshCall(Call):
 
 
 OF_ACTIVATION = ("is_weight", "own")
+
+
+@dataclass(frozen=True)
+class MaxPoolCall(Call):
+    """What `swatfx::max_pool2d` is told; its backward, all but `saves`.
+
+    Attributes:
+        kernel: two extents, whose product is at most 256.
+        stride: two.
+        padding: two.
+        dilation: two.
+        ceil_mode: as in `F.max_pool2d`.
+        saves: False where no gradient will be asked for.
+    """
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    ceil_mode: bool
+    saves: bool = True
+
+    @property
+    def for_aten(self) -> tuple[Any, ...]:
+        """As aten takes it."""
+        pairs = self.kernel, self.stride, self.padding, self.dilation
+        return *map(list, pairs), self.ceil_mode
+
+
+@dataclass(frozen=True)
+class AvgPoolCall(Call):
+    """What `swatfx::avg_pool2d` and its backward are told: as `F.avg_pool2d`, in pairs."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    ceil_mode: bool
+    count_include_pad: bool
+    divisor: int | None
+
+    @property
+    def for_aten(self) -> tuple[Any, ...]:
+        """As aten takes it."""
+        return *map(list, self.options[:3]), *self.options[3:]
+
+
+class Saved(NamedTuple):
+    """What a layer's backward gets besides the output's gradient and its call.
+
+    Attributes:
+        input: what forward saved, padded, or None.
+        kept: likewise, packed; one of the two is given if the weight gradient is wanted.
+        weight: as forward got it.
+        weight_state: as forward got it.
+        input_shape: of the padded input.
+        wants: gradients of input, weight and bias.
+    """
+
+    input: Tensor | None
+    kept: Tensor | None
+    weight: Tensor
+    weight_state: Tensor
+    input_shape: Sequence[int]
+    wants: Sequence[bool]
+
+    @staticmethod
+    def split(rest: Sequence[Any], call: type[_SomeCall], **named: Any) -> tuple[Saved, _SomeCall]:
+        """What follows the gradient in a backward op's arguments, read."""
+        count = len(Saved._fields)
+        return Saved(*rest[:count]), call(*rest[count:], **named)
+
 
 # What layer ops of both kinds begin with.
 FORWARD = "Tensor input, Tensor weight, Tensor? bias, Tensor weight_state, Tensor? kept"

@@ -17,7 +17,7 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.errors import InputError, SwatError
 from swatfx.ops.autocast import register_autocast
-from swatfx.ops.calls import BACKWARD, FORWARD, ConvCall, schema_of
+from swatfx.ops.calls import BACKWARD, FORWARD, ConvCall, Saved, schema_of
 from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
 from swatfx.ops.saved import in_layout
@@ -29,28 +29,22 @@ from swatfx.tensors.layouts import BATCH_INNERMOST
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def conv_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_state: Tensor,
-    kept: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def conv_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """Convolution with Top-K weights.
 
     Args:
         input: (N, C, *spatial) or (C, *spatial), already padded by `ConvCall.pad`.
         weight: dense (F, C / groups, *kernel).
         bias: (F,) or None.
-        weight_state: what the call's `weight_selector` made for the weight.
-        kept: packed activation for the weight gradient (`swatfx::pack` of the input before it was
-            padded), or None: then the dense input is saved, if anything is.
-        options: fields of `swatfx.ops.calls.ConvCall`.
+        rest: weight_state, what the call's `weight_selector` made for the weight; kept, the packed
+            activation for the weight gradient (`swatfx::pack` of the input before it was padded),
+            or None: then the dense input is saved, if anything is; and the fields of
+            `swatfx.ops.calls.ConvCall`.
 
     Returns:
         (N, F, *spatial).
     """
+    weight_state, _, *options = rest
     call = ConvCall(*options)
     seen = input_in_forward(call, input, weight.dim() - 2)
     used = call.weight_in_forward(weight, weight_state, input.dtype)
@@ -112,42 +106,21 @@ def _dilation_for_aten(weight: Tensor, dilation: Sequence[int]) -> list[int]:
 
 
 @conv.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_state: Tensor,
-    kept: Tensor | None,
-    *options: Any,
-    **named: Any,
-) -> Tensor:
-    call = ConvCall(*options, **named)
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **named: Any) -> Tensor:
+    call = ConvCall(*rest[2:], **named)  # behind the weight's state, and what is kept
     return _in_layout(_run(call, input, as_seen(weight, input.dtype), bias), call.layout)
 
 
-def conv_backward_reference(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def conv_backward_reference(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::conv` for input, weight and bias; those not in `wants` are empty.
 
     Args:
         grad: of the output, (N, F, *spatial) or (F, *spatial).
-        input: what forward saved, padded, or None.
-        kept: likewise, packed; one of the two is given if the weight gradient is wanted.
-        weight: as forward got it.
-        weight_state: as forward got it.
-        input_shape: of the padded input.
-        wants: gradients of input, weight and bias.
-        options: fields of `swatfx.ops.calls.ConvCall`; its layout is the padded input's.
+        rest: what forward left, see `swatfx.ops.calls.Saved`, and the fields of `ConvCall`; its
+            layout is the padded input's.
     """
-    call = ConvCall(*options)
+    saved, call = Saved.split(rest, ConvCall)
+    input, kept, weight, weight_state, input_shape, wants = saved
     batched = grad.dim() == weight.dim()
     wants_input, wants_weight, wants_bias = wants
     spatial = weight.dim() - 2
@@ -231,19 +204,10 @@ def _unpacked(
 
 
 @conv_backward.register_fake
-def _(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = ConvCall(*options, **named)
-    seen = _unpacked(call, grad, None, input_shape)
+def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved, call = Saved.split(rest, ConvCall, **named)
+    weight, wants = saved.weight, saved.wants
+    seen = _unpacked(call, grad, None, saved.input_shape)
     found = _products(call, grad, seen, as_seen(weight, grad.dtype), [True] * 3)
     empty = [grad.new_empty(0) for _ in wants]
     first, second, third = (

@@ -150,17 +150,12 @@ def _target(
 
 
 def recall(
-    memory: Ranked,
-    weight: Tensor,
-    threshold: Tensor,
-    stamp: Tensor,
-    iteration: Tensor,
-    density: Tensor,
-    fraction: Tensor,
+    memory: Ranked, weight: Tensor, threshold: Tensor, stamp: Tensor, *target: Tensor
 ) -> Tensor | None:
     """What `current` would return without ranking, and without the price of calling an op.
 
-    None while traced, and where there is something to rank. Nobody may write into the result.
+    `target` are the iteration, the density and its fraction. None while traced, and where there is
+    something to rank. Nobody may write into the result.
     """
     if torch._C._len_torch_dispatch_stack() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
@@ -171,23 +166,12 @@ def recall(
         return threshold.clone() if torch.is_grad_enabled() else threshold
     if memory.seen is None:
         return None
-    return memory.recall(weight, _target(stamp, iteration, density, fraction))
+    return memory.recall(weight, _target(stamp, *target))
 
 
 @current.register_fake
-def _(
-    weight: Tensor,
-    threshold: Tensor,
-    stamp: Tensor,
-    iteration: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    selector: str,
-    layer: str,
-    seed: int,
-    token: int,
-) -> Tensor:
-    chosen = selectors.get(selector)
+def _(weight: Tensor, *rest: Any) -> Tensor:
+    chosen = selectors.get(rest[5])
     shape = chosen.state_shape(tuple(weight.shape), Axes(0, 1))
     return weight.new_empty(shape, dtype=chosen.state_dtype(weight.dtype))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
-from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, schema_of
+from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, Saved, schema_of
 from swatfx.ops.conv import no_double_backward
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
@@ -22,28 +21,21 @@ from swatfx.selectors import Axes
 from swatfx.tensors import layouts
 
 
-def linear_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_state: Tensor,
-    kept: Tensor | None,
-    *options: Any,
-) -> Tensor:
+def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     """`F.linear` with Top-K weights.
 
     Args:
         input: (*any, in).
         weight: dense (out, in).
         bias: (out,) or None.
-        weight_state: what the call's `weight_selector` made for the weight.
-        kept: packed input for the weight gradient, or None: then the dense input is saved, if
-            anything is.
-        options: fields of `swatfx.ops.calls.LinearCall`.
+        rest: weight_state, what the call's `weight_selector` made for the weight; kept, the packed
+            input for the weight gradient, or None: then the dense input is saved, if anything is;
+            and the fields of `swatfx.ops.calls.LinearCall`.
 
     Returns:
         (*any, out).
     """
+    weight_state, _, *options = rest
     call = LinearCall(*options)
     used = call.weight_in_forward(weight, weight_state, input.dtype)
     return _run(input_in_forward(call, input), used, bias)
@@ -83,21 +75,13 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options:
     return F.linear(input, as_seen(weight, input.dtype), bias)
 
 
-def linear_backward_reference(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_backward_reference(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::linear` for input, weight and bias; those not in `wants` are empty.
 
-    Arguments are those of `swatfx::conv_backward`, options the fields of `LinearCall`.
+    Arguments are those of `swatfx::conv_backward`, with the fields of `LinearCall`.
     """
-    call = LinearCall(*options)
+    saved, call = Saved.split(rest, LinearCall)
+    input, kept, weight, weight_state, input_shape, wants = saved
     features, inputs = weight.shape
     # Biases never take part: theirs is the sum of the whole gradient.
     bias_grad = grad.reshape(-1, features).sum(0) if wants[2] else grad.new_empty(0)
@@ -129,17 +113,9 @@ linear_backward = torch.library.custom_op(
 
 
 @linear_backward.register_fake
-def _(
-    grad: Tensor,
-    input: Tensor | None,
-    kept: Tensor | None,
-    weight: Tensor,
-    weight_state: Tensor,
-    input_shape: Sequence[int],
-    wants: Sequence[bool],
-    *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    saved, _ = Saved.split(rest, LinearCall, **named)
+    weight, input_shape, wants = saved.weight, saved.input_shape, saved.wants
     return (
         grad.new_empty(tuple(input_shape)) if wants[0] else grad.new_empty(0),
         weight.new_empty(tuple(weight.shape)) if wants[1] else grad.new_empty(0),

@@ -170,17 +170,9 @@ def _stats_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
 
 
 @batch_norm.register_fake
-def _(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = NormCall(*options, **named)
+def _(x: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    residual, weight, bias, running_mean, running_var = rest[:5]
+    call = NormCall(*rest[5:], **named)
     y = new_in_layout(x.shape, layouts.layout_of(x), x)
     dtype = _stats_dtype(x, weight, bias, running_mean)
     if not call.training and running_mean is not None:
@@ -347,19 +339,9 @@ batch_norm_backward = torch.library.custom_op(
 
 
 @batch_norm_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor | None,
-    code: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    wants: Sequence[bool],
-    *options: Any,
-    **named: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _zero_gradients(NormBackwardCall(*options, **named), grad, weight, bias, wants)
+def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, weight, bias, _, _, wants = rest[:7]
+    return _zero_gradients(NormBackwardCall(*rest[7:], **named), grad, weight, bias, wants)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

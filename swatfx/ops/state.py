@@ -218,16 +218,9 @@ refresh = torch.library.custom_op(
 
 @refresh.register_fake
 def _(
-    x: Tensor,
-    threshold: Tensor,
-    stamp: Tensor,
-    step: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    *options: Any,
-    **named: Any,
+    x: Tensor, threshold: Tensor, stamp: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = RefreshCall(*options, **named)
+    call = RefreshCall(*rest[3:], **named)
     use = torch.empty_like(threshold)
     if call.is_batch_shaped:
         use = threshold.new_empty(call.state_shape(x))
@@ -235,13 +228,7 @@ def _(
 
 
 def _refresh_call(
-    x: Tensor,
-    thresholds: Tensor,
-    stamps: Tensor,
-    step: Tensor,
-    density: Tensor,
-    fraction: Tensor,
-    *options: Any,
+    x: Tensor, thresholds: Tensor, stamps: Tensor, step: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`swatfx::refresh` of an activation whose layer eager code may call several times a forward.
 
@@ -253,9 +240,8 @@ def _refresh_call(
         thresholds: [CALLS, *state], states of the last refresh of each call.
         stamps: int64 [CALLS], iterations of these; -1 before the first.
         step: int64 [5] of `swatfx::step`.
-        density: see `swatfx::refresh`.
-        fraction: see `swatfx::refresh`.
-        options: fields of `swatfx.ops.calls.RefreshCall` but `is_weight` and `own`.
+        rest: density and fraction, see `swatfx::refresh`, and the fields of
+            `swatfx.ops.calls.RefreshCall` but `is_weight` and `own`.
 
     Returns:
         (to use now, new thresholds, new stamps); none aliases an input.
@@ -263,6 +249,7 @@ def _refresh_call(
     Raises:
         InputError: NaN or complex numbers where a threshold is recomputed.
     """
+    density, fraction, *options = rest
     told = RefreshCall.of_activation(options)
     iteration, recomputing, _, _, call = step.tolist()
     history = History.find(told.token)
