@@ -1,16 +1,19 @@
-"""The house's own rules: floors, one-way imports, README's snippets, no machine paths."""
+"""The house's own rules: rooms, one-way imports, documents and their snippets, no machine paths."""
 
 import ast
+import io
+import pydoc
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("swatfx", "passes", "benchmarks", "tests")
 
-# A file imports from its own floor and from lower ones, never from a higher one.
 # From the ground up: an import goes down, or stays in its room.
 ROOMS = [
     "swatfx.version",
@@ -99,7 +102,7 @@ def imports(path: Path, types: bool = True) -> set[str]:
 def test_imports_go_down(path: Path) -> None:
     module = module_of(path)
     if module == "passes":
-        return  # its first line is the one exception: see design
+        return  # it imports swatfx first, so that a pass can be imported alone
     for imported in imports(path):
         assert room_of(imported) <= room_of(module), f"{module} imports {imported}"
 
@@ -153,30 +156,121 @@ def test_no_machine_paths() -> None:
         assert not pattern.search((ROOT / name).read_text()), name
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-
-
-@pytest.mark.parametrize("index", range(len(snippets())))
-def test_readme_snippets_run(index: int, tmp_path: Path) -> None:
-    """Every Python block of the README runs by itself, in an empty folder."""
-    code = snippets()[index]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
-def test_readme_extension_examples_are_short() -> None:
-    assert len(snippets()) >= 5
-    for code in snippets():
-        lines = [line for line in code.splitlines() if line.strip()]
-        assert len(lines) <= 20, code
-
-
 def test_importing_waits_for_nothing_slow() -> None:
     """numba, networkx and torchvision are imported where they are first needed."""
     slow = "{'numba', 'networkx', 'torchvision'}"
     code = f"import sys, swatfx; print(sorted({slow} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+# What people read: snippets in them run, and links in them lead somewhere.
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("README.md")),
+]
+LONGEST = {"README.md": 150, "CONTRIBUTING.md": 60}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def snippets() -> dict[str, str]:
+    """The Python blocks of all documents, by file and position."""
+    return {
+        f"{name_of(path)}:{index}": code
+        for path in DOCUMENTS
+        for index, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.S))
+    }
+
+
+@pytest.mark.parametrize("name", snippets())
+def test_snippets_run(name: str, tmp_path: Path) -> None:
+    """Every Python block of a document runs by itself, in an empty folder."""
+    result = subprocess.run(
+        [sys.executable, "-c", snippets()[name]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_snippets_are_short() -> None:
+    assert len(snippets()) >= 12
+    for name, code in snippets().items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 20, name
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_the_front_door_is_short(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= LONGEST[name]
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name behind "#": headings, as GitHub spells them."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.is_relative_to(ROOT.resolve()) and target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_document_is_linked() -> None:
+    """From README.md, at one click or more."""
+    linked, todo = set(), [ROOT / "README.md"]
+    while todo:
+        path = todo.pop()
+        linked.add(path)
+        names = re.findall(r"\]\(([^)\s#:]+\.md)", path.read_text())
+        found = {(path.parent / name).resolve().relative_to(ROOT.resolve()) for name in names}
+        todo += [ROOT / one for one in found if ROOT / one not in linked]
+    assert set(DOCUMENTS) <= linked
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_what_documents_name_is_there(path: Path) -> None:
+    """Modules, functions and files of this repository."""
+    text = re.sub(r"```python.*?```", "", path.read_text(), flags=re.S)  # these run
+    for name in set(re.findall(r"(?<![\w./-])(?:swatfx|passes|benchmarks|tests)(?:\.\w+)+", text)):
+        assert pydoc.locate(name) is not None, name
+    inside = r"(?<![\w./-])(?:swatfx|passes|benchmarks|tests)/[\w./-]*\w(?![\w*{])"
+    for name in set(re.findall(inside, text)):
+        if not {"NAME", "DATE"} & set(re.split(r"\W", name)):
+            assert (ROOT / name).exists() or (path.parent / name).exists(), name
+
+
+def test_documents_that_code_cites_are_there() -> None:
+    """A docstring or comment that names a document names one of this repository."""
+    there = {path.name for path in DOCUMENTS}
+    pattern = re.compile(r"(?<![\w./{}*-])([\w-]+\.md)\b|\bsee (?:the )?design\b")
+    for path in [*sources(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        if path == Path(__file__).resolve():
+            continue
+        text = "\n".join(texts(path))
+        for found in pattern.finditer(text):
+            assert found[1] in there, f"{path.relative_to(ROOT)} cites {found[0]}"
+
+
+def texts(path: Path) -> list[str]:
+    """Docstrings and comments of a file."""
+    code = path.read_text()
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    tree = ast.walk(ast.parse(code))
+    docs = [ast.get_docstring(node) or "" for node in tree if isinstance(node, nodes)]
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    return docs + [token.string for token in tokens if token.type == tokenize.COMMENT]
