@@ -1,4 +1,4 @@
-"""What storing less costs in precision: gradients of whole networks, as README gives them.
+"""What storing less costs in precision: gradients, as swatfx/kernels/README.md gives them.
 
 `pytest -s -m '' tests/test_gradient_errors.py` prints what it measures. A step on random images,
 SWAT-U at 90%: gradients with `norm_saves="int8"` or `value_dtype="bf16"` against those without.
@@ -68,7 +68,7 @@ BOUNDS = {
         *[pytest.param("resnet18", seed, marks=pytest.mark.slow) for seed in (0, 1, 2)],
     ],
 )
-def test_errors_are_as_readme_says(name: str, seed: int) -> None:
+def test_errors_are_as_documented(name: str, seed: int) -> None:
     """Within a factor of about two of what was measured, from both sides."""
     for (option, outlier), (least, most, least_worst, most_worst) in BOUNDS.items():
         whole, worst = errors(name, option, seed, outlier)

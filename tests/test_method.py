@@ -1,4 +1,4 @@
-"""The method as algorithm.md defines it, against a second formulation in plain float64 torch.
+"""The method of swatfx/ops/README.md, against a second formulation in plain float64 torch.
 
 The formulation below shares no code with the library: Top-K by sorting, the input gradient as a
 transposed convolution, the weight gradient as a convolution of the transposed activation.

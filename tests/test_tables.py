@@ -1,4 +1,4 @@
-"""The paper's tables: every row of the accounting notes, within half a point."""
+"""The paper's tables: every SWAT-U and SWAT-ERK row, within half a point of its accounting."""
 
 from __future__ import annotations
 
