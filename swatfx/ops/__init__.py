@@ -1,7 +1,8 @@
 """The operators that a compiled graph is made of, in the namespace `torch.ops.swatfx`.
 
 One family a file: schema, fake, autograd, autocast and the reference kernel in plain torch, which
-is the definition. Importing this package registers them all.
+is the definition. Importing this package registers them all. README.md here is the method in plain
+torch, and tells which op, kernel and pass each step of it became.
 """
 
 from swatfx.ops.conv import conv, conv_backward
