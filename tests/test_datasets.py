@@ -221,8 +221,7 @@ def test_pixels_are_normalised_after_augmentation() -> None:
         augment=True,
         device="cpu",
         shuffle=False,
-        mean=(0.5, 0.25),
-        std=(0.5, 0.25),
+        normalise=((0.5, 0.25), (0.5, 0.25)),
     )
     # white is (1 - mean) / std; the padding is black before normalisation, so -mean / std.
     assert set(pixels[:, 0].unique().tolist()) == {-1.0, 1.0}

@@ -275,3 +275,17 @@ def texts(path: Path) -> list[str]:
     docs = [ast.get_docstring(node) or "" for node in tree if isinstance(node, nodes)]
     tokens = tokenize.generate_tokens(io.StringIO(code).readline)
     return docs + [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+# Of them, what torch's own functions take, and one public call whose options are its own.
+MANY_ARGUMENTS = {"attention_core", "shifted_window_attention", "transformer", "compare"}
+
+
+def test_functions_take_few_arguments() -> None:
+    """At most ten; an op's options are a record (`swatfx.ops.calls`)."""
+    for path in [*sources(), *(ROOT / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([a for a in given if a.arg not in ("self", "cls")])
+                assert count <= 10 or node.name in MANY_ARGUMENTS, f"{path}: {node.name}"

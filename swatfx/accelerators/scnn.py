@@ -12,8 +12,8 @@ from swatfx.accelerators.base import Accelerator, Count
 from swatfx.accelerators.compiled import compiled
 from swatfx.accelerators.geometry import Ints, Mask, Problem, ceil_div
 from swatfx.accelerators.inputs import integer
-from swatfx.accelerators.scnn_gradient import gradient_channel
-from swatfx.accelerators.scnn_kernels import add_phase
+from swatfx.accelerators.scnn_gradient import Outer, gradient_channel
+from swatfx.accelerators.scnn_kernels import Classes, Phase, add_phase
 from swatfx.errors import InputError
 
 SIDE = 8  # elements along each axis
@@ -142,13 +142,11 @@ class SCNN(Accelerator):
         p = problem
         Kc = self.filters_at_once(p.R, p.S)
         rows, cols = (ceil_div(n, SIDE) * SIDE for n in p.padded)
-        geometry = (p.R, p.S, p.OX, p.OY, p.stride, p.dilation, p.padding[0], p.padding[2])
+        part = rows // SIDE, cols // SIDE, p.padding[0], p.padding[2]
         cycles = without = mean = 0
         for first in range(0, p.K, Kc):
-            many = min(Kc, p.K - first)
-            spent = gradient_channel(
-                activations, many, rows // SIDE, cols // SIDE, *geometry, self.conflicts
-            )
+            outer = Outer(min(Kc, p.K - first), p.R, p.S, p.OX, p.OY, p.stride, p.dilation)
+            spent = gradient_channel(activations, outer, *part, self.conflicts)
             cycles += int(spent[0])
             without += int(spent[1])
             mean += int(spent[2])
@@ -211,10 +209,8 @@ class SCNN(Accelerator):
             xs = axis_classes(rows, p.R, p.OX, p.stride, p.dilation, a)
             ys = axis_classes(cols, p.S, p.OY, p.stride, p.dilation, b)
             if len(xs[1]) and len(ys[1]) and _tap_counts(p.R, p)[a] and _tap_counts(p.S, p)[b]:
-                add_phase(
-                    weights, activations, Kc, *part, *shape, a, b, *xs, *ys, self.conflicts,
-                    spent, free,
-                )  # fmt: skip
+                phase, classes = Phase(*part, *shape, a, b), Classes(*xs, *ys)
+                add_phase(weights, activations, Kc, phase, classes, self.conflicts, spent, free)
         cycles, without = int(spent.max(axis=2).sum()), int(free.max(axis=2).sum())
         mean = int(np.ceil(spent.mean(axis=2)).sum())
         halo = self._halo(p, p.K)

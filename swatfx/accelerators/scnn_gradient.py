@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from swatfx.accelerators.compiled import compiled
 from swatfx.accelerators.geometry import Ints, Mask
 
 
+class Outer(NamedTuple):
+    """The products of a weight gradient.
+
+    Attributes:
+        filters: of the group.
+        R: rows of the weight gradient.
+        S: its columns.
+        OX: rows of the output gradient.
+        OY: its columns.
+        stride: of the forward layer.
+        dilation: of the forward layer.
+    """
+
+    filters: int
+    R: int
+    S: int
+    OX: int
+    OY: int
+    stride: int
+    dilation: int
+
+
 @compiled
-def _hits(
-    xs: Ints,
-    ys: Ints,
-    filled: int,
-    first: int,
-    last: int,
-    filters: int,
-    R: int,
-    S: int,
-    OY: int,
-    stride: int,
-    dilation: int,
-    banks: Ints,
-) -> int:
+def _hits(xs: Ints, ys: Ints, filled: int, first: int, last: int, outer: Outer, banks: Ints) -> int:
     """Most hits on one bank of a chunk: activations (xs, ys) times gradients first .. last - 1."""
+    filters, R, S, _, OY, stride, dilation = outer
     banks[:] = 0
     most = 0
     for n in range(first, last):
@@ -48,25 +60,14 @@ def _hits(
 
 
 @compiled
-def _conflicts(
-    xs: Ints,
-    ys: Ints,
-    filled: int,
-    filters: int,
-    R: int,
-    S: int,
-    OX: int,
-    OY: int,
-    stride: int,
-    dilation: int,
-    banks: Ints,
-) -> int:
+def _conflicts(xs: Ints, ys: Ints, filled: int, outer: Outer, banks: Ints) -> int:
     """Cycles that one chunk of activations loses to conflicts over all gradients.
 
     Gradients are numbered pixel by pixel, filter innermost. Only pixels whose taps can meet one
     of the activations are looked at. Chunks of four within a pixel have four filters that differ
     mod 4, and so cost the same, whichever they are.
     """
+    filters, R, S, OX, OY, stride, dilation = outer
     reach_x = (R - 1) * dilation
     reach_y = (S - 1) * dilation
     low_x, high_x, low_y, high_y = xs[0], xs[0], ys[0], ys[0]
@@ -85,49 +86,29 @@ def _conflicts(
             whole = end // 4 - (begin + 3) // 4
             if whole > 0:
                 at = (begin + 3) // 4 * 4
-                most = _hits(xs, ys, filled, at, at + 4, filters, R, S, OY, stride, dilation, banks)
+                most = _hits(xs, ys, filled, at, at + 4, outer, banks)
                 lost += whole * max(0, most - 1)
             for edge in (begin, end):
                 chunk = edge // 4
                 if edge % 4 and chunk > done:
                     done = chunk
                     last = min(4 * chunk + 4, number)
-                    most = _hits(
-                        xs, ys, filled, 4 * chunk, last, filters, R, S, OY, stride, dilation, banks
-                    )
+                    most = _hits(xs, ys, filled, 4 * chunk, last, outer, banks)
                     lost += max(0, most - 1)
     return lost
 
 
 @compiled
 def gradient_channel(
-    activations: Mask,
-    filters: int,
-    th: int,
-    tw: int,
-    R: int,
-    S: int,
-    OX: int,
-    OY: int,
-    stride: int,
-    dilation: int,
-    top: int,
-    left: int,
-    conflicts: bool,
+    activations: Mask, outer: Outer, th: int, tw: int, top: int, left: int, conflicts: bool
 ) -> tuple[int, int, int]:
     """Sum over channels of the slowest element for one group of filters, without halos.
 
     Args:
         activations: [C, H, W].
-        filters: of the group.
+        outer: the products.
         th: rows of an element's part of the padded input.
         tw: its columns.
-        R: rows of the weight gradient.
-        S: its columns.
-        OX: rows of the output gradient.
-        OY: its columns.
-        stride: of the forward layer.
-        dilation: of the forward layer.
         top: padding.
         left: padding.
         conflicts: whether hits on one bank wait for each other.
@@ -136,7 +117,7 @@ def gradient_channel(
         cycles; the same without conflicts; the mean element's, rounded up by channel.
     """
     C, H, W = activations.shape
-    slots = (OX * OY * filters + 3) // 4
+    slots = (outer.OX * outer.OY * outer.filters + 3) // 4
     xs = np.empty(4, dtype=np.int64)
     ys = np.empty(4, dtype=np.int64)
     banks = np.zeros(32, dtype=np.int64)
@@ -165,9 +146,7 @@ def gradient_channel(
                         if filled == 4 or (filled > 0 and x == x1 - 1 and y == y1 - 1):
                             chunks += 1
                             if conflicts:
-                                lost += _conflicts(
-                                    xs, ys, filled, filters, R, S, OX, OY, stride, dilation, banks
-                                )
+                                lost += _conflicts(xs, ys, filled, outer, banks)
                             filled = 0
                 slowest = max(slowest, chunks * slots + lost)
                 slowest_free = max(slowest_free, chunks * slots)

@@ -11,6 +11,8 @@ four classes (a *combination*) of a channel.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,48 @@ _THREE = np.uint64(3)
 _NONE = np.uint64(0)
 _BIT0 = np.uint64(0x1111111111111111)
 _BIT2 = np.uint64(0x4444444444444444)
+
+
+class Phase(NamedTuple):
+    """One stride phase of a layer on the 8 x 8 elements.
+
+    Attributes:
+        th: rows of an element's part of the padded input.
+        tw: its columns.
+        stride: of the layer.
+        dilation: of the kernel.
+        top: rows of padding above.
+        left: columns of padding to the left.
+        x: the phase of the rows.
+        y: that of the columns.
+    """
+
+    th: int
+    tw: int
+    stride: int
+    dilation: int
+    top: int
+    left: int
+    x: int
+    y: int
+
+
+class Classes(NamedTuple):
+    """What `axis_classes` says of both axes in one phase.
+
+    Attributes:
+        class_x: class of each padded row.
+        values_x: of each class and tap.
+        class_y: class of each padded column.
+        values_y: of each class and tap.
+    """
+
+    class_x: Ints
+    values_x: Ints
+    class_y: Ints
+    values_y: Ints
+
+
 TABLE_WORDS = 1 << 16  # of the table for one block of weight chunks: fits the second-level cache
 
 
@@ -51,16 +95,8 @@ def _same(a: Ints, b: Ints) -> bool:
 @compiled
 def _combinations(
     plane: Mask,
-    top: int,
-    left: int,
-    th: int,
-    tw: int,
-    stride: int,
-    phase_x: int,
-    phase_y: int,
-    class_x: Ints,
-    class_y: Ints,
-    classes_y: int,
+    phase: Phase,
+    classes: Classes,
     chunk_element: Ints,
     chunk_combination: Ints,
     slots: Ints,
@@ -70,16 +106,8 @@ def _combinations(
 
     Args:
         plane: activations of the channel, [H, W].
-        top: rows of padding above.
-        left: columns of padding to the left.
-        th: rows of an element's part of the padded input.
-        tw: its columns.
-        stride: of the layer.
-        phase_x: of the rows.
-        phase_y: of the columns.
-        class_x: of `axis_classes`, for rows.
-        class_y: for columns.
-        classes_y: how many those are.
+        phase: of the layer.
+        classes: of its axes.
         chunk_element: out, the element of each chunk.
         chunk_combination: out, the combination of each chunk.
         slots: scratch of a hash table, a power of two long and twice the chunks at least.
@@ -88,6 +116,9 @@ def _combinations(
     Returns:
         the number of chunks and that of combinations.
     """
+    th, tw, stride, _, top, left, phase_x, phase_y = phase
+    class_x, _, class_y, values_y = classes
+    classes_y = values_y.shape[0]
     H, W = plane.shape
     chunks = 0
     distinct = 0
@@ -243,18 +274,8 @@ def add_phase(
     weights: Mask,
     activations: Mask,
     Kc: int,
-    th: int,
-    tw: int,
-    stride: int,
-    dilation: int,
-    top: int,
-    left: int,
-    phase_x: int,
-    phase_y: int,
-    class_x: Ints,
-    values_x: Ints,
-    class_y: Ints,
-    values_y: Ints,
+    phase: Phase,
+    classes: Classes,
     conflicts: bool,
     spent: Ints,
     free: Ints,
@@ -265,22 +286,14 @@ def add_phase(
         weights: [C, R, S, K].
         activations: [C, H, W].
         Kc: filters of a group.
-        th: rows of an element's part of the padded input.
-        tw: its columns.
-        stride: of the layer.
-        dilation: of the kernel.
-        top: padding.
-        left: padding.
-        phase_x: of the rows.
-        phase_y: of the columns.
-        class_x: class of each padded row.
-        values_x: of each class and tap.
-        class_y: class of each padded column.
-        values_y: of each class and tap.
+        phase: of the layer.
+        classes: of its axes.
         conflicts: whether hits on one bank wait for each other.
         spent: cycles, added to, [C, groups, 64].
         free: cycles without conflicts, added to, [C, groups, 64].
     """
+    values_x, values_y = classes.values_x, classes.values_y
+    stride, dilation = phase.stride, phase.dilation
     C, R, S, K = weights.shape
     H, W = activations.shape[1:]
     longest = R * S * min(Kc, K)
@@ -301,18 +314,17 @@ def add_phase(
     table = np.zeros((entries, width), dtype=np.uint64)
     for c in range(C):
         chunks, distinct = _combinations(
-            activations[c], top, left, th, tw, stride, phase_x, phase_y, class_x, class_y,
-            values_y.shape[0], chunk_element, chunk_combination, slots, known,
-        )  # fmt: skip
+            activations[c], phase, classes, chunk_element, chunk_combination, slots, known
+        )
         if chunks == 0:
             continue
         for group in range(spent.shape[1]):
             n = 0
             for r in range(R):
-                if r * dilation % stride != phase_x:
+                if r * dilation % stride != phase.x:
                     continue
                 for s in range(S):
-                    if s * dilation % stride != phase_y:
+                    if s * dilation % stride != phase.y:
                         continue
                     for k in range(group * Kc, min((group + 1) * Kc, K)):
                         if weights[c, r, s, k]:

@@ -45,13 +45,13 @@ def batches(
     device: torch.device | str,
     shuffle: bool,
     start_batch: int = 0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (float32 images (B, C, H, W), int64 labels (B,)) on ``device``.
 
-    ``images`` is (N, C, H, W), uint8 in 0..255 or floating in [0, 1]; ``labels`` is (N,). With
-    ``mean`` and ``std`` (one entry a channel) the pixels, after augmentation, are normalised.
+    ``images`` is (N, C, H, W), uint8 in 0..255 or floating in [0, 1]; ``labels`` is (N,).
+    ``normalise`` is mean and deviation, one entry a channel each: pixels, after augmentation, are
+    normalised by them.
     What batch b of an epoch holds depends on (seed, epoch, b) alone: ``start_batch`` skips the
     first batches and changes nothing about the others.
     """
@@ -60,8 +60,8 @@ def batches(
     if shuffle:
         order = torch.randperm(count, generator=seeded(seed, epoch, "order"))
     order = order.to(images.device)
-    if mean is None or std is None:
-        mean, std = [0.0] * images.shape[1], [1.0] * images.shape[1]
+    channels = images.shape[1]
+    mean, std = normalise or ([0.0] * channels, [1.0] * channels)
     shift = torch.tensor(tuple(mean), device=device).view(1, -1, 1, 1)
     scale = torch.tensor(tuple(std), device=device).view(1, -1, 1, 1)
     for batch in range(start_batch, batch_count(count, batch_size, shuffle=shuffle)):

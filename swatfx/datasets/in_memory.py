@@ -83,8 +83,7 @@ class Dataset:
             device=device,
             shuffle=True,
             start_batch=start_batch,
-            mean=self.mean,
-            std=self.std,
+            normalise=(self.mean, self.std),
         )
 
     def test_batches(
@@ -100,8 +99,7 @@ class Dataset:
             augment=False,
             device=device,
             shuffle=False,
-            mean=self.mean,
-            std=self.std,
+            normalise=(self.mean, self.std),
         )
 
 
