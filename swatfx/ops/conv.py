@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx import selectors
-from swatfx.errors import InputError, SwatError
+from swatfx.errors import InputError
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, ConvCall, Saved, schema_of
-from swatfx.ops.learned import learned_gradient, wanted_gradients, wants_weight_gradient
+from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
-from swatfx.ops.saved import in_layout
+from swatfx.ops.saved import in_layout, no_double_backward
 from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
 from swatfx.tensors import layouts
@@ -236,15 +236,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, *[None] * (1 + len(ctx.call.options)))
 
 
-def no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    """Backward of our backward ops: a sparse weight gradient has no second derivative to offer."""
-    raise SwatError(
-        "double backward through a sparse layer is not defined",
-        remedy="call backward without create_graph, or compile the layer with the policy 'dense'",
-    )
-
-
 conv.register_autograd(_backward, setup_context=_setup_context)
 conv_backward.register_autograd(no_double_backward)
-learned_gradient.register_autograd(no_double_backward)
 register_autocast("swatfx::conv", casts=(0, 2))

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx.ops.conv import no_double_backward
-from swatfx.ops.saved import bits_size, in_layout, mask_from, new_in_layout
+from swatfx.ops.saved import bits_size, in_layout, mask_from, new_in_layout, no_double_backward
 from swatfx.tensors import bits as bitmask
 from swatfx.tensors import layouts
 

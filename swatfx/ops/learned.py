@@ -22,6 +22,7 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import PolicyError
+from swatfx.ops.saved import no_double_backward
 from swatfx.ops.where import kept_only, weight_keep
 from swatfx.selectors import Selector
 
@@ -87,6 +88,9 @@ learned_gradient = torch.library.custom_op(
 @learned_gradient.register_fake
 def _(grad: Tensor, weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad), torch.empty_like(threshold)
+
+
+learned_gradient.register_autograd(no_double_backward)
 
 
 def wants_weight_gradient(ctx: Any) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from swatfx.errors import InputError
 from swatfx.ops.calls import NormBackwardCall, NormCall, schema_of
-from swatfx.ops.conv import no_double_backward
 from swatfx.ops.norm_codes import decode, encode, int8_header, per_channel
 from swatfx.ops.saved import (
     active_bits,
@@ -22,6 +21,7 @@ from swatfx.ops.saved import (
     in_layout,
     mask_from,
     new_in_layout,
+    no_double_backward,
     relu_gradient,
 )
 from swatfx.tensors import layouts

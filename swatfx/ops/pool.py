@@ -13,8 +13,7 @@ from torch import Tensor
 
 from swatfx.errors import InputError
 from swatfx.ops.calls import AvgPoolCall, MaxPoolCall, schema_of
-from swatfx.ops.conv import no_double_backward
-from swatfx.ops.saved import in_layout, new_in_layout
+from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward
 from swatfx.tensors import layouts
 
 _INPUT = "SymInt[] shape, str layout"

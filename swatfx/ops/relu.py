@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx.ops.conv import no_double_backward
 from swatfx.ops.saved import (
     active_bits,
     bits_size,
     in_layout,
     mask_from,
     new_in_layout,
+    no_double_backward,
     relu_gradient,
 )
 from swatfx.tensors import layouts

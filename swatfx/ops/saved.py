@@ -1,12 +1,14 @@
-"""What ops that save less have in common: outputs in a layout, and masks as bits."""
+"""What ops with a backward share: outputs in a layout, masks as bits, no second backward."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swatfx.errors import SwatError
 from swatfx.ops.where import not_a_view
 from swatfx.tensors import bits, layouts
 
@@ -51,3 +53,11 @@ def relu_gradient(grad: Tensor, active: Tensor) -> Tensor:
     seen = active.to(grad.dtype)
     result: Tensor = torch.ops.aten.threshold_backward(grad, seen, 0)
     return result
+
+
+def no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """Backward of our backward ops: a sparse weight gradient has no second derivative to offer."""
+    raise SwatError(
+        "double backward through a sparse layer is not defined",
+        remedy="call backward without create_graph, or compile the layer with the policy 'dense'",
+    )
