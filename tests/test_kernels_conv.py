@@ -207,3 +207,25 @@ def test_opcheck(name: str) -> None:
     steps = (sample.stride, sample.padding, sample.dilation, sample.groups)
     args = (x, w, b, torch.tensor(0.7), kept, *steps)
     torch.library.opcheck(OPS.conv, args, {"layout": BATCH_INNERMOST})
+
+
+@pytest.mark.parametrize("batch", [16, 24, 32])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (1, 1, 1), (1, 2, 0)])
+def test_results_that_are_written_around_the_caches(
+    batch: int, kernel: int, stride: int, padding: int
+) -> None:
+    """Large ones of a tap: whole vectors are stored at once, which have to lie at whole ones."""
+    torch.manual_seed(0)
+    side = 64
+    x = layouts.as_layout(torch.randn(batch, 64, side, side), BATCH_INNERMOST).requires_grad_()
+    w = torch.randn(64, 64, kernel, kernel, requires_grad=True)
+    steps = ([stride] * 2, [padding] * 2, [1, 1], 1)
+    with threads(2):
+        out = OPS.conv(x, w, None, torch.tensor(1.5), None, *steps, layout=BATCH_INNERMOST)
+        grad = layouts.as_layout(torch.randn(out.shape), BATCH_INNERMOST)
+        (found,) = torch.autograd.grad(out, x, grad)
+    masked = w.detach() * (w.detach().abs() >= 1.5)
+    wanted = torch.nn.functional.conv2d(x.detach(), masked, None, stride, padding)
+    torch.testing.assert_close(out.detach(), wanted, atol=1e-3, rtol=1e-4)
+    back = torch.nn.grad.conv2d_input(x.shape, masked, grad, stride, padding)
+    torch.testing.assert_close(found, back, atol=1e-3, rtol=1e-4)

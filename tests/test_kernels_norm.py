@@ -358,3 +358,19 @@ def test_other_dtypes_run_the_reference(dtype: torch.dtype) -> None:
     args = (x, None, None, None, None, None, True, 0.1, 1e-5, True, "exact")
     for a, b in zip(OPS.batch_norm(*args), norm.batch_norm_reference(*args), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("channels", [17, 40, 1003])
+def test_one_value_a_channel_in_any_layout(channels: int) -> None:
+    """As an op may be called: a batch of one pixel has its channels side by side."""
+    x = torch.randn(1, channels, 1, 1)
+    weight, bias, mean = (torch.randn(channels) for _ in range(3))
+    invstd = torch.rand(channels) + 0.5
+    code = torch.empty(0, dtype=torch.uint8)
+    told = (x.shape, layouts.BATCH_INNERMOST, False, False, False, "exact")
+    args = (torch.randn_like(x), x, code, weight, bias, mean, invstd, [True] * 4, *told)
+    found = OPS.batch_norm_backward(*args)
+    with kernels.reference_only():
+        wanted = norm.batch_norm_backward_reference(*args)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)

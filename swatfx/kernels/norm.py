@@ -41,7 +41,7 @@ class _Extent(NamedTuple):
             return None
         batch, channels = shape[:2]
         length = torch.Size(shape[2:]).numel()
-        if layout == layouts.BATCH_INNERMOST:
+        if layout == layouts.BATCH_INNERMOST and batch * length > 1:
             return _Extent(channels, 1, batch * length, 0, batch * length)
         if layout == layouts.CHANNELS_LAST or length == 1:
             whole = channels % LANES == 0
@@ -159,6 +159,7 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         or not _are_vectors(extent.channels, weight, bias, mean, invstd)
         or mean is None  # what the dispatcher makes of None
         or invstd is None
+        or code.data_ptr() % 4  # it begins with floats
         or not norm.is_complete(call, x, code, wants)
     ):
         return norm.batch_norm_backward_reference(*given)

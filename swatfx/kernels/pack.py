@@ -97,7 +97,7 @@ def _(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
     count = _mask_to_bits(keep, mask)
     out, values = _room(mask, count, dtype)
     kept = values if dtype == x.dtype else torch.empty(count, dtype=x.dtype)
-    function("swatfx_gather", ctypes.c_int64)(
+    found = function("swatfx_gather", ctypes.c_int64)(
         pointer(x),
         x.element_size(),
         size(elements),
@@ -106,6 +106,8 @@ def _(x: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor | None:
         size(count),
         threads(),
     )
+    if found != count:  # no memory, or a mask whose bytes are not all 0 or 1
+        return None
     if kept is not values:
         values.copy_(kept)
     return out

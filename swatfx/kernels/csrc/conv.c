@@ -136,7 +136,9 @@ static placement place(const conv_problem *p, const plan *at, const float *out, 
     t.one_column = at->lanes == LANES;
     t.col = t.one_column ? p->step_out_x * p->batch : LANES;
     t.direct = t.one_column || (p->step_out_x == 1 && p->batch == at->lanes && t.width * at->lanes % LANES == 0);
-    t.stream = t.one_column && at->blocks == 1 && streams(p) && (uintptr_t)out % sizeof(vec) == 0;
+    /* Each column of the result begins at a whole vector where the batch is one or several. */
+    const int aligned = p->batch % LANES == 0 && (uintptr_t)out % sizeof(vec) == 0;
+    t.stream = t.one_column && at->blocks == 1 && streams(p) && aligned;
     return t;
 }
 
