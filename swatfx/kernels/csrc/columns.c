@@ -1,14 +1,15 @@
 /* The k-th largest magnitude of every column of a matrix, which lies row by row in memory.
  *
  * With the batch innermost, a column is a sample. Short columns are searched by bisection, a column a
- * lane. Long ones take one pass over the matrix as threshold.c does, with an interval for every lane: the
+ * lane. Long ones take one pass over the matrix as kth.c does, with an interval for every lane: the
  * pattern of columns in a vector comes back after period(columns) vectors.
+ *
+ * Stands on kth.c.
  */
-#include "keys.h"
+#include "kth.h"
 
 enum {
     SHORT = 1 << 13,
-    PART = 1 << 17,
     BLOCK = 64, /* vectors between two looks at what room is left */
     MOST_SAMPLES = 1 << 12,
 };

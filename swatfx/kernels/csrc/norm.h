@@ -2,7 +2,8 @@
  * sixteen elements of it, or with one element of each of sixteen channels.
  *
  * A channel is `runs` runs of `length` floats, `run_step` apart; channel c begins at c *
- * channel_step. Where runs are one float long (norm_last.c), channels lie side by side.
+ * channel_step. Where runs are one float long (norm_last.c), channels lie side by side. What both
+ * forms make of a channel's sums is in norm_channel.c.
  */
 #ifndef SWATFX_NORM_H
 #define SWATFX_NORM_H
@@ -127,6 +128,8 @@ INLINE void write_output(const forward *f, const writer *how, int64_t at, int co
         }                                                                                           \
     } while (0)
 
+/* The two forms of forward: norm_runs.c, and norm_last.c for what is_last. */
+void norm_runs(const forward *f, const extent *e);
 void norm_last(const forward *f, const extent *e);
 
 #endif

@@ -97,6 +97,8 @@ INLINE void write_gradient(const backward *b, const reader *how, wide of_g, wide
         }                                                                                           \
     }
 
+/* The two forms of backward, as in norm.h. */
+void norm_runs_backward(const backward *b, const extent *e);
 void norm_last_backward(const backward *b, const extent *e);
 
 #endif

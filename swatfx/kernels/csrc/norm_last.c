@@ -4,6 +4,8 @@
  * Threads divide the rows. No output can be had before all rows were seen, so the input is read twice.
  * A block of rows is done by sixteen columns at a time, so that what belongs to their channels stays
  * in registers; the block after it is fetched meanwhile. Both fit into the nearest cache.
+ *
+ * Stands on norm_channel.c.
  */
 #include "norm_backward.h"
 

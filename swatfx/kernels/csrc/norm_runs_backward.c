@@ -1,4 +1,8 @@
-/* Backward of batch normalisation: the sums of a channel, then its gradients, as in norm.c. */
+/* Backward of batch normalisation where a channel is made of runs: its sums, then its gradients, as in
+ * norm_runs.c.
+ *
+ * Stands on norm_channel.c.
+ */
 #include "norm_backward.h"
 
 static reader reader_of(const backward *b, const extent *e, int64_t channel) {
@@ -64,53 +68,27 @@ static void write(const backward *b, const extent *e, int64_t channel, int64_t f
     EACH_WAY(b, WRITE)
 }
 
-plane finish_sums(const backward *b, const extent *e, int64_t channel, sums s) {
-    double invstd = b->invstd[channel], weight = b->weight ? b->weight[channel] : 1;
-    double unit = b->codes ? 1 : invstd; /* from h to normalised x */
-    double count = (double)(e->runs * e->length), a = weight * invstd;
-    if (b->dweight) b->dweight[channel] = (float)(s.gh * unit);
-    if (b->dbias) b->dbias[channel] = (float)s.g;
-    if (!b->training) return (plane){(float)a, 0, 0};
-    return (plane){(float)a, (float)(-a * unit * unit * s.gh / count), (float)(-a * s.g / count)};
-}
-
-/* bits is NULL unless they hold the mask; relu without bits takes it from codes, or from the sign of
- * y. Gradients that are not wanted are NULL. Nothing may be empty. */
-EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
-                                 const float *bias, const float *mean, const float *invstd,
-                                 const uint8_t *bits, const uint8_t *codes, const float *header,
-                                 float *dx, float *dresidual, float *dweight, float *dbias,
-                                 int64_t channels, int64_t runs, int64_t length, int64_t run_step,
-                                 int64_t channel_step, int training, int relu, int threads) {
-    extent e = {channels, runs, length, run_step, channel_step, threads};
-    enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
-    backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,
-                  header, dx, dresidual, dweight, dbias, training, 0,    masks};
-    b.past = outgrows_cache(channels * runs * length);
-    if (is_last(&e)) {
-        norm_last_backward(&b, &e);
-        return;
-    }
-    int64_t parts = parts_of(&e);
-    int reduces = wants_sums(&b), writes = dx || dresidual;
-    if (!shares_channels(&e)) {
-#pragma omp parallel for schedule(dynamic, channels_a_task(&e)) num_threads(threads)
-        for (int64_t c = 0; c < channels; c++) {
-            sums s = reduces ? reduce(&b, &e, c, 0, parts) : (sums){0, 0};
-            plane to_dx = finish_sums(&b, &e, c, s);
-            if (writes) write(&b, &e, c, 0, parts, to_dx);
+void norm_runs_backward(const backward *b, const extent *e) {
+    int64_t parts = parts_of(e);
+    int reduces = wants_sums(b), writes = b->dx || b->dresidual;
+    if (!shares_channels(e)) {
+#pragma omp parallel for schedule(dynamic, channels_a_task(e)) num_threads(e->threads)
+        for (int64_t c = 0; c < e->channels; c++) {
+            sums s = reduces ? reduce(b, e, c, 0, parts) : (sums){0, 0};
+            plane to_dx = finish_sums(b, e, c, s);
+            if (writes) write(b, e, c, 0, parts, to_dx);
         }
         return;
     }
-    sums partial[2][threads];
+    sums partial[2][e->threads];
     plane to_dx[2];
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(e->threads)
     {
         int team = omp_get_num_threads(), me = omp_get_thread_num();
         int64_t from = parts * me / team, to = parts * (me + 1) / team;
-        for (int64_t c = 0; c < channels; c++) {
+        for (int64_t c = 0; c < e->channels; c++) {
             /* Two rows in turn: nobody is a whole channel ahead of a barrier. */
-            partial[c % 2][me] = reduces ? reduce(&b, &e, c, from, to) : (sums){0, 0};
+            partial[c % 2][me] = reduces ? reduce(b, e, c, from, to) : (sums){0, 0};
 #pragma omp barrier
             if (me == 0) {
                 sums all = {0, 0};
@@ -118,10 +96,10 @@ EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float 
                     all.g += partial[c % 2][t].g;
                     all.gh += partial[c % 2][t].gh;
                 }
-                to_dx[c % 2] = finish_sums(&b, &e, c, all);
+                to_dx[c % 2] = finish_sums(b, e, c, all);
             }
 #pragma omp barrier
-            if (writes) write(&b, &e, c, from, to, to_dx[c % 2]);
+            if (writes) write(b, e, c, from, to, to_dx[c % 2]);
         }
     }
 }
