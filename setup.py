@@ -20,6 +20,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     }
 FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+# A function that Python calls is declared in exports.h, or the compiler says that it is not.
+FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Wmissing-prototypes"]
 
 if sys.platform == "win32":
     TARGETS = {}  # MSVC has no vector extensions

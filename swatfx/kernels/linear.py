@@ -35,7 +35,7 @@ LEAST_ROWS = 16
 
 
 class LinearProblem(ctypes.Structure):
-    """A weight gradient; `linear_problem` in csrc/linear.h."""
+    """A weight gradient; `linear_problem` in csrc/problems.h."""
 
     _fields_ = [(n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "threads", "half")]
 

@@ -30,7 +30,7 @@ from swatfx.tensors import layouts
 def _sizes(
     shape: Sequence[int], out: Sequence[int], layout: str, call: MaxPoolCall
 ) -> ctypes.Array[ctypes.c_int64]:
-    """`pooling` of csrc/pool.h."""
+    """`pooling` of csrc/problems.h."""
     batch, channels = shape[:2]
     planes, inner = batch * channels, 1
     if layout == layouts.BATCH_INNERMOST:

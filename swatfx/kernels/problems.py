@@ -1,4 +1,4 @@
-"""What the C kernels are asked: a convolution's shapes as the structures of csrc/conv.h."""
+"""What the C kernels are asked: a convolution's shapes as the structures of csrc/problems.h."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_TAPS = 256
 
 
 class Tap(ctypes.Structure):
-    """One kernel position; `tap` in csrc/conv.h."""
+    """One kernel position; `tap` in csrc/problems.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("weight", "dy", "dx")]
 
@@ -26,7 +26,7 @@ _SIZES = (
 
 
 class Problem(ctypes.Structure):
-    """A sum of shifted planes; `conv_problem` in csrc/conv.h."""
+    """A sum of shifted planes; `conv_problem` in csrc/problems.h."""
 
     _fields_ = [*((name, ctypes.c_int64) for name in _SIZES), ("tap", Tap * MAX_TAPS)]
 
@@ -206,7 +206,7 @@ def input_gradient_problems(shapes: Shapes, strides: Sequence[int]) -> Iterator[
 
 
 class GradientProblem(ctypes.Structure):
-    """A weight gradient; `wgrad_problem` in csrc/wgrad.h."""
+    """A weight gradient; `wgrad_problem` in csrc/problems.h."""
 
     _fields_ = [
         (name, ctypes.c_int64)

@@ -1,4 +1,4 @@
-/* What every kernel shares: vector types of the compiler's extensions, and how it is exported.
+/* What every kernel shares: vector types of the compiler's extensions.
  *
  * One source for all machines: a vector is sixteen floats, and the compiler makes one 512-bit, two
  * 256-bit or four 128-bit registers of it. No header of torch: tensors come as raw pointers.
@@ -12,16 +12,7 @@
 
 #include <omp.h>
 
-#if defined(_WIN32)
-#define EXPORT __declspec(dllexport)
-#else
-#define EXPORT __attribute__((visibility("default")))
-#endif
-
 enum { LANES = 16 };
-
-/* What a product returns besides 0. Misfits are left to the caller, who has a slower way. */
-enum { NO_MEMORY = 1, DOES_NOT_FIT = 2 };
 
 /* Floats of a scratch buffer: offsets into it are 32 bits wide, and every thread has one. */
 enum { MAX_SCRATCH = 1 << 26 };

@@ -4,11 +4,13 @@
  * adds its multiple of a shifted input plane. An input tile with its halo is copied into a scratch buffer
  * that stays in the second-level cache (padding, stride and batch tail are settled by the copy), and the
  * nonzeros of all output rows run over it.
+ *
+ * Stands on plan.c, rows.c and tile.c.
  */
-#include "conv.h"
-
+#include "exports.h"
 #include "plan.h"
 #include "rows.h"
+#include "tile.h"
 
 /* Columns [from, until) of an image row, a block of lanes each. */
 static inline __attribute__((always_inline)) void copy_columns(

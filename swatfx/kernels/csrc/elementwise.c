@@ -1,5 +1,9 @@
 /* ReLU and dropout with a bit an element, and their backward. The order of elements does not matter
- * here: a tensor is a run of `n`, cut into pieces of whole bytes of bits. */
+ * here: a tensor is a run of `n`, cut into pieces of whole bytes of bits.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 #include "pieces.h"
 
 enum { CHUNK = 1 << 14 };
@@ -23,7 +27,7 @@ static void clear_tail(uint8_t *bits, int64_t n) {
     if (n % LANES) memset(bits + whole, 0, (size_t)((n + 7) / 8 - whole));
 }
 
-EXPORT void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int threads) {
+void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int threads) {
     int past = outgrows_cache(n) && on_line(y);
     clear_tail(bits, n);
     EACH_CHUNK(n, threads, {
@@ -34,8 +38,8 @@ EXPORT void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int 
     })
 }
 
-EXPORT void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *dx, int64_t n,
-                                 int threads) {
+void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *dx, int64_t n,
+                          int threads) {
     int past = outgrows_cache(n) && on_line(dx);
     EACH_CHUNK(n, threads, {
         wide g = only(from_bits(get_bits(bits, at, count)), get_some(grad + at, count, 0));
@@ -43,9 +47,8 @@ EXPORT void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *
     })
 }
 
-/* y comes as what was drawn, ones and zeros, and goes as x * scale or x * 0. */
-EXPORT void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale, int64_t n,
-                           int threads) {
+void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale, int64_t n,
+                    int threads) {
     wide factor = splat(scale);
     clear_tail(bits, n);
     EACH_CHUNK(n, threads, {
@@ -55,12 +58,12 @@ EXPORT void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale,
     })
 }
 
-/* A product also where a bit is clear: zero times infinity is NaN, as it is in torch. */
-EXPORT void swatfx_dropout_backward(const float *grad, const uint8_t *bits, float *dx, float scale,
-                                    int64_t n, int threads) {
+void swatfx_dropout_backward(const float *grad, const uint8_t *bits, float *dx, float scale,
+                             int64_t n, int threads) {
     int past = outgrows_cache(n) && on_line(dx);
     wide factor = splat(scale);
     EACH_CHUNK(n, threads, {
+        /* A product also where a bit is clear: zero times infinity is NaN. */
         wide noise = only(from_bits(get_bits(bits, at, count)), factor);
         put_result(dx + at, mul(get_some(grad + at, count, 0), noise), count, past);
     })

@@ -3,7 +3,10 @@
  * Every change of layout is a batch of transpositions of a matrix of floats with strides of its own
  * (see kernels/layout.py). A tile is W x W and goes through W registers; a task is a run of matrices
  * by a run of columns, so that neighbouring tiles write, and read, the lines next to each other.
+ *
+ * Stands on no other .c file.
  */
+#include "exports.h"
 #include "pieces.h"
 
 #if defined(__clang__)
@@ -108,11 +111,9 @@ static void transpose_strip(const float *in, int64_t in_row, float *out, int64_t
     }
 }
 
-/* out[b * out_batch + j * out_row + i] = in[b * in_batch + i * in_row + j] for b < batch, i < rows,
- * j < cols. */
-EXPORT void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t rows, int64_t cols,
-                             int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
-                             int threads) {
+void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t rows, int64_t cols,
+                      int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
+                      int threads) {
     enum { COLUMNS = 256 };
     /* Whole lines written past the caches: half the time from 8 MB on, and never more. */
     int past = batch * rows * cols >= 1 << 20 && on_line(out) && out_row % LANES == 0 &&

@@ -2,9 +2,10 @@
  *
  * As in wgrad.c, but the activation was packed (row, feature) and the output gradient has its features
  * innermost already. The rows are cut into strips; within one, nonzeros are sorted by feature.
+ *
+ * Stands on plan.c and tile.c.
  */
-#include "linear.h"
-
+#include "exports.h"
 #include "plan.h"
 #include "tile.h"
 #include "transpose.h"

@@ -1,4 +1,7 @@
-/* Decodes a bitmask and its values: counts first, then writes. */
+/* Decodes a bitmask and its values: counts first, then writes.
+ *
+ * Stands on no other .c file.
+ */
 #include "lists.h"
 
 #if defined(__AVX512F__)
@@ -191,8 +194,8 @@ static int64_t scan(const decoder *d, int64_t c, int64_t i, int64_t *cursor, lis
 static column *find_columns(const wgrad_problem *p, const cut *at) {
     column *out = malloc((p->width + 1) * sizeof(column));
     for (int64_t x = 0; out && x < p->width; x++) {
-        const int64_t to = (x + p->pad_x) / p->step_x + at->left, phase = (x + p->pad_x) % p->step_x;
-        out[x] = (column){(int32_t)(to * at->filters), (int32_t)(at->x[phase].count ? phase : -1)};
+        const int64_t to = (x + p->pad_x) / p->step_x + at->left, turn = (x + p->pad_x) % p->step_x;
+        out[x] = (column){(int32_t)(to * at->filters), (int32_t)(at->x[turn].count ? turn : -1)};
     }
     return out;
 }

@@ -1,9 +1,11 @@
-/* Masks: bytes of 0 and 1 to bits and back, and a tensor's Top-K as a dense tensor. */
+/* Masks: bytes of 0 and 1 to bits and back, and a tensor's Top-K as a dense tensor.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 #include "pack.h"
 
-/* mask[n], bytes of 0 or 1, to bits[ceil(n / 8)]; bits behind the last are zero. Returns how many are
- * set. */
-EXPORT int64_t swatfx_bits_of_mask(const uint8_t *mask, int64_t n, uint8_t *bits, int threads) {
+int64_t swatfx_bits_of_mask(const uint8_t *mask, int64_t n, uint8_t *bits, int threads) {
     int64_t whole = n / 8, set = 0;
     threads = threads_for(n, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : set)
@@ -22,8 +24,7 @@ EXPORT int64_t swatfx_bits_of_mask(const uint8_t *mask, int64_t n, uint8_t *bits
     return set;
 }
 
-/* The inverse. */
-EXPORT void swatfx_mask_of_bits(const uint8_t *bits, int64_t n, uint8_t *mask, int threads) {
+void swatfx_mask_of_bits(const uint8_t *bits, int64_t n, uint8_t *mask, int threads) {
     int64_t whole = n / 8;
     threads = threads_for(n, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -36,8 +37,7 @@ EXPORT void swatfx_mask_of_bits(const uint8_t *bits, int64_t n, uint8_t *mask, i
     for (int64_t i = whole * 8; i < n; i++) mask[i] = bits[whole] >> (i % 8) & 1;
 }
 
-/* out[n] = x where |x| is not below the threshold, else 0; keys from `nan` on are NaN. */
-EXPORT void swatfx_keep_top(
+void swatfx_keep_top(
     const void *x, int bytes, int64_t n, const void *threshold, int32_t nan, void *out, int threads
 ) {
     int32_t bound = bound_of(threshold, 0, bytes, nan, 0);

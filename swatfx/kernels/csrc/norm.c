@@ -3,16 +3,15 @@
  *
  * Stands on norm_runs.c, norm_runs_backward.c and norm_last.c.
  */
+#include "exports.h"
 #include "norm_backward.h"
 
-/* In eval mode the running statistics are used, else new_mean and new_var are made of them. What is
- * not given, or not asked for, is NULL. Nothing may be empty. */
-EXPORT void swatfx_norm(const float *x, const float *residual, const float *weight,
-                        const float *bias, const float *running_mean, const float *running_var,
-                        float *y, float *mean, float *invstd, float *new_mean, float *new_var,
-                        uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
-                        int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
-                        double momentum, double eps, int training, int relu, int threads) {
+void swatfx_norm(const float *x, const float *residual, const float *weight,
+                 const float *bias, const float *running_mean, const float *running_var,
+                 float *y, float *mean, float *invstd, float *new_mean, float *new_var,
+                 uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
+                 int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
+                 double momentum, double eps, int training, int relu, int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
     forward f = {x,      residual, weight,   bias, running_mean, running_var, y,        mean,
                  invstd, new_mean, new_var,  bits, codes,        header,      momentum, eps,
@@ -24,14 +23,12 @@ EXPORT void swatfx_norm(const float *x, const float *residual, const float *weig
     }
 }
 
-/* bits is NULL unless they hold the mask; relu without bits takes it from codes, or from the sign of
- * y. Gradients that are not wanted are NULL. Nothing may be empty. */
-EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
-                                 const float *bias, const float *mean, const float *invstd,
-                                 const uint8_t *bits, const uint8_t *codes, const float *header,
-                                 float *dx, float *dresidual, float *dweight, float *dbias,
-                                 int64_t channels, int64_t runs, int64_t length, int64_t run_step,
-                                 int64_t channel_step, int training, int relu, int threads) {
+void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
+                          const float *bias, const float *mean, const float *invstd,
+                          const uint8_t *bits, const uint8_t *codes, const float *header,
+                          float *dx, float *dresidual, float *dweight, float *dbias,
+                          int64_t channels, int64_t runs, int64_t length, int64_t run_step,
+                          int64_t channel_step, int training, int relu, int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
     enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
     backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,

@@ -3,7 +3,10 @@
  * One pass makes the bits and stages the values that they keep; once the caller has made room for as
  * many, they are brought together. Values are moved, never computed with: what is 4 bytes wide is
  * float32, what is 2 bytes wide bfloat16 or float16.
+ *
+ * Stands on no other .c file.
  */
+#include "exports.h"
 #include "pack.h"
 
 #if !defined(__AVX512F__)
@@ -103,15 +106,7 @@ static inline int64_t pack_part(
     return at - from * WORD;
 }
 
-/* Where one thread staged how many values. */
-typedef struct {
-    int64_t from, count;
-} staging;
-
-/* First half of packing x[n]: writes the bits of the elements that are not below their group's
- * threshold, and not zero, into mask[ceil(n / 64)], and stages their values in staged[n], each thread
- * its part; parts[threads] says where. Returns how many they are, -1 if there is no memory. */
-EXPORT int64_t swatfx_pack_top(
+int64_t swatfx_pack_top(
     const void *x, int bytes, int64_t n, const void *thresholds, int32_t nan, int64_t rows,
     int64_t columns, uint64_t *mask, void *staged, staging *parts, int threads
 ) {
@@ -136,8 +131,7 @@ EXPORT int64_t swatfx_pack_top(
     return failed ? -1 : kept;
 }
 
-/* Second half: brings the parts together in values[], which has room for as many as were counted. */
-EXPORT void swatfx_pack_join(
+void swatfx_pack_join(
     const void *staged, int bytes, const staging *parts, void *values, int threads
 ) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)

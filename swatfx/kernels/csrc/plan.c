@@ -1,5 +1,10 @@
-/* Chooses tile, scratch and channel block; the measurements behind the numbers are of 3x3 and 1x1 layers. */
+/* Chooses tile, scratch and channel block; the measurements behind the numbers are of 3x3 and 1x1 layers.
+ *
+ * Stands on no other .c file.
+ */
 #include "plan.h"
+
+#include "tile.h"
 
 #include <unistd.h>
 

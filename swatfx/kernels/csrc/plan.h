@@ -2,7 +2,8 @@
 #ifndef SWATFX_PLAN_H
 #define SWATFX_PLAN_H
 
-#include "conv.h"
+#include "common.h"
+#include "problems.h"
 
 /* Scratch: [channel of a block][row][phase of x][column][lane]. */
 typedef struct {

@@ -1,4 +1,8 @@
-/* Max pooling that keeps a byte an output: the winner's place in its window, counted row by row. */
+/* Max pooling that keeps a byte an output: the winner's place in its window, counted row by row.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 #include "pool.h"
 
 #include <math.h>
@@ -142,9 +146,8 @@ static void pool_parted(const plan *f, const float *plane, int64_t out, float *p
     best_along(&w, parted, f->first, y, index, p->out_width * p->inner, 0);
 }
 
-/* index may be NULL. Nothing may be empty; a kernel has at most 256 cells. */
-EXPORT void swatfx_max_pool(const float *x, float *y, uint8_t *index, const int64_t *sizes,
-                            int threads) {
+void swatfx_max_pool(const float *x, float *y, uint8_t *index, const int64_t *sizes,
+                     int threads) {
     plan f = {.first = NULL};
     pooling *p = &f.p;
     memcpy(p, sizes, sizeof *p);

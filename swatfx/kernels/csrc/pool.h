@@ -1,22 +1,14 @@
 /* Shapes of max pooling, forward and backward.
  *
- * A tensor is `planes` planes of `height` x `width` positions of `inner` floats each: planes are
- * channels and `inner` images in "batch_innermost", images and channels in "channels_last"; in
- * row-major order `inner` is one. Vectors lie along `inner` where it fills them. Where it does not, a
- * row is first parted by its columns modulo the stride, so that the columns which neighbouring
- * windows see at the same place lie side by side, and vectors lie along the row.
+ * Vectors lie along `inner` (see `pooling`) where it fills them. Where it does not, a row is first
+ * parted by its columns modulo the stride, so that the columns which neighbouring windows see at the
+ * same place lie side by side, and vectors lie along the row.
  */
 #ifndef SWATFX_POOL_H
 #define SWATFX_POOL_H
 
 #include "pieces.h"
-
-typedef struct {
-    int64_t planes, inner, height, width, out_height, out_width;
-    int64_t kernel[2], stride[2], padding[2], dilation[2];
-} pooling;
-
-enum { MOST_CELLS = 256 };
+#include "problems.h"
 
 static inline int64_t div_up(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
 

@@ -1,5 +1,9 @@
 /* Backward of max pooling: each input gathers from the windows that see it, by rising output, so
- * that threads share nothing and sums come out as torch's do. */
+ * that threads share nothing and sums come out as torch's do.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 #include "pool.h"
 
 /* Puts a part's floats where they belong in a row. */
@@ -136,9 +140,8 @@ static void gather_parted(const pooling *p, const float *grad, const uint8_t *in
     }
 }
 
-/* Nothing may be empty. */
-EXPORT void swatfx_max_pool_backward(const float *grad, const uint8_t *index, float *dx,
-                                     const int64_t *sizes, int threads) {
+void swatfx_max_pool_backward(const float *grad, const uint8_t *index, float *dx,
+                              const int64_t *sizes, int threads) {
     pooling p;
     memcpy(&p, sizes, sizeof p);
     int64_t row = p.width * p.inner, rows = p.planes * p.height;

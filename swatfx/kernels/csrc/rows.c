@@ -2,6 +2,8 @@
  *
  * First each filter's nonzeros are compressed in memory order. Forward then only translates positions
  * into scratch offsets; the input gradient, whose rows are channels, sorts them by counting.
+ *
+ * Stands on no other .c file.
  */
 #include "rows.h"
 

@@ -2,7 +2,6 @@
 #ifndef SWATFX_ROWS_H
 #define SWATFX_ROWS_H
 
-#include "conv.h"
 #include "plan.h"
 
 typedef struct {

@@ -1,8 +1,11 @@
-/* Which sources the library was built from, for the loader to hold against those it finds. */
-#include "common.h"
+/* Which sources the library was built from, for the loader to hold against those it finds.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 
 #ifndef SWATFX_SOURCES
 #define SWATFX_SOURCES "" /* built by hand: whoever did, answers for it */
 #endif
 
-EXPORT const char *swatfx_sources(void) { return SWATFX_SOURCES; }
+const char *swatfx_sources(void) { return SWATFX_SOURCES; }

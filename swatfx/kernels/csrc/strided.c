@@ -1,6 +1,10 @@
 /* Every few positions of a plane, as a plane of their own, and back: a pointwise convolution with a
- * stride reads and writes no others. */
+ * stride reads and writes no others.
+ *
+ * Stands on no other .c file.
+ */
 #include "common.h"
+#include "exports.h"
 
 static inline void copy_run(float *to, const float *from, int64_t n) {
     if (n == LANES)
@@ -9,9 +13,8 @@ static inline void copy_run(float *to, const float *from, int64_t n) {
         memcpy(to, from, n * sizeof(float));
 }
 
-/* out[plane][y][x] = in[plane][y * step_y][x * step_x], each a run of `batch` floats. */
-EXPORT void take_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width, int64_t step_y,
-                         int64_t step_x, int64_t batch, int threads) {
+void take_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width, int64_t step_y,
+                  int64_t step_x, int64_t batch, int threads) {
     const int64_t rows = (height + step_y - 1) / step_y, cols = (width + step_x - 1) / step_x;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = 0; k < planes; k++)
@@ -22,9 +25,8 @@ EXPORT void take_strided(const float *in, float *out, int64_t planes, int64_t he
         }
 }
 
-/* Inverse of `take_strided`: zero where nothing was taken. */
-EXPORT void put_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width, int64_t step_y,
-                        int64_t step_x, int64_t batch, int threads) {
+void put_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width, int64_t step_y,
+                 int64_t step_x, int64_t batch, int threads) {
     const int64_t rows = (height + step_y - 1) / step_y, cols = (width + step_x - 1) / step_x;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t k = 0; k < planes; k++)

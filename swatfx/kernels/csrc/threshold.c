@@ -3,15 +3,14 @@
  * Chooses between the searches of one run and of many columns, and how threads share them.
  * Stands on kth.c and columns.c.
  */
+#include "exports.h"
 #include "kth.h"
 
-/* Bits of the largest |x|: above those of infinity if there is a NaN; -1 if x is empty. */
-EXPORT int32_t swatfx_greatest(const void *x, int bytes, int64_t n, int threads) {
+int32_t swatfx_greatest(const void *x, int bytes, int64_t n, int threads) {
     return greatest_key(x, bytes, n, threads);
 }
 
-/* A step of the search over ranks: adds to counts[1 << width], width <= 11. */
-EXPORT void swatfx_count_digit(
+void swatfx_count_digit(
     const void *x, int64_t n, int32_t prefix, int shift, int width, int64_t *counts, int threads
 ) {
     count_digit(x, 4, n, prefix, shift, width, counts, threads);
@@ -34,9 +33,7 @@ static int32_t kth_of_block(
     return top;
 }
 
-/* The k-th largest |x| of every group: `blocks` matrices of `rows` by `columns`, a column a group.
- * Returns the bits of the largest |x| of all, -2 if there is no memory. */
-EXPORT int32_t swatfx_kth(
+int32_t swatfx_kth(
     const void *x, int bytes, int64_t blocks, int64_t rows, int64_t columns, int64_t k,
     double deviations, void *out, int threads
 ) {

@@ -1,4 +1,7 @@
-/* One function a tile shape: the compiler keeps the accumulators in registers only if the shape is a constant. */
+/* One function a tile shape: the compiler keeps the accumulators in registers only if the shape is a constant.
+ *
+ * Stands on no other .c file.
+ */
 #include "tile.h"
 
 #if defined(__AVX512F__)

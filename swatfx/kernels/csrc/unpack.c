@@ -1,4 +1,8 @@
-/* Values where a bitmask says: into a dense tensor, or out of one. */
+/* Values where a bitmask says: into a dense tensor, or out of one.
+ *
+ * Stands on no other .c file.
+ */
+#include "exports.h"
 #include "pack.h"
 
 enum { STREAMED = 1 << 24 }; /* bytes */
@@ -113,16 +117,13 @@ static int64_t move_kept(
     return total;
 }
 
-/* Writes the elements of x[n] whose bit is set to values[count]. Returns how many bits are set: if not
- * `count`, nothing was written. */
-EXPORT int64_t swatfx_gather(
+int64_t swatfx_gather(
     void *x, int bytes, int64_t n, const uint64_t *mask, void *values, int64_t count, int threads
 ) {
     return move_kept(x, bytes, n, mask, values, count, 1, threads);
 }
 
-/* The inverse, into x[n]; zero where the bit is not set. */
-EXPORT int64_t swatfx_scatter(
+int64_t swatfx_scatter(
     void *x, int bytes, int64_t n, const uint64_t *mask, void *values, int64_t count, int threads
 ) {
     return move_kept(x, bytes, n, mask, values, count, 0, threads);

@@ -6,9 +6,10 @@
  * nonzeros of a strip of image rows. The output gradient of the strip is transposed into a scratch
  * buffer, with its halo. Each part of the result belongs to one thread and is summed in one order,
  * whatever the number of threads.
+ *
+ * Stands on lists.c, plan.c and tile.c.
  */
-#include "wgrad.h"
-
+#include "exports.h"
 #include "lists.h"
 #include "plan.h"
 #include "tile.h"
@@ -137,7 +138,7 @@ static void run_strip(const wgrad_problem *p, const cut *at, const lists *l, con
 static void write_result(const wgrad_problem *p, const cut *at, const float *sums, float *out, int64_t f0, int64_t c0,
                          int64_t c1) {
     const int64_t filters = min64(at->filters, p->filters - f0), taps = p->kernel_y * p->kernel_x;
-    int64_t order[64 * 64];
+    int64_t order[MAX_KERNEL * MAX_KERNEL];
     int64_t position = 0;
     for (int64_t ph = 0; ph < p->step_y * p->step_x; ph++) {
         const phase *py = &at->y[ph / p->step_x], *px = &at->x[ph % p->step_x];
