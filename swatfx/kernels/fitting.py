@@ -1,7 +1,7 @@
 """What C is given: sizes, strides and lengths, each checked against every other before a call.
 
-C trusts its caller; csrc/exports.h says with what. Whatever does not fit here goes to the plain-torch
-form of the op, which runs it, or raises what eager PyTorch raises.
+C trusts its caller; csrc/exports.h says with what. Whatever does not fit here goes to the
+plain-torch form of the op, which runs it, or raises what eager PyTorch raises.
 """
 
 from __future__ import annotations
