@@ -1,6 +1,6 @@
 /* A run of elements in pieces of sixteen: bits of masks, results that go past the caches.
  *
- * Bits are those of swatfx/bits.py: element i is bit i mod 8 of byte i div 8.
+ * Bits are those of swatfx/tensors/bits.py: element i is bit i mod 8 of byte i div 8.
  */
 #ifndef SWATFX_PIECES_H
 #define SWATFX_PIECES_H
