@@ -159,8 +159,7 @@ EXPORT int64_t swatfx_gather(
 );
 
 /* The inverse, from values[count], which are read only, into x[n]; zero where the bit is not set. Returns
- * the same: unless that is `count`, x was not written. Checked by: fitting.packed_values (alignment too).
- * */
+ * the same: unless that is `count`, x was not written. Checked by: fitting.packed_values, alignment too. */
 EXPORT int64_t swatfx_scatter(
     void *x, int bytes, int64_t n, const uint64_t *mask, void *values, int64_t count, int threads
 );
@@ -243,8 +242,9 @@ EXPORT void swatfx_norm(const float *x, const float *residual, const float *weig
  * need x or codes, and are wrong without; x is not read if there are codes. bits and codes may hold any
  * byte.
  *
- * Checked by: norm.py, with is_complete in swatfx/ops/norm.py. Not checked: that `header`, which lies where
- * saved tensors do, is aligned. */
+ * Checked by: norm.py, with is_complete in swatfx/ops/norm.py. Not checked: that
+ * `header`, which lies where saved tensors do, is aligned; nor that channels of one element are a multiple
+ * of 16 where who calls the op says "batch_innermost". */
 EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
                                  const float *bias, const float *mean, const float *invstd,
                                  const uint8_t *bits, const uint8_t *codes, const float *header,
