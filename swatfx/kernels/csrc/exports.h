@@ -60,8 +60,8 @@ EXPORT const char *swatfx_sources(void);
  * aligned to 64 bytes. On AVX-512 `batch` must then be below 16 or a multiple of it.
  *
  * Checked by: fitting.convolution and problems.py for convolutions, linear.py for linear layers, which are
- * pointwise convolutions. Not checked: the batch, where it matters. Returns 0, NO_MEMORY, or DOES_NOT_FIT where a tile with its halo
- * is too large for a scratch buffer, which C finds out. */
+ * pointwise convolutions. Not checked: the batch, where it matters. Returns 0, NO_MEMORY, or DOES_NOT_FIT
+ * where a tile with its halo is too large for a scratch buffer, which C finds out. */
 EXPORT int sparse_conv(const conv_problem *p, const float *in, const float *weight, const float *bias,
                        float *out, float threshold);
 
