@@ -56,11 +56,11 @@ EXPORT const char *swatfx_sources(void);
  * 0 <= taps <= MAX_TAPS; at_y, at_x >= 0. Taps may read outside the input, by up to 2^27 (fitting.py limits
  * paddings and dilations to 2^20, kernels to 64 by 64). A filter has at most 2^31 - 1 weights.
  *
- * Vectors are written past the caches if there is one tap and a result of more than 2^22 floats that is
- * aligned to 64 bytes. On AVX-512 `batch` must then be below 16 or a multiple of it.
+ * Vectors are written past the caches if there is one tap, a result of more than 2^22 floats that is
+ * aligned to 64 bytes, and a batch that is a multiple of 16.
  *
  * Checked by: fitting.convolution and problems.py for convolutions, linear.py for linear layers, which are
- * pointwise convolutions. Not checked: the batch, where it matters. Returns 0, NO_MEMORY, or DOES_NOT_FIT
+ * pointwise convolutions. Returns 0, NO_MEMORY, or DOES_NOT_FIT
  * where a tile with its halo is too large for a scratch buffer, which C finds out. */
 EXPORT int sparse_conv(const conv_problem *p, const float *in, const float *weight, const float *bias,
                        float *out, float threshold);
@@ -117,7 +117,7 @@ EXPORT void swatfx_count_digit(
  * out[blocks][columns], of x's dtype. 1 <= k <= rows; columns < 2^31. `deviations` >= 0 says how wide an
  * interval is searched first, in standard deviations: for speed alone.
  * Returns the largest key of x, which tells whether there is NaN; -2 if there is no memory: `out` is then
- * undefined. (It is also undefined, and nobody told, if there is none for a group of several columns.) */
+ * undefined. */
 EXPORT int32_t swatfx_kth(
     const void *x, int bytes, int64_t blocks, int64_t rows, int64_t columns, int64_t k,
     double deviations, void *out, int threads
@@ -242,9 +242,7 @@ EXPORT void swatfx_norm(const float *x, const float *residual, const float *weig
  * need x or codes, and are wrong without; x is not read if there are codes. bits and codes may hold any
  * byte.
  *
- * Checked by: norm.py, with is_complete in swatfx/ops/norm.py. Not checked: that
- * `header`, which lies where saved tensors do, is aligned; nor that channels of one element are a multiple
- * of 16 where who calls the op says "batch_innermost". */
+ * `header` is aligned to 4 bytes. Checked by: norm.py, with is_complete in swatfx/ops/norm.py. */
 EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
                                  const float *bias, const float *mean, const float *invstd,
                                  const uint8_t *bits, const uint8_t *codes, const float *header,

@@ -20,17 +20,20 @@ static const void *block_at(const void *x, int bytes, int64_t element) {
     return (const char *)x + element * bytes;
 }
 
-/* The groups of one matrix; returns its greatest key. */
+enum { NO_ROOM = -2 }; /* below every key, and below -1, what none is */
+
+/* The groups of one matrix; returns its greatest key, or NO_ROOM. */
 static int32_t kth_of_block(
     const void *x, int bytes, int64_t rows, int64_t columns, int64_t k, double deviations, int threads,
     int32_t *kth
 ) {
     int32_t top = -1;
+    int failed = 0;
     if (columns == 1)
         *kth = kth_key(x, bytes, rows, k, deviations, threads, &top);
     else
-        kth_of_columns(x, bytes, rows, columns, k, deviations, threads, kth, &top);
-    return top;
+        failed = kth_of_columns(x, bytes, rows, columns, k, deviations, threads, kth, &top);
+    return failed ? NO_ROOM : top;
 }
 
 int32_t swatfx_kth(
@@ -38,15 +41,16 @@ int32_t swatfx_kth(
     double deviations, void *out, int threads
 ) {
     int32_t greatest = -1, failed = 0, *kth = malloc((size_t)(blocks * columns) * sizeof *kth);
-    if (!kth) return -2;
+    if (!kth) return NO_ROOM;
     if (columns == 1 && rows <= FEW && blocks > 1) {
         failed = kth_of_short(x, bytes, rows, 1, blocks, rows, k, threads, kth, &greatest);
     } else if (blocks >= threads && threads > 1) {
-#pragma omp parallel for num_threads(threads) reduction(max : greatest)
+#pragma omp parallel for num_threads(threads) reduction(max : greatest) reduction(| : failed)
         for (int64_t b = 0; b < blocks; b++) {
             int32_t top = kth_of_block(block_at(x, bytes, b * rows * columns), bytes, rows, columns, k,
                                        deviations, 1, kth + b * columns);
             greatest = top > greatest ? top : greatest;
+            failed |= top == NO_ROOM;
         }
     } else {
         /* Threads share a group, outside of any parallel region: OpenMP makes new threads for a nested one. */
@@ -54,6 +58,7 @@ int32_t swatfx_kth(
             int32_t top = kth_of_block(block_at(x, bytes, b * rows * columns), bytes, rows, columns, k,
                                        deviations, threads, kth + b * columns);
             greatest = top > greatest ? top : greatest;
+            failed |= top == NO_ROOM;
         }
     }
     for (int64_t g = 0; g < blocks * columns; g++) {
@@ -63,5 +68,5 @@ int32_t swatfx_kth(
             ((uint16_t *)out)[g] = (uint16_t)kth[g];
     }
     free(kth);
-    return failed ? -2 : greatest;
+    return failed ? NO_ROOM : greatest;
 }
