@@ -24,6 +24,7 @@ from passes.tracing.module_kinds import (
     untraceable_reason,
 )
 from passes.tracing.tracer import Tracer, reason_of
+from passes.writing.in_place import plain_where_unseen
 from swatfx.compiled import (
     Arguments,
     EagerRoot,
@@ -200,6 +201,7 @@ def _trace(
         value = root.__dict__.pop(name)
         if isinstance(value, torch.Tensor):
             gm.register_buffer(name, value, persistent=False)
+    plain_where_unseen(gm, tracer.eager)
     return gm, tracer
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from passes.tracing.augmented import PLAIN
 from passes.tracing.module_kinds import LAYERS
 from swatfx.compiled import Clock, Pack, PartClock, Threshold
 
@@ -60,6 +61,12 @@ _INPLACE_OPERATORS = {
 } | {operator.setitem}
 
 
+def _shared(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the result of `node` may be, or be a view of."""
+    plain = node.target in PLAIN and not isinstance(node.args[1], (list, tuple, dict))
+    return [n for n in node.args[:1] if isinstance(n, fx.Node)] if plain else node.all_input_nodes
+
+
 class Versions:
     """Versions of every tensor in one graph."""
 
@@ -74,7 +81,7 @@ class Versions:
             targets, fresh = self._effect(gm, node, eager)
             written += [(position, target) for target in targets]
             if not fresh:
-                for source in node.all_input_nodes:
+                for source in _shared(node):
                     self._parent[self._find(source)] = self._find(node)
         for position, target in written:
             self._writes.setdefault(self._find(target), []).append(position)
@@ -103,6 +110,8 @@ class Versions:
     ) -> tuple[list[fx.Node], bool]:
         """(nodes whose memory is written, whether the result is new memory)."""
         first = [a for a in node.args[:1] if isinstance(a, fx.Node)]
+        if not node.args:  # `input=x`, or by another name
+            first = list(node.all_input_nodes)
         if node.op in ("placeholder", "get_attr", "output"):
             return [], True
         if node.op == "call_method":

@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch import fx
 from torch.fx.proxy import TraceError
 
+from passes.tracing.augmented import allow_augmented
 from passes.tracing.guard_clauses import find_guard, refuse
 
 ON_TRAINING = "control flow on self.training"
@@ -61,6 +62,7 @@ class TrainingFlag:
     __hash__ = None  # type: ignore[assignment]
 
 
+@allow_augmented
 class WatchedProxy(fx.Proxy):
     """A proxy that refuses assignments, and isinstance, whose answer would be frozen.
 

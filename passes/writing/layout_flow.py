@@ -81,8 +81,8 @@ _ROW_MAJOR = (
 )
 # Whose results share memory with their operand in some memory orders and not in others.
 _SHARES_BY_ORDER = {
-    "channel_shuffle", "contiguous", "flatten", "pixel_shuffle", "pixel_unshuffle", "ravel",
-    "reshape", "reshape_as", "resize_", "resize_as_", "unflatten", "view", "view_as",
+    "as_strided", "channel_shuffle", "contiguous", "flatten", "pixel_shuffle", "pixel_unshuffle",
+    "ravel", "reshape", "reshape_as", "resize_", "resize_as_", "unflatten", "view", "view_as",
     "view_as_complex",
 }  # fmt: skip
 _SHARING_MODULES = (
@@ -94,7 +94,16 @@ _SHARING_MODULES = (
 )
 # What a layout may make fail, and what it may make differ.
 _VIEWS = ("view", "view_as", torch.view_as_complex)
-_STRIDES = ("as_strided", "stride", "is_contiguous", torch.as_strided)
+_STRIDES = (
+    "as_strided",
+    "stride",
+    "is_contiguous",
+    "storage_offset",
+    "data_ptr",
+    "storage",
+    "untyped_storage",
+    torch.as_strided,
+)
 _LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math", "swatfx", "passes")
 
 
@@ -157,15 +166,19 @@ class LayoutFlow:
         """The sparse convolutions whose layout would change which tensors see a write.
 
         A view or a copy, that is a matter of memory order in `reshape` and its like. It makes a
-        difference where somebody writes into either of the two later.
+        difference where somebody writes into either of the two later. And what asks a part of a
+        tensor for its strides shall hear eager's.
         """
         last = self.nodes[-1]
         todo = [
             node
             for node in self.nodes
-            if self._shares_by_order(node)
-            and any(n in self.derived for n in node.all_input_nodes)
-            and self.versions.of(node, node) != self.versions.of(node, last)
+            if self._asks_a_view(node)
+            or (
+                self._shares_by_order(node)
+                and any(n in self.derived for n in node.all_input_nodes)
+                and self.versions.of(node, node) != self.versions.of(node, last)
+            )
         ]
         if not todo:
             return []
@@ -177,6 +190,17 @@ class LayoutFlow:
             todo += [n for n in fresh if n not in self.sparse]
         # What lies so for the sake of convolutions behind it has none above.
         return [layer for layer in self.layers if layer.node in above] or self.layers
+
+    @staticmethod
+    def _first(node: fx.Node) -> fx.Node | None:
+        """The operand, by position or by name."""
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        return first if isinstance(first, fx.Node) else None
+
+    def _asks_a_view(self, node: fx.Node) -> bool:
+        """Whether `node` reads strides of a part of a tensor in another order: no copy has them."""
+        first = self._first(node) if node.target in _STRIDES else None
+        return first is not None and first in self.derived and first not in self.lies
 
     def _shares_by_order(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -262,8 +286,8 @@ class LayoutFlow:
         """The inputs that `node` has to see in row-major order."""
         if self._is_foreign(node):
             return [n for n in node.all_input_nodes if n in self.derived]
-        first = node.args[0] if node.args else None
-        if not isinstance(first, fx.Node):
+        first = self._first(node)
+        if first is None:
             return []
         if node.target in _VIEWS and first in self.derived:
             return [first]  # nobody writes through it later: `unsafe`

@@ -1,0 +1,50 @@
+"""Augmented assignments: `x += y` writes into a tensor, whoever else has it under another name.
+
+A proxy without `__iadd__` would make `x + y` of it. The calls here are what Python does: in place
+for tensors and lists, a new value for numbers. Where nobody can tell, `trace_model` makes plain
+operators of them again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+_NAMES = (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+    "lshift", "rshift",
+)  # fmt: skip
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    assign: Callable[[Any, Any], Any] = getattr(operator, f"i{name}")
+
+    def run(x: Any, y: Any) -> Any:
+        return assign(x, y)
+
+    # Not operator's own: for those, fx writes `x += y` with x a name that others read.
+    run.__name__ = run.__qualname__ = f"{name}_"
+    return run
+
+
+# What stands for an augmented assignment -> the plain operator.
+PLAIN: dict[Callable[[Any, Any], Any], Callable[[Any, Any], Any]] = {}
+
+
+def _method(run: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def assign(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", run, (self, other), {})
+
+    return assign
+
+
+def allow_augmented(kind: type[fx.Proxy]) -> type[fx.Proxy]:
+    """Give a class of proxies the methods."""
+    for name in _NAMES:
+        run = _in_place(name)
+        PLAIN[run] = getattr(operator, name, None) or getattr(operator, f"{name}_")
+        setattr(kind, f"__i{name}__", _method(run))
+    return kind
