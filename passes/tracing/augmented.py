@@ -36,7 +36,8 @@ PLAIN: dict[Callable[[Any, Any], Any], Callable[[Any, Any], Any]] = {}
 
 def _method(run: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     def assign(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", run, (self, other), {})
+        name = run.__name__.rstrip("_")  # as the plain operator's node is called
+        return self.tracer.create_proxy("call_function", run, (self, other), {}, name)
 
     return assign
 
