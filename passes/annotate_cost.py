@@ -152,7 +152,7 @@ def _inference(dense: int, forward: int, plan: LayerPlan, layer: SparseLayer | N
         return dense
     if plan.rule.forward_weight and not plan.rule.forward_activation:
         return forward
-    sparse = plan.rule.forward_weight or plan.is_zeroed
+    sparse = plan.rule.forward_weight or plan.rule.zeroes_inactive
     return macs.scale(Macs(dense, 0, 0), layer.weight_density.value if sparse else 1, 1, 1).forward
 
 

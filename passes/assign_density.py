@@ -71,8 +71,7 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
         activations = share(shapes, Density.from_sparsity(policy.activation_sparsity))
     gradient = Density.from_sparsity(policy.gradient_sparsity)
     # The paper's SWAT-U rows count the input of the dense first layer as sparse (accounting).
-    sees_activation = policy.forward_activation or policy.backward_activation
-    counts_first = policy.distribution == "uniform" and sees_activation
+    counts_first = policy.distribution == "uniform" and policy.sees_activation
     counted = activations[0] if activations and counts_first else None
     result = [
         replace(
@@ -83,14 +82,15 @@ def _assign(group: list[LayerPlan], policy: Policy) -> list[LayerPlan]:
         for plan in group
         if skipped[plan.name] is not None
     ]
+    sees_weight = policy.sees_weight or policy.zeroes_inactive
     for plan, weight, activation in zip(taking_part, weights, activations, strict=True):
         weight = selectors.get(plan.weight_selector).own_density(plan.weight_shape) or weight
         _check_selectors(policy, weight, plan.name)
         result.append(
             replace(
                 plan,
-                weight_density=weight if plan.sees_weight or plan.is_zeroed else DENSE,
-                activation_density=activation if sees_activation else DENSE,
+                weight_density=weight if sees_weight else DENSE,
+                activation_density=activation if policy.sees_activation else DENSE,
                 gradient_density=gradient,
             )
         )

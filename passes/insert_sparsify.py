@@ -179,7 +179,7 @@ class _Rewriter:
         self, plan: LayerPlan, call: LayerCall, site: Site, weight: fx.Node, version: int
     ) -> _Shared | None:
         """Threshold and pack of the input, shared with earlier readers where that is exact."""
-        if not plan.sees_activation:
+        if not plan.rule.sees_activation:
             return None
         moves = self.gm.swat.clock.optimizer_wanted_by is not None
         key = (

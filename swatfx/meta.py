@@ -86,21 +86,6 @@ class LayerPlan:
         return self.rule.selector_in_use
 
     @property
-    def sees_weight(self) -> bool:
-        """Whether any pass of a layer that takes part sees Top-K weights."""
-        return self.rule.forward_weight or self.rule.backward_weight
-
-    @property
-    def sees_activation(self) -> bool:
-        """Likewise for activations."""
-        return self.rule.forward_activation or self.rule.backward_activation
-
-    @property
-    def is_zeroed(self) -> bool:
-        """Whether inactive weights are zero, at least when training ends."""
-        return self.rule.zero_inactive != "never"
-
-    @property
     def first_densities(self) -> tuple[Density, Density]:
         """(weight, activation) densities that training begins with: 1 where a ramp leads down."""
         if self.rule.ramp != "none":

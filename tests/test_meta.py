@@ -56,7 +56,9 @@ def test_layers_of_a_rule_share_it() -> None:
 def test_a_plan_of_an_earlier_version_is_read() -> None:
     plan = LayerPlan.from_json(BEFORE)
     assert plan.weight_selector == "held:filter" and plan.rule.name == "gradual-magnitude"
-    assert plan.rule.hold_from_epoch == 0 and plan.rule.ramp == "cubic" and plan.is_zeroed
+    assert (
+        plan.rule.hold_from_epoch == 0 and plan.rule.ramp == "cubic" and plan.rule.zeroes_inactive
+    )
     assert (plan.rule.period, plan.rule.seed, plan.rule.update) == (3, 5, "active")
     assert plan.rule.assumed_activation_density == 0.5
     assert not plan.rule.backward_activation

@@ -6,13 +6,11 @@ what shares its memory, is read later, or is somebody else's.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import fx
 
 from passes.reading.aliasing import Versions
 from passes.tracing.augmented import PLAIN
+from swatfx.compiled import evaluate
 
 
 def plain_where_unseen(gm: fx.GraphModule, eager: dict[str, str]) -> None:
@@ -34,17 +32,10 @@ def _is_seen(gm: fx.GraphModule, versions: Versions, node: fx.Node) -> bool:
     for other in versions.aliases(target):
         if other is node or not versions.is_before(other, node):
             continue
-        if other.op == "get_attr" and not _is_tensor(gm, other):
+        if other.op == "get_attr" and evaluate(gm, other) is None:
             continue  # a module that is asked for its mode
         if other.op in ("placeholder", "get_attr"):
             return True
         if any(versions.is_before(node, user) for user in other.users):
             return True
     return False
-
-
-def _is_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
-    value: Any = gm
-    for atom in str(node.target).split("."):
-        value = getattr(value, atom, None)
-    return isinstance(value, torch.Tensor)

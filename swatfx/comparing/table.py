@@ -387,7 +387,7 @@ class _Counter:
 def _row(name: str, policy: Policy, densities: str, step: Report, last: Report) -> Row:
     """A row from the costs of a training step, and from those when training ends."""
     rules = [policy, *(rule for _, rule in policy.rules)]
-    sparse = any(rule.forward_activation or rule.backward_activation for rule in rules)
+    sparse = any(rule.sees_activation for rule in rules)
     assumed = any(rule.assumed_activation_density is not None for rule in rules)
     default = assumed and not sparse
     return Row(
@@ -409,7 +409,7 @@ def _compression(policy: Policy, last: Report) -> float:
     weights, stay = 0, 0.0
     for layer in last.layers:
         rule = policy.rule_for(layer.name)[1]
-        sparse = rule.forward_weight or rule.zero_inactive != "never"
+        sparse = rule.forward_weight or rule.zeroes_inactive
         weights += layer.parameters
         stay += layer.parameters * (layer.weight_density if sparse else 1.0)
     return weights / stay if stay else 1.0

@@ -85,11 +85,6 @@ class LayerNode(Place):
         return self.node.args[2] is not None
 
     @property
-    def state(self) -> fx.Node:
-        """The call of the weight's threshold."""
-        return self._operand(3)
-
-    @property
     def pack(self) -> fx.Node | None:
         """The call that packs the activation, if anything is packed."""
         kept = self.node.args[4]

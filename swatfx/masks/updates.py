@@ -196,7 +196,7 @@ class MaskUpdater(JointUpdate):
         stays = layer.keep() & ~dropped if self._policy.zero_inactive == "always" else keep
         layer.weight_threshold.threshold.copy_(Held.from_mask(keep))
         self._open.pop(layer.plan.name, None)
-        if self._policy.zero_inactive != "never":
+        if self._policy.zeroes_inactive:
             zero_(layer.weight, stays)
         if self._policy.zero_inactive == "always":
             # Where updates are masked, no optimizer shall remember what a grown weight was not.
@@ -248,7 +248,7 @@ def check_weights(gm: SwatModule, policy: Policy, layers: Sequence[SparseLayer])
                 remedy=f"remove its parametrization, or {remedy}",
             )
         shared = [path for path in paths if read_dense(gm, path)]
-        if shared and policy.zero_inactive != "never":
+        if shared and policy.zeroes_inactive:
             raise AttachError(
                 f"policy {policy.name!r} zeroes weights, but other code reads this one, too",
                 layer=layer.plan.name,

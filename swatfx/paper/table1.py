@@ -95,7 +95,7 @@ def _row(policy: Policy) -> Table1Row:
     variable = variable or policy.penalty > 0
     sparse = GRADUAL if policy.ramp != "none" else YES
     gradient = policy.gradient_sparsity > 0
-    network = policy.forward_weight or policy.zero_inactive != "never"
+    network = policy.forward_weight or policy.zeroes_inactive
     structured = is_structured(policy.weight_selector)
 
     def cell(is_sparse: bool) -> str:

@@ -159,7 +159,7 @@ class Policy:
                 value=f"hold_from_epoch={self.hold_from_epoch}",
                 remedy="use another weight_selector, or leave hold_from_epoch out",
             )
-        if self.zero_inactive != "never" and self.hold_from_epoch is None:
+        if self.zeroes_inactive and self.hold_from_epoch is None:
             raise PolicyError(
                 "only the inactive weights of a held mask can be set to zero: where the active set"
                 " is selected anew, zeros would never come back",
@@ -172,6 +172,21 @@ class Policy:
                 value=f"hold_from_epoch={self.hold_from_epoch}",
                 remedy="use hold_from_epoch=0 with drop, grow and ramp",
             )
+
+    @property
+    def sees_weight(self) -> bool:
+        """Whether any product of a layer sees Top-K weights."""
+        return self.forward_weight or self.backward_weight
+
+    @property
+    def sees_activation(self) -> bool:
+        """Likewise for activations."""
+        return self.forward_activation or self.backward_activation
+
+    @property
+    def zeroes_inactive(self) -> bool:
+        """Whether inactive weights are zero, at least when training ends."""
+        return self.zero_inactive != "never"
 
     @property
     def selector_in_use(self) -> str:

@@ -141,8 +141,8 @@ def with_densities(gm: SwatModule, densities: Densities) -> SwatModule:
 def _seen(plan: LayerPlan, densities: tuple[Density, Density]) -> dict[str, Density]:
     """Those of the densities of weight and activation that `plan` has use for, by field."""
     weight, activation = densities
-    found = {"weight_density": weight} if plan.sees_weight else {}
-    return found | ({"activation_density": activation} if plan.sees_activation else {})
+    found = {"weight_density": weight} if plan.rule.sees_weight else {}
+    return found | ({"activation_density": activation} if plan.rule.sees_activation else {})
 
 
 def sharers(gm: SwatModule) -> dict[str, str]:

@@ -214,8 +214,8 @@ def _items(
     members: dict[tuple[str, bool, bool], list[str]] = {}
     for name, plan in plans.items():
         fixed = plan.rule.activation_sparsity is not None
-        weight = plan.sees_weight and not selectors.get(plan.weight_selector).fixed_density
-        activation = plan.sees_activation
+        weight = plan.rule.sees_weight and not selectors.get(plan.weight_selector).fixed_density
+        activation = plan.rule.sees_activation
         if weight and activation and not separate and not fixed:
             members.setdefault((groups[name], True, True), []).append(name)
             continue
