@@ -70,6 +70,22 @@ def divided(net: Net, h: Tensor) -> Any:
     return net.second(net.norm(h)) + h
 
 
+def of_a_part(net: Net, h: Tensor) -> Any:
+    y = net.norm(h)[:, 1:]
+    y += 1.0
+    v = y.contiguous()
+    v *= 2.0
+    return y * 1, v
+
+
+def of_a_part_flat(net: Net, h: Tensor) -> Any:
+    y = net.norm(h)[:, :8]
+    y += 1.0
+    v = y.reshape(h.shape[0], -1)
+    v -= 3.0
+    return y * y.stride(0), v, net.second(h)
+
+
 def number(net: Net, h: Tensor) -> Any:
     n = h.shape[1]
     m = n
@@ -108,8 +124,9 @@ def complex_by_name(net: Net, h: Tensor) -> Any:
 
 
 BODIES = [
-    alias, view, flat, in_list, identity, divided, number, in_place_relu_by_name,
-    relu_of_flat_by_name, strided_write, strided_view, stride_of_view, complex_by_name,
+    alias, view, flat, in_list, identity, divided, of_a_part, of_a_part_flat, number,
+    in_place_relu_by_name, relu_of_flat_by_name, strided_write, strided_view, stride_of_view,
+    complex_by_name,
 ]  # fmt: skip
 
 
@@ -159,3 +176,32 @@ def test_nobody_can_tell_in_residual_networks(name: str) -> None:
         model = torchvision.models.get_model(name)
     gm = swatfx.compile(model, "swat-u:0.9")
     assert not [node for node in gm.graph.nodes if node.target in PLAIN]
+
+
+class Remembers(nn.Module):
+    """Gives away what it keeps; tracing cannot follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.ones(4, 8, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else self.memory
+
+
+def test_what_eager_code_keeps_is_written() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.keeper = Remembers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            m = self.keeper(self.first(x))
+            m *= 1.5
+            return self.second(m)
+
+    gm = swatfx.compile(Asks(), ALL)
+    assert list(gm.eager) == ["keeper"]
+    gm(torch.randn(4, 8, 6, 6))
+    assert bool((gm.get_buffer("keeper.memory") == 1.5).all())

@@ -77,6 +77,13 @@ def _shared(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.args[:1] if isinstance(n, fx.Node)] if plain else node.all_input_nodes
 
 
+def _is_torchs(node: fx.Node) -> bool:
+    home = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return node.op == "call_method" or (
+        node.op == "call_function" and home in ("torch", "_operator", "builtins")
+    )
+
+
 class Versions:
     """Versions of every tensor in one graph."""
 
@@ -84,6 +91,7 @@ class Versions:
         self._parent: dict[fx.Node, fx.Node] = {}
         self._position: dict[fx.Node, int] = {}
         self._writes: dict[fx.Node, list[int]] = {}
+        self._views: set[fx.Node] = set()
         written: list[tuple[int, fx.Node]] = []
         for position, node in enumerate(gm.graph.nodes):
             self._parent[node] = node
@@ -91,6 +99,9 @@ class Versions:
             targets, fresh = self._effect(gm, node, eager)
             written += [(position, target) for target in targets]
             if not fresh:
+                of_eager = node.op == "call_module" and str(node.target) in eager
+                if of_eager or (not targets and _is_torchs(node)):
+                    self._views.add(node)
                 for source in _shared(node):
                     self._parent[self._find(source)] = self._find(node)
         for position, target in written:
@@ -104,6 +115,10 @@ class Versions:
     def aliases(self, tensor: fx.Node) -> list[fx.Node]:
         """The nodes that may share memory with `tensor`, itself among them."""
         return [n for n in self._parent if self._find(n) is self._find(tensor)]
+
+    def may_be_view(self, tensor: fx.Node) -> bool:
+        """Whether it may be a part of another: PyTorch made one of it, or eager code had it."""
+        return tensor in self._views
 
     def is_before(self, one: fx.Node, other: fx.Node) -> bool:
         """Whether `one` runs before `other`."""
@@ -141,6 +156,8 @@ class Versions:
         if node.target in _MAYBE_INPLACE_FUNCTIONS:
             inplace = inplace or True in node.args[1:]
             return (first if inplace else []), not inplace
+        if node.target is getattr and node.args[1] == "training":
+            return [], True  # a module's mode
         name = getattr(node.target, "__name__", "")
         if inplace or (name.endswith("_") and not name.startswith("_")):
             return first, False

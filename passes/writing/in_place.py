@@ -10,7 +10,6 @@ from torch import fx
 
 from passes.reading.aliasing import Versions
 from passes.tracing.augmented import PLAIN
-from swatfx.compiled import evaluate
 
 
 def plain_where_unseen(gm: fx.GraphModule, eager: dict[str, str]) -> None:
@@ -20,21 +19,20 @@ def plain_where_unseen(gm: fx.GraphModule, eager: dict[str, str]) -> None:
         return
     versions = Versions(gm, eager)
     for node in calls:
-        if not _is_seen(gm, versions, node):
+        if not _is_seen(versions, node):
             node.target = PLAIN[node.target]
     gm.recompile()
 
 
-def _is_seen(gm: fx.GraphModule, versions: Versions, node: fx.Node) -> bool:
+def _is_seen(versions: Versions, node: fx.Node) -> bool:
     target = node.args[0]
     if not isinstance(target, fx.Node):
         return True
     for other in versions.aliases(target):
         if other is node or not versions.is_before(other, node):
             continue
-        if other.op == "get_attr" and evaluate(gm, other) is None:
-            continue  # a module that is asked for its mode
-        if other.op in ("placeholder", "get_attr"):
+        # A sum is dense where a view was not: what is asked of its strides later would differ.
+        if other.op in ("placeholder", "get_attr") or versions.may_be_view(other):
             return True
         if any(versions.is_before(node, user) for user in other.users):
             return True
