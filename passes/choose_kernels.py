@@ -36,7 +36,7 @@ from swatfx.tensors.layouts import BATCH_INNERMOST
 MOST_DENSE = 0.3
 LEAST_FILTERS = 16  # of a group: below, hardly a vector is filled
 SPARSE = "sparse"
-_RESHAPED = "what it makes is reshaped, and written in place later"
+_RESHAPED = "what it makes has another name, and is written in place later"
 _CHOSEN = ("layout", "sparse_kernels")  # keyword arguments of ops
 # Methods by the names that their papers give them, for people.
 _NAMES = {

@@ -18,7 +18,7 @@ from passes.reading.aliasing import Versions
 from passes.reading.saving_calls import Calls
 from passes.writing.saving_leaves import Leaves
 from swatfx import meta
-from swatfx.compiled import SwatModule, all_parts, join, relative, sparse_nodes
+from swatfx.compiled import SwatModule, all_parts, join, relative, saves, sparse_nodes
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
 
@@ -96,7 +96,7 @@ class _Rewriter:
         if norm is not None and self._can_wait(norm, node):
             self.taken.add(norm)
             return lambda: self._replace_norm(norm, node, total)
-        if inplace and not self._only_result_is_read(node, source):
+        if inplace and self.versions.is_seen(node):
             return None
         if any(_keeps_its_input(user) for user in node.users):
             return None  # what a layer keeps anyway costs ReLU nothing
@@ -117,8 +117,8 @@ class _Rewriter:
         assert call is not None  # the caller has asked
         one, other, writes = call
         # The second if both are norms: that is mostly the shortcut's, and computed last.
-        pairs = [(one, other)] if writes else [(other, one), (one, other)]
-        for norm, residual in pairs:
+        pairs = [(other, one), (one, other)]
+        for norm, residual in pairs[1:] if writes and self.versions.is_seen(total) else pairs:
             settled = norm is not residual and self._unchanged(residual, total.next, reader)
             if settled and self._can_wait(norm, reader):
                 return norm
@@ -141,17 +141,6 @@ class _Rewriter:
         """Whether nobody writes into `tensor` between two of its readers."""
         return self.versions.of(tensor, first) == self.versions.of(tensor, then)
 
-    def _only_result_is_read(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether nobody sees `node` write into its input: no later node, and no caller."""
-        for other in self.versions.aliases(source):
-            if not self.versions.is_before(other, node):
-                continue
-            if other.op in ("placeholder", "get_attr"):
-                return False
-            if any(self.versions.is_before(node, user) for user in other.users):
-                return False
-        return True
-
     def _replace_norm(self, norm: fx.Node, last: fx.Node, total: fx.Node | None) -> None:
         """A call of a leaf in place of `last`; the norm and the sum before it go."""
         args = self.calls.norm(norm)
@@ -160,9 +149,15 @@ class _Rewriter:
         if total is not None:
             call = self.calls.total(total)
             assert call is not None
-            options["residual"] = call[1] if call[0] is norm else call[0]
+            one, other, writes = call
+            options["residual"] = other if one is norm else one
+            if writes:
+                options["into"] = saves.NORM if one is norm else saves.RESIDUAL
         if last is not norm:
             options["relu"] = True
+            relu = self.calls.relu(last)
+            if relu is not None and relu[1]:
+                options["inplace"] = True
         if norm.op == "call_module":
             target = self.leaves.norm(join(self.prefix, str(norm.target)))
         else:
@@ -180,9 +175,7 @@ class _Rewriter:
         if self.calls.pool(node) is not None:
             return lambda: self._replace_pool(node)
         dropout = self.calls.dropout(node)
-        if dropout is None or (
-            dropout[1] and not self._only_result_is_read(node, node.all_input_nodes[0])
-        ):
+        if dropout is None or (dropout[1] and self.versions.is_seen(node)):
             return None
         return lambda: self._replace_dropout(node)
 

@@ -24,7 +24,6 @@ from passes.tracing.module_kinds import (
     untraceable_reason,
 )
 from passes.tracing.tracer import Tracer, reason_of
-from passes.writing.in_place import plain_where_unseen
 from swatfx.compiled import (
     Arguments,
     EagerRoot,
@@ -201,7 +200,6 @@ def _trace(
         value = root.__dict__.pop(name)
         if isinstance(value, torch.Tensor):
             gm.register_buffer(name, value, persistent=False)
-    plain_where_unseen(gm, tracer.eager)
     return gm, tracer
 
 
@@ -256,11 +254,13 @@ def _trace_owners(gm: SwatModule, module: nn.Module, path: str, notes: dict[str,
     Eager code need not call what it holds: it may walk through a Sequential, or use a whole network
     as a bag of stages.
     """
+    part = gm.parts.get(path)  # none where no call of a layer is in it
     for name, below in module.named_modules(prefix=path):
         known = name in gm.parts or name in gm.eager or name in notes
         if name == path or known or not owns_layer(below):
             continue
-        if not _is_split(gm.parts[path], name.removeprefix(f"{path}.")) and not _splits(gm, name):
+        split = part is not None and _is_split(part, name.removeprefix(f"{path}."))
+        if not split and not _splits(gm, name):
             _trace_part(gm, below, name, notes)
 
 

@@ -1,4 +1,4 @@
-"""The fuzzer: a slice of random layers and networks holds, what is wrong is seen and made small."""
+"""The fuzzer: a slice of what it draws holds, what is wrong is seen and made small."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if str(ROOT) not in sys.path:  # tests.fuzz is a package of the root
 
 from kernel_builds import build  # noqa: E402
 
+from passes.reading.aliasing import Versions  # noqa: E402
+from swatfx import kernels  # noqa: E402
 from tests.fuzz.building import product  # noqa: E402
 from tests.fuzz.cases import LayerCase, random_layer  # noqa: E402
 from tests.fuzz.checking import check_layer  # noqa: E402
@@ -24,6 +26,7 @@ from tests.fuzz.kinds import KINDS  # noqa: E402
 from tests.fuzz.methods import Method, count, spread  # noqa: E402
 from tests.fuzz.networks import random_network  # noqa: E402
 from tests.fuzz.plain import threshold  # noqa: E402
+from tests.fuzz.programs import ProgramCase, check_program  # noqa: E402
 from tests.fuzz.running import Worker  # noqa: E402
 from tests.fuzz.shrinking import shrink, symptom  # noqa: E402
 from tests.fuzz.tensors import ORDERS, draw, seen, stored_shape  # noqa: E402
@@ -41,16 +44,19 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_slice_of_layers_and_networks_holds(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "found.json"
-    result = fuzz("--layers", "150", "--networks", "20", "--seed", "1", "--json", str(file))
+    amount = ("--layers", "150", "--networks", "20", "--programs", "60")
+    result = fuzz(*amount, "--seed", "1", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = json.loads(file.read_text())
-    assert (found["layers"], found["networks"], found["failures"]) == (150, 20, [])
+    assert [found[kind] for kind in ("layers", "networks", "programs")] == [150, 20, 60]
+    assert found["failures"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["auto", "avx2", "generic", "reference"])
 def test_many_layers_and_networks_hold(isa: str) -> None:
-    result = fuzz("--layers", "1500", "--networks", "150", "--seed", "2", "--isa", isa)
+    amount = ("--layers", "1500", "--networks", "150", "--programs", "300")
+    result = fuzz(*amount, "--seed", "2", "--isa", isa)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -99,6 +105,19 @@ def test_a_wrong_gradient_is_seen_and_made_small(monkeypatch: pytest.MonkeyPatch
     small = shrink(case, symptom(problems), KINDS["layer"].smaller, check_layer)
     assert check_layer(small) and small.batch == 1 and small.inputs == small.outputs == 1
     assert (small.order, small.stem, small.threads) == ("contiguous", False, 1)
+
+
+def test_a_lost_write_is_seen_and_made_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels.available():
+        pytest.skip("no compiled kernels")
+    lines = ("v1 = n.same(v0)", "v2 = n.norm(v1)", "z = v0.flatten(1); z += 0.25", "v4 = v1 * 1")
+    case = ProgramCase(lines=(*lines, "v5 = n.thin(v1)"), results=("v5", "v2"), training=False)
+    assert check_program(case) == []
+    monkeypatch.setattr(Versions, "is_contested", lambda self, tensor: False)
+    said = symptom(check_program(case))
+    assert said
+    small = shrink(case, said, KINDS["program"].smaller, check_program)
+    assert len(small.lines) == 3 and small.results == ("v5",)
 
 
 def test_an_input_that_eager_refuses_is_no_failure() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from passes.tracing.augmented import PLAIN
 from passes.tracing.module_kinds import opaque_reason
 from swatfx.compiled import saves
 
@@ -75,7 +76,7 @@ class Calls:
         """(input, whether in place) of a ReLU."""
         module = self.module(node, nn.ReLU)
         if module is not None:
-            return node.all_input_nodes[0], module.inplace
+            return node.all_input_nodes[0], bool(module.inplace)
         if node.op == "call_method" and node.target in _RELU_METHODS:
             return node.all_input_nodes[0], _RELU_METHODS[str(node.target)]
         if node.op == "call_function" and node.target in _RELU:
@@ -108,11 +109,13 @@ class Calls:
             return None
         if args["alpha"] != 1 or args["out"] is not None:
             return None
-        methods, functions = ("add", "add_"), (operator.add, operator.iadd, torch.add)
-        ours = methods if node.op == "call_method" else functions
-        if not node.op.startswith("call_") or node.target not in ours:
+        ours: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
+        if node.op == "call_method":
+            ours = ("add", "add_")
+        assigns = node.target in PLAIN and PLAIN[node.target] is operator.add
+        if node.op not in ("call_method", "call_function") or not (assigns or node.target in ours):
             return None
-        return args["input"], args["other"], node.target in (operator.iadd, "add_")
+        return args["input"], args["other"], assigns or node.target in (operator.iadd, "add_")
 
     def pool(self, node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
         """(leaf, its arguments after the input) of a 2d pooling without indices."""
@@ -146,7 +149,7 @@ class Calls:
         """((input[, p, training]), whether in place) of a dropout, module or function."""
         module = self.module(node, nn.Dropout)
         if module is not None:
-            return node.args, module.inplace
+            return node.args, bool(module.inplace)
         named = _DROPOUT
         if node.target is torch.dropout:
             named = {"input": None, "p": None, "train": None}

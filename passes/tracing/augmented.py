@@ -1,8 +1,7 @@
 """Augmented assignments: `x += y` writes into a tensor, whoever else has it under another name.
 
-A proxy without `__iadd__` would make `x + y` of it. The calls here are what Python does: in place
-for tensors and lists, a new value for numbers. Where nobody can tell, `trace_model` makes plain
-operators of them again.
+A proxy without `__iadd__` would make `x + y` of it, which has another dtype where y is wider. The
+calls here are what Python does: in place for tensors and lists, a new value for numbers.
 """
 
 from __future__ import annotations
@@ -27,11 +26,14 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 
     # Not operator's own: for those, fx writes `x += y` with x a name that others read.
     run.__name__ = run.__qualname__ = f"{name}_"
-    return run
+    return fx.node.has_side_effect(run)  # no dead code, though nobody reads the result
 
 
 # What stands for an augmented assignment -> the plain operator.
-PLAIN: dict[Callable[[Any, Any], Any], Callable[[Any, Any], Any]] = {}
+PLAIN: dict[Any, Callable[[Any, Any], Any]] = {
+    _in_place(name): getattr(operator, name, None) or getattr(operator, f"{name}_")
+    for name in _NAMES
+}
 
 
 def _method(run: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -44,8 +46,6 @@ def _method(run: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Prox
 
 def allow_augmented(kind: type[fx.Proxy]) -> type[fx.Proxy]:
     """Give a class of proxies the methods."""
-    for name in _NAMES:
-        run = _in_place(name)
-        PLAIN[run] = getattr(operator, name, None) or getattr(operator, f"{name}_")
-        setattr(kind, f"__i{name}__", _method(run))
+    for run in PLAIN:
+        setattr(kind, f"__i{run.__name__.rstrip('_')}__", _method(run))
     return kind

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.reading.aliasing import Versions
+from passes.reading.effects import is_foreign
+from passes.tracing.augmented import PLAIN
 from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule, relative, saves
 from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
@@ -55,6 +57,7 @@ _FUNCTIONS = (
     operator.iadd,
     operator.mul,
     operator.imul,
+    *(assign for assign, plain in PLAIN.items() if plain in (operator.add, operator.mul)),
     F.relu,
     F.relu6,
     F.leaky_relu,
@@ -104,7 +107,6 @@ _STRIDES = (
     "untyped_storage",
     torch.as_strided,
 )
-_LIBRARIES = ("torch", "torchvision", "_operator", "builtins", "math", "swatfx", "passes")
 
 
 class LayoutFlow:
@@ -151,29 +153,26 @@ class LayoutFlow:
         return operands if all(self._may_copy(n, node) for n in operands) else []
 
     def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:
-        """Whether `node` may work on a copy of `source`: where it writes into it, nobody sees."""
-        if self.versions.of(source, node) == self.versions.of(source, node.next):
-            return True
-        for other in self.versions.aliases(source):
-            if self.versions.is_before(other, node) and (
-                other.op in ("placeholder", "get_attr")
-                or any(self.versions.is_before(node, user) for user in other.users)
-            ):
-                return False
-        return True
+        """Whether `node` may work on a copy of `source`.
+
+        Where its result shares memory with it, nobody may write into that and another see it.
+        """
+        return not (self.versions.shares(source, node) and self.versions.is_contested(source))
 
     def unsafe(self) -> list[LayerNode]:
         """The sparse convolutions whose layout would change which tensors see a write.
 
         A view or a copy, that is a matter of memory order in `reshape` and its like. It makes a
-        difference where somebody writes into either of the two later. And what asks a part of a
-        tensor for its strides shall hear eager's.
+        difference where somebody writes into either of the two later. Python that may write gets a
+        copy as well: none may know what it gets by another name. And what asks a part of a tensor
+        for its strides shall hear eager's.
         """
         last = self.nodes[-1]
         todo = [
             node
             for node in self.nodes
             if self._asks_a_view(node)
+            or self._writes_elsewhere(node)
             or (
                 self._shares_by_order(node)
                 and any(n in self.derived for n in node.all_input_nodes)
@@ -201,6 +200,15 @@ class LayoutFlow:
         """Whether `node` reads strides of a part of a tensor in another order: no copy has them."""
         first = self._first(node) if node.target in _STRIDES else None
         return first is not None and first in self.derived and first not in self.lies
+
+    def _writes_elsewhere(self, node: fx.Node) -> bool:
+        """Whether what `node` writes into a copy is missed where its input has another name."""
+        return self._is_python(node) and any(
+            self.versions.is_known_otherwise(n, node) for n in self._foreign_inputs(node)
+        )
+
+    def _is_python(self, node: fx.Node) -> bool:
+        return node.op != "output" and self._is_foreign(node)
 
     def _shares_by_order(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -272,15 +280,10 @@ class LayoutFlow:
 
     def _is_foreign(self, node: fx.Node) -> bool:
         """Whether somebody else's Python gets the inputs of `node`: it may ask for strides."""
-        if node.op == "call_module":
-            module = self.part.get_submodule(str(node.target))
-            known = type(module).__module__.partition(".")[0] in _LIBRARIES
-            is_script = isinstance(module, torch.jit.ScriptModule)
-            return str(node.target) in self.eager or is_script or not known
-        if node.op == "call_function":
-            home = getattr(node.target, "__module__", None) or "torch"
-            return home.partition(".")[0] not in _LIBRARIES
-        return node.op == "output"
+        is_script = node.op == "call_module" and isinstance(
+            self.part.get_submodule(str(node.target)), torch.jit.ScriptModule
+        )
+        return is_script or is_foreign(self.part, node, self.eager)
 
     def _foreign_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that `node` has to see in row-major order."""
@@ -297,7 +300,7 @@ class LayoutFlow:
         with self.graph.inserting_before(reader):
             new = self._call(source, ROW_MAJOR)
         later = [reader]
-        if reader.op == "call_module":  # eager code may write into what it gets: all see that
+        if self._is_python(reader):  # it may write into what it gets: all see that
             old = [n for n in source.users if n in self.operands]
             later += [n for n in old if self.versions.is_before(reader, n)]
         for node in later:

@@ -30,7 +30,18 @@ from swatfx.compiled.nodes import (
 )
 from swatfx.compiled.observing import observe
 from swatfx.compiled.reaching import Reroute, codes, lends_layers
-from swatfx.compiled.saves import AvgPool2d, Bound, Dropout, MaxPool2d, Norm, NormOf, Relu, Saver
+from swatfx.compiled.saves import (
+    NORM,
+    RESIDUAL,
+    AvgPool2d,
+    Bound,
+    Dropout,
+    MaxPool2d,
+    Norm,
+    NormOf,
+    Relu,
+    Saver,
+)
 from swatfx.compiled.state import (
     ActivationThreshold,
     CallThresholds,
@@ -62,11 +73,13 @@ __all__ = [
     "LayerState",
     "LearnedThreshold",
     "MaxPool2d",
+    "NORM",
     "Norm",
     "NormOf",
     "Pack",
     "PartClock",
     "Pattern",
+    "RESIDUAL",
     "Relu",
     "Reroute",
     "Saver",

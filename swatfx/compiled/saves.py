@@ -20,6 +20,8 @@ from swatfx.ops.norm import EXACT, INT8, NOTHING
 from swatfx.ops.pool import MOST_CELLS
 from swatfx.tensors import layouts
 
+# Which operand of a norm's addition is written, where it was an augmented assignment.
+NORM, RESIDUAL = "norm", "residual"
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -160,30 +162,23 @@ class Norm(Saver):
     def forward(
         self,
         x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
+        *args: Any,
         residual: Tensor | None = None,
         relu: bool = False,
+        into: str | None = None,
+        inplace: bool = False,
     ) -> Tensor:
-        """`[relu](F.batch_norm(x, ...) [+ residual])`."""
+        """`[relu](F.batch_norm(x, *args) [+ residual])`; what is named as in `NormOf`."""
+        running_mean, running_var, weight, bias, training, momentum, eps = args
         wanted = _wanted(x, residual, weight, bias)
         if not wanted and not _ours(x):
-            y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-            return _finish(y, residual, relu)
-        statistics = (running_mean, running_var)
+            return _finish(F.batch_norm(x, *args), residual, relu, into)
         call = NormCall(training, momentum, eps, relu, self.saves)
-        return _norm(call, x, residual, weight, bias, statistics)
+        return _norm(call, x, residual, weight, bias, (running_mean, running_var), into)
 
-    def plain(
-        self, x: Tensor, *args: Any, residual: Tensor | None = None, relu: bool = False
-    ) -> Tensor:
+    def plain(self, x: Tensor, *args: Any, **then: Any) -> Tensor:
         """As in eager."""
-        return _then(F.batch_norm(x, *args), residual, relu)
+        return _then(F.batch_norm(x, *args), **then)
 
 
 class NormOf(Bound):
@@ -193,14 +188,30 @@ class NormOf(Bound):
         super().__init__(owner, name, path)
         self.saves = saves
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        """`[relu](norm(x) [+ residual])`, in the mode that the norm is in."""
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        into: str | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """`[relu](norm(x) [+ residual])`, in the mode that the norm is in.
+
+        Args:
+            x: as for the norm.
+            residual: what is added to the norm's result.
+            relu: whether ReLU follows.
+            into: where the addition was an augmented assignment, which operand it writes (`NORM` or
+                `RESIDUAL`), and so decides dtype and shape. Nobody else reads that.
+            inplace: whether the ReLU was one in place; a hook on the norm can tell.
+        """
         norm = self.module
         if _is_changed(norm, NORMS):
-            return self.plain(x, residual, relu)
+            return self.plain(x, residual, relu, into, inplace)
         wanted = _wanted(x, residual, norm.weight, norm.bias)
         if not wanted and not _ours(x):
-            return _finish(norm(x), residual, relu)
+            return _finish(norm(x), residual, relu, into)
         norm._check_input_dim(x)
         momentum = norm.momentum
         statistics = (norm.running_mean, norm.running_var)
@@ -214,26 +225,38 @@ class NormOf(Bound):
         training = norm.training or statistics == (None, None)
         momentum = 0.0 if momentum is None else momentum
         call = NormCall(training, momentum, norm.eps, relu, self.saves)
-        return _norm(call, x, residual, norm.weight, norm.bias, statistics)
+        return _norm(call, x, residual, norm.weight, norm.bias, statistics, into)
 
-    def plain(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def plain(self, x: Tensor, *then: Any, **options: Any) -> Tensor:
         """As in eager."""
-        return _then(self.module(x), residual, relu)
+        return _then(self.module(x), *then, **options)
 
 
-def _then(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
+def _then(
+    y: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    into: str | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    y = y if residual is None else _sum(y, residual, into)
+    return F.relu(y, inplace) if relu else y
+
+
+def _sum(y: Tensor, residual: Tensor, into: str | None) -> Tensor:
+    if into is None:
+        return y + residual
+    return y.add_(residual) if into == NORM else residual.add_(y)
 
 
 def _alike(y: Tensor, residual: Tensor) -> bool:
     return y.dtype == residual.dtype and y.shape == residual.shape
 
 
-def _finish(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _finish(y: Tensor, residual: Tensor | None, relu: bool, into: str | None) -> Tensor:
     """Addition and ReLU on a norm's own output that nobody else reads and no gradient is for."""
     if residual is not None:
-        y = y.add_(residual) if _alike(y, residual) else y + residual
+        y = y.add_(residual) if _alike(y, residual) else _sum(y, residual, into)
     return F.relu(y, True) if relu else y
 
 
@@ -244,18 +267,20 @@ def _norm(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
+    into: str | None = None,
 ) -> Tensor:
     """Run the op, and write the running statistics."""
     if any(s is not None and s.requires_grad for s in statistics):
         # Eager has no gradient for these, and says so where it is asked for one.
         y = F.batch_norm(x, *statistics, weight, bias, call.training, call.momentum, call.eps)
-        return _then(y, residual, call.relu)
+        return _then(y, residual, call.relu, into)
     if call.training and (x.numel() == x.shape[1] or not call.eps > 0):
         # One value a channel, or an eps that may divide by zero: eager's own error tells it.
         F.batch_norm(x, None, None, weight, bias, True, call.momentum, call.eps)
     if residual is not None and not _alike(x, residual):
         y = _norm(replace(call, relu=False), x, None, weight, bias, statistics)
-        return _relu(y + residual) if call.relu else y + residual
+        y = _sum(y, residual, into)
+        return _relu(y) if call.relu else y
     trains_weight = weight is not None and weight.requires_grad
     if not _wanted(x, residual, weight, bias):
         call = replace(call, saves=NOTHING)

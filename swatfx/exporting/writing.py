@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from swatfx import meta
 from swatfx.arguments import FLAG, INPUTS, PATH, checked
 from swatfx.compiled import (
+    NORM,
     AvgPool2d,
     Bound,
     Dropout,
@@ -193,13 +194,17 @@ def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
     graph = node.graph
     options = dict(node.kwargs)
     residual, relu = options.pop("residual", None), options.pop("relu", False)
+    into, _ = options.pop("into", None), options.pop("inplace", False)
     with graph.inserting_before(node):
         if isinstance(module, Bound):
             path = relative(prefix, module.path)
             plain = graph.call_module(path, node.args)
         else:
             plain = graph.call_function(_PLAIN[type(module)], node.args, options)
-        if residual is not None:
+        if residual is not None and into is not None:
+            operands = (plain, residual) if into == NORM else (residual, plain)
+            plain = graph.call_method("add_", operands)
+        elif residual is not None:
             plain = graph.call_function(operator.add, (plain, residual))
         if relu:
             plain = graph.call_function(F.relu, (plain,))

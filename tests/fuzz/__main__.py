@@ -1,6 +1,6 @@
-"""Random layers and networks, compiled by swatfx, against plain formulas in float64.
+"""Random layers, networks and programs, compiled by swatfx, against formulas in float64.
 
-python -m tests.fuzz --layers 10000 --networks 2000 --seed 0
+python -m tests.fuzz --layers 10000 --networks 2000 --programs 4000 --seed 0
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--layers", type=int, default=0, help="how many random layers")
     parser.add_argument("--networks", type=int, default=0, help="how many random networks")
+    parser.add_argument("--programs", type=int, default=0, help="how many random programs")
     parser.add_argument("--seed", type=int, default=0, help="case i depends on (seed, i) alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
@@ -47,13 +48,15 @@ def _run_on(name: str, options: argparse.Namespace) -> dict[str, Any]:
     first = options.first
     todo = [("layer", first + i) for i in range(options.layers)]
     todo += [("network", first + i) for i in range(options.networks)]
+    todo += [("program", first + i) for i in range(options.programs)]
     with libraries.environment(name, options.sanitize) as environment:
         start = time.perf_counter()
         progress = _Progress(len(todo))
         failures = run(todo, options.seed, options.jobs, environment, progress)
         seconds = time.perf_counter() - start
         progress.close()
-        said = f"{options.layers} layers and {options.networks} networks on {name}"
+        said = f"{options.layers} layers, {options.networks} networks"
+        said += f" and {options.programs} programs on {name}"
         said += " under sanitizers" if options.sanitize else ""
         print(f"{said}, seed {options.seed}: {len(failures)} wrong ({seconds:.0f} s)", flush=True)
         found = _explain(failures, options, environment)
@@ -62,6 +65,7 @@ def _run_on(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "sanitized": options.sanitize,
         "layers": options.layers,
         "networks": options.networks,
+        "programs": options.programs,
         "first": first,
         "seed": options.seed,
         "seconds": round(seconds, 1),

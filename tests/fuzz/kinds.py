@@ -10,6 +10,7 @@ from tests.fuzz.cases import LayerCase, random_layer
 from tests.fuzz.checking import check_layer
 from tests.fuzz.checking_networks import check_network
 from tests.fuzz.networks import NetworkCase, random_network
+from tests.fuzz.programs import ProgramCase, check_program, random_program, smaller_programs
 from tests.fuzz.shrinking import smaller_layers, smaller_networks
 
 
@@ -63,5 +64,13 @@ KINDS = {
         "from tests.fuzz.networks import Do, NetworkCase\n",
         # One thread: a fork of a process that has more would wait for them.
         replace(random_network(0, 1), kernels="dense", threads=1),
+    ),
+    "program": Kind(
+        random_program,
+        ProgramCase.from_json,
+        check_program,
+        smaller_programs,
+        "from tests.fuzz.programs import ProgramCase, check_program as check\n",
+        ProgramCase(kernels="dense"),
     ),
 }
