@@ -82,7 +82,7 @@ def _reasons(
     gm: SwatModule, layers: list[LayerNode], device: torch.device | None
 ) -> dict[LayerNode, str | None]:
     """Why each layer runs dense, or None; `device` stands in for the model's own."""
-    asked = str(gm.meta.get("kernels", "auto"))
+    asked = gm.swat.options.kernels
     reasons = {layer: _why_dense(layer, asked, device) for layer in layers}
     convolutions = [layer for layer in layers if layer.is_conv]
     _agree(reasons, convolutions)

@@ -22,6 +22,7 @@ from swatfx.compiled import CONV, LINEAR, Pack, SwatModule, all_parts, is_root, 
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import Where, density_text
+from swatfx.options import VALUE_DTYPES
 from swatfx.passing import Context, PassResult
 from swatfx.tensors.layouts import ROW_MAJOR
 
@@ -63,7 +64,7 @@ class _Rewriter:
         self.prefix = prefix
         self.graph = part.graph
         self.states = states
-        self.value_dtype = meta.VALUE_DTYPES[gm.meta.get("value_dtype")]
+        self.value_dtype = VALUE_DTYPES[gm.swat.options.value_dtype]
         self.step: fx.Node | None = None
         self.thresholds: dict[str | fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.shared: dict[tuple[Any, ...], _Shared] = {}

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import torch
 from torch import fx
 
 from swatfx.density import DENSE, Density
@@ -19,7 +18,6 @@ from swatfx.policy import Policy
 from swatfx.policy.fields import HELD
 
 # What `compile(..., value_dtype=...)` takes, by the name that a model keeps.
-VALUE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "bf16": torch.bfloat16}
 
 _DENSE = Policy("dense", distribution="dense")  # of a layer that no rule was asked for
 

@@ -36,8 +36,8 @@ from swatfx.compiled import (
 )
 from swatfx.costs import measure, warn_of_eager
 from swatfx.errors import InputError, PassError, SwatError
-from swatfx.meta import VALUE_DTYPES
-from swatfx.ops.norm import EXACT, INT8
+from swatfx.ops.norm import EXACT
+from swatfx.options import CompileOptions
 from swatfx.passing import Context, Pass
 from swatfx.policy import Policy, as_policy
 from swatfx.training import after_load, watch_loads
@@ -114,7 +114,7 @@ def compile(
         PassError: a pass failed.
     """
     ctx = Context(as_policy(policy))
-    options = {**_saving_options(norm_saves, value_dtype), "kernels": _known_kernels(kernels)}
+    options = CompileOptions(norm_saves, value_dtype, kernels)  # type: ignore[arg-type]
     if not isinstance(model, nn.Module):
         raise InputError("swatfx.compile wants a torch.nn.Module", value=type(model).__name__)
     _refuse_compiled(model)
@@ -125,8 +125,7 @@ def compile(
     watch_wrappers()
     with TRACING, _collector_paused():
         gm = _traced(model, example_inputs)
-        _add_state(gm, ctx.policy)
-        gm.meta.update(options)
+        _add_state(gm, ctx.policy, options)
         gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
         watch_loads(model, gm)
     example = None if example_inputs is None else _without_values(example_inputs)
@@ -182,35 +181,6 @@ def _macs(gm: SwatModule, example_inputs: Any) -> dict[str, int]:
     return {name: cost.dense_forward_macs for name, cost in costs.items()}
 
 
-def _saving_options(norm_saves: Any, value_dtype: Any) -> dict[str, str | None]:
-    """Both options by the names that `gm.meta` and checkpoints hold."""
-    if norm_saves not in (EXACT, INT8):
-        raise InputError(
-            "norm_saves says what batch norms keep for backward",
-            value=norm_saves,
-            remedy=f"use {EXACT!r} or {INT8!r}",
-        )
-    names = {name: name for name in VALUE_DTYPES} | {d: n for n, d in VALUE_DTYPES.items()}
-    try:
-        return {"norm_saves": norm_saves, "value_dtype": names[value_dtype]}
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            "packed values cannot be stored as this",
-            value=value_dtype,
-            remedy="value_dtype is 'bf16' (torch.bfloat16), or None for the layer's own dtype",
-        ) from error
-
-
-def _known_kernels(kernels: str) -> str:
-    if kernels not in ("auto", "sparse", "dense"):
-        raise InputError(
-            "kernels says which ones convolutions run",
-            value=kernels,
-            remedy="use 'auto', 'sparse' or 'dense'",
-        )
-    return kernels
-
-
 def _traced(model: nn.Module, example_inputs: Any) -> SwatModule:
     """Trace a mirror of `model`; again where another thread may have drawn the random numbers."""
     for _ in range(2):
@@ -234,8 +204,8 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _add_state(gm: SwatModule, policy: Policy) -> None:
-    swat = SwatState(policy)
+def _add_state(gm: SwatModule, policy: Policy, options: CompileOptions) -> None:
+    swat = SwatState(policy, options)
     if policy.updates_masks or any(rule.updates_masks for _, rule in policy.rules):
         swat.remember(len(policy.rules) + 1)
     swat.train(gm.training)

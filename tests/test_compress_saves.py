@@ -260,12 +260,12 @@ def test_checkpoint_makes_the_same_graph_again(options: Any, tmp_path: pathlib.P
     other = Residual()
     second = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
     again = swatfx.load(tmp_path / "a.ckpt", other, optimizer=second)
-    assert again.code == gm.code and again.meta["norm_saves"] == gm.meta["norm_saves"]
-    assert again.meta["value_dtype"] == ("bf16" if options else None)
+    assert again.code == gm.code and again.swat.options == gm.swat.options
+    assert again.swat.options.value_dtype == ("bf16" if options else None)
     assert train(again, second, batches(2)) == train(gm, optimizer, batches(2))
     assert_same(snapshot(gm), snapshot(again))
     copied = copy.deepcopy(gm)
-    assert copied.meta["norm_saves"] == gm.meta["norm_saves"] and copied.code == gm.code
+    assert copied.swat.options == gm.swat.options and copied.code == gm.code
 
 
 def test_a_checkpoint_without_options_loads(tmp_path: pathlib.Path) -> None:
@@ -279,7 +279,7 @@ def test_a_checkpoint_without_options_loads(tmp_path: pathlib.Path) -> None:
     del plan["options"]
     old = {"version": 1, "plan": json.dumps(plan)}
     torch.save(content | old, tmp_path / "old.ckpt")
-    assert swatfx.load(tmp_path / "old.ckpt", plain()).meta["norm_saves"] == "exact"
+    assert swatfx.load(tmp_path / "old.ckpt", plain()).swat.options.norm_saves == "exact"
 
 
 class Repeat(nn.Module):

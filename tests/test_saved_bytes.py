@@ -294,9 +294,9 @@ def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
 def test_options_have_one_spelling() -> None:
     for given in ("bf16", torch.bfloat16):
         gm = swatfx.compile(plain(), POLICY, value_dtype=given)
-        assert gm.meta["value_dtype"] == "bf16" and "kept_dtype = torch.bfloat16" in gm.code
+        assert gm.swat.options.value_dtype == "bf16" and "kept_dtype = torch.bfloat16" in gm.code
     gm = swatfx.compile(plain(), POLICY)
-    assert gm.meta["value_dtype"] is None and "kept_dtype" not in gm.code
+    assert gm.swat.options.value_dtype is None and "kept_dtype" not in gm.code
 
 
 def test_half_precision_layers_keep_their_own_values() -> None:

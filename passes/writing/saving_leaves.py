@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from swatfx.compiled import SwatModule, saves
-from swatfx.ops.norm import EXACT
 
 SHARED: dict[str, Callable[[], nn.Module]] = {
     "relu": saves.Relu,
@@ -28,7 +27,7 @@ class Leaves:
         self.gm = gm
         found = [n for n, m in gm.swat.named_children() if isinstance(m, saves.Saves)]
         self.container = found[0] if found else _unused("saves", gm.swat._modules)
-        self._norm_saves: str = gm.meta.get("norm_saves", EXACT)
+        self._norm_saves = gm.swat.options.norm_saves
         self._names = {m.path: n for n, m in self._children().items() if isinstance(m, saves.Bound)}
 
     def shared(self, name: str) -> str:

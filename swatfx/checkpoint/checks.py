@@ -14,17 +14,11 @@ from torch import Tensor
 
 from swatfx.compiled import SwatModule, saved_policy
 from swatfx.errors import CheckpointError, SwatError
-from swatfx.meta import VALUE_DTYPES
-from swatfx.ops.norm import EXACT, INT8
+from swatfx.options import OPTION_NAMES, CompileOptions
 from swatfx.policy import Policy
 
 FORMAT = "swatfx-checkpoint"
 VERSION = 2  # 1 had no checksum
-OPTIONS: dict[str, tuple[str | None, ...]] = {
-    "norm_saves": (EXACT, INT8),
-    "value_dtype": tuple(VALUE_DTYPES),
-    "kernels": ("auto", "sparse", "dense"),
-}
 _FIELDS = ("format", "version", "plan", "state_dict", "optimizer", "extra")
 _OTHER_MODEL = "load it into a model built as the one that was saved"
 _OTHER_OPTIMIZER = "make the optimizer as it was made then, over the same parameters in that order"
@@ -48,7 +42,7 @@ class Content:
     Attributes:
         policy: that the model was compiled with.
         layers: name -> LayerPlan as JSON.
-        options: of `compile`; those that are there.
+        options: of `compile`; a default where version 1 has none.
         state_dict: of the compiled model.
         optimizer: its state dict, if one was saved.
         extra: what `save` was given.
@@ -57,7 +51,7 @@ class Content:
 
     policy: Policy
     layers: dict[str, dict[str, Any]]
-    options: dict[str, Any]
+    options: CompileOptions
     state_dict: dict[str, Any]
     optimizer: dict[str, Any] | None
     extra: dict[str, Any]
@@ -119,7 +113,7 @@ def _names(field: str, value: Any) -> None:
             refuse(field, "has a key that is no string", key)
 
 
-def _read_plan(text: Any, version: int) -> tuple[Policy, dict[str, Any], dict[str, Any]]:
+def _read_plan(text: Any, version: int) -> tuple[Policy, dict[str, Any], CompileOptions]:
     if not isinstance(text, str):
         refuse("plan", "is no JSON text", type(text).__name__)
     try:
@@ -133,20 +127,26 @@ def _read_plan(text: Any, version: int) -> tuple[Policy, dict[str, Any], dict[st
         _names(f"plan.{name}", plan.get(name, {}))
     for name, layer in plan["layers"].items():
         _names(f"plan.layers.{name}", layer)
-    options = plan.get("options", {})
-    for name, value in options.items():
-        if name not in OPTIONS:
-            refuse(f"plan.options.{name}", "is none that this version knows")
-        if isinstance(value, bool) or value not in OPTIONS[name]:
-            refuse(f"plan.options.{name}", "is none that compile takes", value)
-    for name in OPTIONS if version > 1 else ():
-        if name not in options:
-            refuse(f"plan.options.{name}", "is missing")
+    options = _read_options(plan.get("options", {}), version)
     try:
         policy = Policy.from_json(plan["policy"])
     except SwatError as error:
         refuse("plan.policy", f"is no policy: {error}")
     return policy, plan["layers"], options
+
+
+def _read_options(found: Mapping[str, Any], version: int) -> CompileOptions:
+    for name, value in found.items():
+        if name not in OPTION_NAMES:
+            refuse(f"plan.options.{name}", "is none that this version knows")
+        try:
+            CompileOptions(**{name: value})
+        except SwatError:
+            refuse(f"plan.options.{name}", "is none that compile takes", value)
+    for name in OPTION_NAMES if version > 1 else ():
+        if name not in found:
+            refuse(f"plan.options.{name}", "is missing")
+    return CompileOptions(**found)
 
 
 def check_plan(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -15,7 +15,6 @@ from torch.nn.parameter import is_lazy
 
 from swatfx.checkpoint.checks import (
     FORMAT,
-    OPTIONS,
     VERSION,
     Content,
     check_optimizer,
@@ -102,7 +101,8 @@ def load(
     content = _read(path)
     with _all_or_nothing(model, optimizer):
         try:
-            gm = compile(model, content.policy, example_inputs=example_inputs, **content.options)
+            options: Any = content.options.to_json()
+            gm = compile(model, content.policy, example_inputs=example_inputs, **options)
         except SwatError as error:
             raise CheckpointError(
                 f"the model cannot be compiled as field 'plan' of the checkpoint says: {error}"
@@ -194,5 +194,5 @@ def _all_or_nothing(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
 def _plan(gm: SwatModule) -> dict[str, Any]:
     # Kernels are chosen anew on the machine that loads.
     layers = {name: replace(p, kernels="").to_json() for name, p in all_plans(gm).items()}
-    options = {name: gm.meta[name] for name in OPTIONS}
+    options = gm.swat.options.to_json()
     return {"policy": gm.swat.policy.to_json(), "layers": layers, "options": options}

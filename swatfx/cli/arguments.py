@@ -6,10 +6,12 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from swatfx.datasets import wants_root
 from swatfx.errors import InputError
 from swatfx.files.atomic import as_path
+from swatfx.options import KERNELS, NORM_SAVES, OPTION_NAMES, VALUE_DTYPES, CompileOptions
 
 LARGEST = 2**31 - 1  # of a count: what C and torch take everywhere
 MOST_THREADS = 4096
@@ -102,6 +104,33 @@ def refuse_idle_data(args: argparse.Namespace) -> None:
         refuse_given(args, ["data_root"], f"{args.data} is read from no folder", "leave it out")
     if args.data != "imagenet" and "workers" in args:
         refuse_given(args, ["workers"], "only imagenet has reader processes", "leave it out")
+
+
+def add_compile_options(command: argparse.ArgumentParser) -> None:
+    """Add those of `CompileOptions`."""
+    add, default = command.add_argument, CompileOptions()
+    add(
+        "--norm-saves",
+        choices=NORM_SAVES,
+        default=default.norm_saves,
+        help=f"what batch norms keep (default: {default.norm_saves})",
+    )
+    add(
+        "--value-dtype",
+        choices=[name for name in VALUE_DTYPES if name],
+        help="of packed values (default: the layer's own)",
+    )
+    add(
+        "--kernels",
+        choices=KERNELS,
+        default=default.kernels,
+        help=f"which ones layers run (default: {default.kernels})",
+    )
+
+
+def compile_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that `add_compile_options` adds, for `swatfx.compile`."""
+    return {name: getattr(args, name) for name in OPTION_NAMES}
 
 
 def table_format(args: argparse.Namespace) -> str:

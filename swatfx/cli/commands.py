@@ -30,7 +30,9 @@ from swatfx.cli import train as cli_train
 from swatfx.cli.arguments import (
     LARGEST,
     MOST_CLASSES,
+    add_compile_options,
     add_formats,
+    compile_options,
     file,
     given,
     number,
@@ -194,9 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--device", type=given, default="cpu", help="whose kernels to tell (default: cpu)"
     )
-    command.add_argument("--norm-saves", choices=("exact", "int8"), default="exact")
-    command.add_argument("--value-dtype", choices=("bf16",), help="of packed values")
-    command.add_argument("--kernels", choices=("auto", "sparse", "dense"), default="auto")
+    add_compile_options(command)
     add_formats(command)
 
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
@@ -320,9 +320,7 @@ def _report(args: argparse.Namespace) -> int:
     gm = compile_model(
         models.resolve_on_meta(args.model, args.num_classes),
         chosen,
-        norm_saves=args.norm_saves,
-        value_dtype=args.value_dtype,
-        kernels=args.kernels,
+        **compile_options(args),
     )
     cost = args.topk_cost
     result = report(

@@ -13,7 +13,9 @@ from swatfx import comparing
 from swatfx.cli.arguments import (
     MOST_SAMPLES,
     MOST_THREADS,
+    add_compile_options,
     add_formats,
+    compile_options,
     file,
     given,
     number,
@@ -26,7 +28,6 @@ from swatfx.errors import PolicyError
 from swatfx.policy import CONSTRUCTORS
 
 _TRAIN = "data data_root epochs limit recipe lr device threads workers compile".split()
-_COMPILE = ("norm_saves", "value_dtype", "kernels")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -49,9 +50,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="F",
         help="natural sparsity",
     )
-    add("--norm-saves", choices=("exact", "int8"), default="exact")
-    add("--value-dtype", choices=("bf16",), help="of packed values")
-    add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
+    add_compile_options(command)
     add_formats(command)
     group = command.add_argument_group("training, with --train")
     add = group.add_argument
@@ -149,7 +148,7 @@ def run(
             accounting=args.accounting,
             activation_floor=args.activation_floor,
             device=args.device,
-            compile_options={name: getattr(args, name) for name in _COMPILE},
+            compile_options=compile_options(args),
             train=train,
             seeds=1 if args.seeds is None else args.seeds,
             output_dir=args.output_dir,

@@ -7,7 +7,16 @@ import json
 import sys
 from dataclasses import asdict, fields
 
-from swatfx.cli.arguments import MOST_THREADS, file, given, number, refuse_idle_data, seed, whole
+from swatfx.cli.arguments import (
+    MOST_THREADS,
+    add_compile_options,
+    file,
+    given,
+    number,
+    refuse_idle_data,
+    seed,
+    whole,
+)
 from swatfx.runs import RunConfig, RunResult, train_run
 
 
@@ -56,9 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="reader processes (imagenet)",
     )
-    add("--norm-saves", choices=("exact", "int8"), default="exact", help="what batch norms keep")
-    add("--value-dtype", choices=("bf16",), help="of packed values (default: the layer's own)")
-    add("--kernels", choices=("auto", "sparse", "dense"), default="auto")
+    add_compile_options(parser)
     add("--compile", action="store_true", help="torch.compile the training step")
     add("--tensorboard", action="store_true", help="write TensorBoard events, too")
     add("--json", action="store_true", help="print the result as JSON")

@@ -39,13 +39,12 @@ from swatfx.comparing.runs import Run, Trained
 from swatfx.compiled import sparse_layers
 from swatfx.costs import Report, known_device, report
 from swatfx.density import Density
-from swatfx.errors import InputError, PolicyError, UnknownNameError
+from swatfx.errors import InputError, PolicyError
+from swatfx.options import CompileOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
 
 __all__ = ["Comparison", "Row", "compare"]
-
-_OPTIONS = ("norm_saves", "value_dtype", "kernels")
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class Comparison:
     policies=instance(list, tuple, Mapping, str, Policy),
     example_inputs=INPUTS,
     num_classes=optional(COUNT),
-    compile_options=optional(MAPPING),
+    compile_options=optional(instance(Mapping, CompileOptions)),
     train=optional(MAPPING),
     seeds=SEEDS,
     output_dir=optional(PATH),
@@ -216,7 +215,7 @@ def compare(
     num_classes: int | None = None,
     accounting: str = "paper",
     activation_floor: float = 0.0,
-    compile_options: Mapping[str, Any] | None = None,
+    compile_options: CompileOptions | Mapping[str, Any] | None = None,
     device: str | None = None,
     train: Mapping[str, Any] | None = None,
     seeds: int | Sequence[int] = 1,
@@ -234,7 +233,8 @@ def compare(
         num_classes: of a network by name; with `train` the data set's.
         accounting: "paper", "torch" or "exact", see `report`.
         activation_floor: natural activation sparsity, see `report`.
-        compile_options: `norm_saves`, `value_dtype` and `kernels` of `compile`.
+        compile_options: `norm_saves`, `value_dtype` and `kernels` of `compile`, those not at their
+            defaults.
         device: tell the kernels that would run there; None: where training runs, else on the CPU.
         train: fields of `swatfx.runs.config.RunConfig` but for model, policy, seed and folder, e.g.
             ``{"data": "cifar10", "data_root": "data", "epochs": 30}``; None trains nothing.
@@ -249,12 +249,12 @@ def compare(
     """
     named = _named(policies)
     numbers = tuple(range(seeds) if isinstance(seeds, int) else seeds)
-    options = _compile_options(compile_options or {})
+    options = CompileOptions.of(compile_options)
     config = None
     if train is not None:
         if len(set(numbers)) < len(numbers):
             raise InputError("training wants seeds, each of them once", value=seeds)
-        config = comparing_runs.run_config(model, {**train, **options})
+        config = comparing_runs.run_config(model, {**train, **options.changed()})
         shape, num_classes = comparing_runs.data_shape(config)
         if example_inputs is None:
             example_inputs = torch.empty(shape, device="meta")
@@ -284,13 +284,6 @@ def compare(
         where,
         training,
     )
-
-
-def _compile_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name not in _OPTIONS:
-            raise UnknownNameError("compile option", name, _OPTIONS)
-    return dict(given)
 
 
 def _named(
@@ -329,7 +322,7 @@ class _Counter:
     inputs: tuple[Any, ...]
     accounting: str
     activation_floor: float
-    options: Mapping[str, Any]
+    options: CompileOptions
     device: str
 
     def planned(self, name: str, policy: Policy) -> Row:
@@ -361,7 +354,8 @@ class _Counter:
         # Anew each time: a policy may zero weights of the network that it is compiled from.
         net = models.resolve_on_meta(model, self.num_classes) if isinstance(model, str) else model()
         try:
-            gm = compile_model(net, policy, **self.options)
+            options: Any = self.options.to_json()
+            gm = compile_model(net, policy, **options)
         except (PolicyError, InputError) as error:
             raise PolicyError(
                 f"policy {name!r} on this network: {error.problem}",

@@ -23,6 +23,7 @@ from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
 from swatfx.ops.state import CALLS, HELD, check_rankable, compute_state, read_density
+from swatfx.options import CompileOptions
 from swatfx.policy import Policy
 from swatfx.selectors import Axes, Selector
 from swatfx.tensors import layouts
@@ -414,9 +415,10 @@ class SwatState(nn.Module):
     clock: Clock
     memory: Tensor | None
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, options: CompileOptions | None = None) -> None:
         super().__init__()
         self.policy = policy
+        self.options = CompileOptions() if options is None else options
         self.clock = Clock(policy.name if policy.needs_optimizer else None)
         self.part_clock = PartClock(self.clock)
         self.register_buffer("memory", None)

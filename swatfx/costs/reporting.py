@@ -236,8 +236,8 @@ def report(
         dict(root.eager),
         root.swat.policy.name,
         accounting,
-        root.meta["norm_saves"],
-        root.meta["value_dtype"],
+        root.swat.options.norm_saves,
+        root.swat.options.value_dtype,
         simulated,
     )
 

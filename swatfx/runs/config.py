@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from swatfx.errors import InputError
+from swatfx.options import OPTION_NAMES
 from swatfx.policy import Policy
 
 
@@ -70,6 +72,10 @@ class RunConfig:
         for name in ("resume", "tensorboard"):
             if getattr(self, name) and self.output_dir is None:
                 raise InputError(f"{name} needs an output folder", remedy="give --output-dir DIR")
+
+    def compile_options(self) -> dict[str, Any]:
+        """Those of the fields that `swatfx.compile` takes."""
+        return {name: getattr(self, name) for name in OPTION_NAMES}
 
 
 @dataclass(frozen=True)

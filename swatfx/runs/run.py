@@ -31,6 +31,7 @@ from swatfx.checkpoint import load, read_extra, save
 from swatfx.compiled import all_plans, evaluation_mode, observe
 from swatfx.datasets import Dataset, open_data
 from swatfx.errors import CheckpointError, InputError, SwatError
+from swatfx.options import CompileOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
 from swatfx.runs.config import RunConfig, RunResult
@@ -41,8 +42,6 @@ from swatfx.training import attach
 __all__ = ["RunConfig", "RunResult", "train_run"]
 
 _TEST_BATCH = 500  # images; nothing depends on it but speed and memory
-# Options of `swatfx.compile`: part of a run's identity where they are not at their defaults.
-_EXACT: dict[str, Any] = {"norm_saves": "exact", "value_dtype": None, "kernels": "auto"}
 _LOSSES_IN_FLIGHT = 32  # steps on a GPU between two looks at the losses, each of which waits for it
 
 
@@ -153,7 +152,7 @@ class _Run:
             self.gm = load(self.folder.checkpoint, model, optimizer=self.optimizer)
             self._restore(read_extra(self.folder.checkpoint))
         else:
-            self.gm = compile_model(model, policy, **self._compile_options())
+            self.gm = compile_model(model, policy, **config.compile_options())
         self.sizes = {name: plan.parameters for name, plan in all_plans(self.gm).items()}
         self.board: Any = self._open_board() if config.tensorboard else None
         self.gm.train()
@@ -369,11 +368,8 @@ class _Run:
             "batch_size": self.batch_size,
             "lr": self.recipe.learning_rates[0][1],
             "seed": self.config.seed,
-        } | {k: v for k, v in self._compile_options().items() if v != _EXACT[k]}
+        } | CompileOptions(**self.config.compile_options()).changed()
         return dict(json.loads(json.dumps(identity)))  # tuples become the lists of a JSON file
-
-    def _compile_options(self) -> dict[str, Any]:
-        return {name: getattr(self.config, name) for name in _EXACT}
 
     def _circumstances(self) -> dict[str, Any]:
         """What a resume may change, for the record."""
