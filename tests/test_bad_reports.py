@@ -97,7 +97,10 @@ CALLS: dict[str, tuple[Callable[[SwatModule, Any], Any], Callable[[Any], bool]]]
         lambda v: v is None or isinstance(v, dict),
     ),
     "train": (lambda gm, v: _compare(train=v), _nothing),
-    "seeds": (lambda gm, v: _compare(train=RUN, seeds=v, example_inputs=None), _whole(1, 10_000)),
+    "seeds": (
+        lambda gm, v: _compare(train=RUN | {"seeds": v}, example_inputs=None),
+        _whole(1, 10_000),
+    ),
     "compared device": (lambda gm, v: _compare(device=v), _nothing),
 }
 

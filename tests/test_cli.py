@@ -160,7 +160,7 @@ def test_own_model(capsys: pytest.CaptureFixture[str], own: str) -> None:
         (("report", "digits/cnn", "--format", "jsn"), "did you mean json"),
         (("report", "digits/cnn", "--batch-size", "many"), "invalid int value: 'many'"),
         (("report", "digits/cnn", "--policy", "swat-u:.9,sparsity=.8"), "behind the policy's name"),
-        (("models", "--format", "csv"), "see swatfx models --help"),
+        (("models", "--epochs", "3"), "see swatfx models --help"),
         (("simulate", "digits/cnn", "--zip", "int8"), "see swatfx simulate --help"),
         (("report",), "required: model"),
         (("reprot", "digits/cnn"), "did you mean report or export"),

@@ -148,7 +148,7 @@ def test_densities_that_moved_are_averaged_over_training(
         Trained(Run(1, 0.8, 0.85, 14.0), (_epoch(0.6, 0.4), _epoch(0.4, 0.2))),
     ]
     _pretend(monkeypatch, runs)
-    found = compare("digits/cnn", [policy], train=TRAIN, seeds=2)
+    found = compare("digits/cnn", [policy], train=TRAIN | {"seeds": 2})
     (row,) = found.rows
     assert row.densities == "trained"
     assert found.input_shapes == ((64, 1, 8, 8),)  # the recipe's batch, the data set's shape
@@ -196,7 +196,7 @@ def test_accuracies_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
         Trained(Run(2, failure="the loss is nan at step 3, in epoch 1")),
     ]
     _pretend(monkeypatch, runs)
-    found = compare("digits/cnn", ["swat-u:0.9"], train=TRAIN, seeds=3)
+    found = compare("digits/cnn", ["swat-u:0.9"], train=TRAIN | {"seeds": 3})
     (row,) = found.rows
     assert row.accuracy_mean == pytest.approx(0.85)
     assert row.accuracy_std == pytest.approx(0.1 / 2**0.5)  # of two, n - 1
@@ -220,9 +220,7 @@ def test_training_for_real(tmp_path: pathlib.Path) -> None:
     found = compare(
         "digits/cnn",
         ["swat-m:0.9,period=1", "rigl:0.9,update_every=1"],
-        train=TRAIN,
-        seeds=[0, 4],
-        output_dir=str(tmp_path),
+        train=TRAIN | {"seeds": [0, 4], "output_dir": str(tmp_path)},
         tell=said.append,
     )
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -284,8 +282,8 @@ def test_policies_that_cannot_be(policies: Any, error: type[Exception], message:
     ("options", "error", "message"),
     [
         ({}, InputError, "wants example inputs"),
-        ({"train": TRAIN, "seeds": 0}, InputError, "seeds has to be"),
-        ({"train": TRAIN, "seeds": [1, 1]}, InputError, "wants seeds"),
+        ({"train": TRAIN | {"seeds": 0}}, InputError, "seeds has to be"),
+        ({"train": TRAIN | {"seeds": [1, 1]}}, InputError, "wants seeds"),
         ({"train": {"epochs": 1}}, InputError, "wants a data set"),
         ({"train": TRAIN | {"epochz": 1}}, UnknownNameError, "did you mean epochs"),
         ({"example_inputs": X, "accounting": "mine"}, InputError, "'paper' or 'exact'"),

@@ -131,22 +131,3 @@ def add_compile_options(command: argparse.ArgumentParser) -> None:
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those that `add_compile_options` adds, for `swatfx.compile`."""
     return {name: getattr(args, name) for name in OPTION_NAMES}
-
-
-def table_format(args: argparse.Namespace) -> str:
-    """Which of the formats that `add_formats` adds is asked for."""
-    if args.json and args.format not in (None, "json"):
-        raise InputError(
-            "--json is --format json, and another format is asked for",
-            value=f"--format {args.format}",
-            remedy="leave one of the two out",
-        )
-    return "json" if args.json else args.format or "table"
-
-
-def add_formats(command: argparse.ArgumentParser) -> None:
-    """Add `--format`, `--json` and `--output` of a command that prints a table."""
-    add = command.add_argument
-    add("--format", choices=("table", "markdown", "csv", "json"), help="default: table")
-    add("--json", action="store_true", help="the same as --format json")
-    add("--output", type=file, metavar="FILE", help="write there instead of printing")

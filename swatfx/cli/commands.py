@@ -1,4 +1,4 @@
-"""The command line: `swatfx report | train | compare | export | policies | models | demo`."""
+"""The command line: `swatfx report | train | compare | export | simulate | policies | ...`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from tabulate import tabulate
 
 from swatfx import models, policy
 from swatfx.cli import compare as cli_compare
@@ -31,24 +30,23 @@ from swatfx.cli.arguments import (
     LARGEST,
     MOST_CLASSES,
     add_compile_options,
-    add_formats,
     compile_options,
     file,
     given,
     number,
     refuse_given,
-    table_format,
     whole,
 )
+from swatfx.cli.output import add_formats, check_format, show
 from swatfx.cli.subject import DEFAULT_POLICY, compiled, read_policy
 from swatfx.compiled import evaluation_mode
-from swatfx.costs import Report, report
+from swatfx.costs import report
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
-from swatfx.files.atomic import write_text
 from swatfx.paper import table1
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy
+from swatfx.tables import Page, Table
 from swatfx.version import __version__
 
 _EPILOG = """examples:
@@ -223,9 +221,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("policies", _policies, "list policies and the fields of one")
     command.add_argument("--table1", action="store_true", help="the paper's table 1 instead")
-    command.add_argument("--json", action="store_true")
+    add_formats(command)
     command = add("models", _models, "list model names")
-    command.add_argument("--json", action="store_true")
+    add_formats(command)
 
     command = add(
         "demo", _demo, "the paper's ResNet-50 figures, an export, and a small training run"
@@ -314,7 +312,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _report(args: argparse.Namespace) -> int:
-    form = table_format(args)
+    check_format(args)  # before what takes long
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
     gm = compile_model(
@@ -331,24 +329,7 @@ def _report(args: argparse.Namespace) -> int:
         topk_cost=cost if cost in (None, "paper") else tuple(cost.split(",")),
         device=args.device,
     )
-    _emit(_formatted(result, form), args.output)
-    return 0
-
-
-def _formatted(result: Report, form: str) -> str:
-    return {
-        "table": result.to_text,
-        "markdown": result.to_markdown,
-        "csv": result.to_csv,
-        "json": result.to_json,
-    }[form]()
-
-
-def _emit(text: str, output: str | None) -> None:
-    if output is None:
-        print(text.rstrip("\n"))
-        return
-    write_text(output, text if text.endswith("\n") else text + "\n")
+    return show(result, args)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -383,11 +364,7 @@ def _check_takes(model: torch.nn.Module, inputs: torch.Tensor) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    text = cli_compare.run(args, read_shape)
-    if text is None:
-        return 130
-    _emit(text, args.output)
-    return 0
+    return cli_compare.run(args, read_shape)
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -396,27 +373,20 @@ def _simulate(args: argparse.Namespace) -> int:
 
 def _policies(args: argparse.Namespace) -> int:
     if args.table1:
-        lines = table1.table1()
-        print(table1.to_json(lines) if args.json else table1.to_text(lines))
-        return 0
+        return show(table1.page(table1.table1()), args)
     known = {f.name: f.default for f in fields(Policy) if f.name not in ("name", "rules")}
     rows = [
         (name, (build.__doc__ or "").strip().splitlines()[0])
         for name, build in policy.CONSTRUCTORS.items()
     ]
-    if args.json:
-        print(json.dumps({"policies": dict(rows), "fields": known}))
-        return 0
-    print(tabulate(rows, headers=("policy", "what it is")))
-    print()
-    print(tabulate(list(known.items()), headers=("field", "default")))
-    return 0
+    table = Table(("policy", "what it is"), tuple(rows))
+    options = Table(("field", "default"), tuple((n, repr(value)) for n, value in known.items()))
+    return show(Page((table, options), table, {"policies": dict(rows), "fields": known}), args)
 
 
 def _models(args: argparse.Namespace) -> int:
     names = models.names()
-    print(json.dumps(names) if args.json else "\n".join(names))
-    return 0
+    return show(Page(tuple(names), Table.of({"model": names}), names), args)
 
 
 def _demo(args: argparse.Namespace) -> int:

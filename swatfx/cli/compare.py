@@ -14,16 +14,15 @@ from swatfx.cli.arguments import (
     MOST_SAMPLES,
     MOST_THREADS,
     add_compile_options,
-    add_formats,
     compile_options,
     file,
     given,
     number,
     refuse_given,
     refuse_idle_data,
-    table_format,
     whole,
 )
+from swatfx.cli.output import add_formats, check_format, show
 from swatfx.errors import PolicyError
 from swatfx.policy import CONSTRUCTORS
 
@@ -117,8 +116,8 @@ def split_policies(texts: Sequence[str]) -> list[str]:
 
 def run(
     args: argparse.Namespace, read_shape: Callable[[argparse.Namespace], tuple[int, ...]]
-) -> str | None:
-    """Compare as `args` say, and return the table; None if the user broke training off.
+) -> int:
+    """Compare as `args` say, and show the table; return 130 if the user broke training off.
 
     Args:
         args: of `add_arguments`, with model, num_classes, batch_size and input_shape.
@@ -127,7 +126,7 @@ def run(
     Raises:
         SwatError: as `comparing.compare`.
     """
-    form = table_format(args)
+    check_format(args)  # before what takes long
     policies = split_policies(args.policies)
     for text in args.policies:
         if not split_policies([text]):
@@ -150,21 +149,13 @@ def run(
             device=args.device,
             compile_options=compile_options(args),
             train=train,
-            seeds=1 if args.seeds is None else args.seeds,
-            output_dir=args.output_dir,
             tell=_silence if args.quiet else _tell,
         )
     except KeyboardInterrupt:
         hint = "; the same command goes on from there" if args.output_dir else ""
         print(f"swatfx compare: interrupted{hint}", file=sys.stderr)
-        return None
-    render = {
-        "table": found.to_text,
-        "markdown": found.to_markdown,
-        "csv": found.to_csv,
-        "json": found.to_json,
-    }
-    return render[form]()
+        return 130
+    return show(found, args)
 
 
 def _training(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -181,7 +172,8 @@ def _training(args: argparse.Namespace) -> dict[str, Any] | None:
         refuse_idle_data(args)
     if args.batch_size is not None:
         given["batch_size"] = args.batch_size
-    return given | {"quiet": args.quiet}
+    seeds = 1 if args.seeds is None else args.seeds
+    return given | {"seeds": seeds, "output_dir": args.output_dir, "quiet": args.quiet}
 
 
 def _tell(text: str) -> None:

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 from swatfx import models
 from swatfx.costs import report
@@ -15,6 +14,7 @@ from swatfx.exporting import export
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import dense, swat_u
 from swatfx.runs import RunConfig, train_run
+from swatfx.tables import Table
 from swatfx.training import refresh
 
 # Tables 3 of the paper: SWAT-U at 80% on ResNet-50.
@@ -39,11 +39,11 @@ def run(folder: Path, epochs: int) -> None:
     result = report(gm, (torch.empty(32, 3, 224, 224, device="meta"),))
     print(result)
     print()
-    rows = [
+    figures = [
         (name.replace("_", " "), f"{100 * paper:.1f}%", f"{100 * result.totals[name]:.1f}%")
         for name, paper in PAPER.items()
     ]
-    print(tabulate(rows, headers=("ResNet-50, SWAT-U 80%", "paper", "here")))
+    print(Table(("ResNet-50, SWAT-U 80%", "paper", "here"), tuple(figures)).to_text())
     for name, paper in PAPER.items():
         if abs(result.totals[name] - paper) > 0.005:
             raise SwatError(f"{name} is not the paper's {paper}", value=result.totals[name])
@@ -73,5 +73,6 @@ def run(folder: Path, epochs: int) -> None:
         ).totals
         macs = sum(v for k, v in cost.items() if k.startswith("sparse_") and k.endswith("_macs"))
         rows.append((name, f"{100 * trained.test_accuracy:.1f}%", f"{macs / 64 / 1e6:.2f}M"))
-    print(tabulate(rows, headers=("digits/cnn", "test accuracy", "training MACs an image")))
+    heads = ("digits/cnn", "test accuracy", "training MACs an image")
+    print(Table(heads, tuple(rows)).to_text())
     print(f"\ndone in {time.perf_counter() - start:.0f} s")

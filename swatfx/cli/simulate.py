@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,15 +25,17 @@ from swatfx.cli.arguments import (
     refuse_idle_data,
     whole,
 )
+from swatfx.cli.output import add_formats, check_format, show
 from swatfx.cli.subject import compiled
 from swatfx.compiled import SwatModule, all_plans
 from swatfx.costs import Simulation, simulate, trace_events
 from swatfx.datasets import open_data
 from swatfx.errors import InputError
 from swatfx.files.atomic import write_text
-from swatfx.paper import render, table6_trained
+from swatfx.paper import page, table6_trained
 from swatfx.paper.table6 import table6
 from swatfx.pipeline import compile as compile_model
+from swatfx.tables import Page, Table
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -83,7 +84,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="mask seeds of --table6 (default: 3)",
     )
-    add("--json", action="store_true")
+    add_formats(command)
 
 
 _MOST_VALUES = 1000  # of a sweep
@@ -111,6 +112,7 @@ def run(
         chosen: the policy that they name.
         read_shape: reads the input shape from them, with a batch; asked where no data set has one.
     """
+    check_format(args)  # before what takes long
     refuse_idle_data(args)
     _refuse_idle(args)
     shape = () if args.data else read_shape(args)
@@ -122,8 +124,7 @@ def run(
     found = _simulate(args, subject, args.accelerator or ["scnn", "bit-tactical"])
     if args.trace:
         write_text(args.trace, json.dumps(trace_events(found)))
-    print(found.to_json() if args.json else found.to_text())
-    return 0
+    return show(found, args)
 
 
 def _refuse_idle(args: argparse.Namespace) -> None:
@@ -228,12 +229,7 @@ def _table6(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, .
         with _bar(None) as bar:
             inputs = (torch.empty(1, *shape[1:], device="meta"),)
             rows = table6(model, inputs, names, seeds=args.seeds or 3, tick=bar.update)
-    if args.json:
-        table = [asdict(row) | {"consistent": row.consistent} for row in rows]
-        print(json.dumps({"model": args.model, "rows": table}))
-    else:
-        print(render(rows, args.model))
-    return 0
+    return show(page(rows, args.model), args)
 
 
 def sweep_values(text: str) -> tuple[str, list[float | int]]:
@@ -263,13 +259,15 @@ def sweep_values(text: str) -> tuple[str, list[float | int]]:
 def _sweep(args: argparse.Namespace, chosen: policy.Policy, shape: tuple[int, ...]) -> int:
     name, values = sweep_values(args.sweep)
     rows = list(_sweep_rows(args, chosen, shape, name, values))
-    if args.json:
-        print(json.dumps(rows))
-        return 0
-    print(tabulate(rows, headers="keys", floatfmt=".3f"))
+    named = {key: [row.get(key) for row in rows] for key in rows[0]}
     unit = "the batch" if name == "batch" else "one sample"
-    print(f"\nsimulated cycles of {unit}, all layers; speedups over the dense tile / own dense")
-    return 0
+    note = f"simulated cycles of {unit}, all layers; speedups over the dense tile / own dense"
+    shown = {key: [_told(value) for value in values] for key, values in named.items()}
+    return show(Page((Table.of(shown), note), Table.of(named), rows), args)
+
+
+def _told(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _sweep_rows(

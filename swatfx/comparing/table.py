@@ -7,9 +7,6 @@ training had: of a training step averaged over the epochs, of the result the las
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import models
@@ -30,6 +26,7 @@ from swatfx.arguments import (
     PATH,
     SEEDS,
     as_inputs,
+    check,
     checked,
     instance,
     optional,
@@ -43,6 +40,7 @@ from swatfx.errors import InputError, PolicyError
 from swatfx.options import CompileOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy, as_policy
+from swatfx.tables import Shown, Table
 
 __all__ = ["Comparison", "Row", "compare"]
 
@@ -93,7 +91,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """A row a policy, and what they have in common.
 
     Attributes:
@@ -112,32 +110,20 @@ class Comparison:
     device: str = "cpu"
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        """A JSON object of the attributes."""
-        return json.dumps(asdict(self), indent=1)
+    def data(self) -> dict[str, Any]:
+        """By the attributes' names."""
+        return asdict(self)
 
-    def to_csv(self) -> str:
-        """One line a policy: all fields of Row but the single runs and the kernels."""
-        out = io.StringIO()
+    def records(self) -> Table:
+        """A row a policy: all fields of Row but the single runs and the kernels."""
         names = [f.name for f in fields(Row) if f.name not in ("runs", "kernels")]
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([getattr(row, name) for name in names] for row in self.rows)
-        return out.getvalue()
+        return Table.of({name: [getattr(row, name) for row in self.rows] for name in names})
 
-    def to_markdown(self) -> str:
-        """The table and its notes as Markdown."""
-        notes = ["\\" + note if note.startswith("*") else note for note in self._notes()]
-        return "\n\n".join([self._table("github"), *notes])
+    def blocks(self) -> list[Table | str]:
+        """The table and its notes."""
+        return [self._table(), *self._notes()]
 
-    def to_text(self) -> str:
-        """The table and its notes for a terminal."""
-        return "\n".join([self._table("simple"), "", *self._notes()])
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def _table(self, style: str) -> str:
+    def _table(self) -> Table:
         rows = self.rows
         cells = {
             "policy": [row.policy + "*" * (row.densities != "fixed") for row in rows],
@@ -156,7 +142,7 @@ class Comparison:
             cells["seconds"] = [
                 "" if row.seconds_mean is None else f"{row.seconds_mean:.1f}" for row in rows
             ]
-        return tabulate(cells, headers="keys", tablefmt=style, disable_numparse=True)
+        return Table.of(cells)
 
     def _notes(self) -> list[str]:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
@@ -203,8 +189,6 @@ class Comparison:
     num_classes=optional(COUNT),
     compile_options=optional(instance(Mapping, CompileOptions)),
     train=optional(MAPPING),
-    seeds=SEEDS,
-    output_dir=optional(PATH),
     tell=FUNCTION,
 )
 def compare(
@@ -218,8 +202,6 @@ def compare(
     compile_options: CompileOptions | Mapping[str, Any] | None = None,
     device: str | None = None,
     train: Mapping[str, Any] | None = None,
-    seeds: int | Sequence[int] = 1,
-    output_dir: str | None = None,
     tell: Callable[[str], object] = lambda text: None,
 ) -> Comparison:
     """Count what each policy costs on one network and, with `train`, how accurate it gets.
@@ -236,25 +218,26 @@ def compare(
         compile_options: `norm_saves`, `value_dtype` and `kernels` of `compile`, those not at their
             defaults.
         device: tell the kernels that would run there; None: where training runs, else on the CPU.
-        train: fields of `swatfx.runs.config.RunConfig` but for model, policy, seed and folder, e.g.
+        train: fields of `swatfx.runs.config.RunConfig` but for model, policy and seed, e.g.
             ``{"data": "cifar10", "data_root": "data", "epochs": 30}``; None trains nothing.
-        seeds: how many, from 0 on, or which.
-        output_dir: gets a folder a policy with a folder a seed in it. A run that is finished there
-            is read, one that was interrupted goes on. None keeps nothing.
+            Also "seeds": how many (1), from 0 on, or which. Its "output_dir" gets a folder a policy
+            with a folder a seed in it: a run that is finished there is read, one that was
+            interrupted goes on.
         tell: called with a line of text before and after each run.
 
     Raises:
         PolicyError: a policy that is unknown, given twice, or that the network cannot follow.
-        InputError: options that do not fit together, or runs in `output_dir` made with others.
+        InputError: options that do not fit together, or runs in "output_dir" made with others.
     """
     named = _named(policies)
-    numbers = tuple(range(seeds) if isinstance(seeds, int) else seeds)
     options = CompileOptions.of(compile_options)
     config = None
     if train is not None:
-        if len(set(numbers)) < len(numbers):
-            raise InputError("training wants seeds, each of them once", value=seeds)
-        config = comparing_runs.run_config(model, {**train, **options.changed()})
+        seeds = train.get("seeds", 1)
+        numbers = _numbers(seeds)
+        of_one = {k: v for k, v in train.items() if k not in ("seeds", "output_dir")}
+        check({"output_dir": train.get("output_dir")}, output_dir=optional(PATH))
+        config = comparing_runs.run_config(model, {**of_one, **options.changed()})
         shape, num_classes = comparing_runs.data_shape(config)
         if example_inputs is None:
             example_inputs = torch.empty(shape, device="meta")
@@ -271,9 +254,11 @@ def compare(
     rows = {name: count.planned(name, as_policy(policy)) for name, policy in named.items()}
     training: dict[str, Any] = {}
     if config is not None:
-        training = {k: v for k, v in (train or {}).items() if k != "quiet"}
-        training["seeds"] = len(numbers) if isinstance(seeds, int) else list(numbers)
-        runs = comparing_runs.train_policies(config, named, numbers, output_dir, tell)
+        assert train is not None  # whose configuration it is
+        training = {k: v for k, v in train.items() if k not in ("quiet", "output_dir")}
+        training["seeds"] = seeds if isinstance(seeds, int) else list(numbers)
+        folder = train.get("output_dir")
+        runs = comparing_runs.train_policies(config, named, numbers, folder, tell)
         for name, policy in named.items():
             rows[name] = count.trained(rows[name], as_policy(policy), runs[name])
     return Comparison(
@@ -284,6 +269,15 @@ def compare(
         where,
         training,
     )
+
+
+def _numbers(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """Which seeds are meant."""
+    check({"seeds": seeds}, seeds=SEEDS)
+    numbers = tuple(range(seeds) if isinstance(seeds, int) else seeds)
+    if len(set(numbers)) < len(numbers):
+        raise InputError("training wants seeds, each of them once", value=seeds)
+    return numbers
 
 
 def _named(

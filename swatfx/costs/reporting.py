@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from passes.choose_kernels import kernels_on
@@ -24,6 +20,7 @@ from swatfx.costs.measuring import Measured, measure
 from swatfx.costs.simulation import DESIGNS, Simulation, simulate
 from swatfx.errors import InputError
 from swatfx.ops.norm import EXACT
+from swatfx.tables import Shown, Table
 
 PAPER = "paper"
 ACCOUNTINGS = (PAPER, "torch", "exact")
@@ -76,7 +73,7 @@ class OtherRecord:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """Layers, totals, and what was left to eager Python.
 
     Saved bytes are those of the distinct storages that autograd keeps, parameters and buffers
@@ -106,32 +103,17 @@ class Report:
     value_dtype: str | None = None
     simulation: Simulation | None = None
 
-    def to_json(self) -> str:
-        """A JSON object of the attributes."""
-        return json.dumps(asdict(self), indent=1)
+    def data(self) -> dict[str, Any]:
+        """By the attributes' names."""
+        return asdict(self)
 
-    def to_csv(self) -> str:
-        """One line a layer, all fields, shapes as 64x3x7x7."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+    def records(self) -> Table:
+        """A row a layer, all fields, shapes as 64x3x7x7."""
         names = [f.name for f in fields(LayerRecord)]
-        writer.writerow(names)
-        for layer in self.layers:
-            writer.writerow([_cell(getattr(layer, name)) for name in names])
-        return out.getvalue()
+        return Table.of({n: [_cell(getattr(row, n)) for row in self.layers] for n in names})
 
-    def to_markdown(self) -> str:
-        """The table and totals as Markdown."""
-        return self._render("github")
-
-    def to_text(self) -> str:
-        """The table and totals for a terminal."""
-        return self._render("simple")
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def _render(self, style: str) -> str:
+    def blocks(self) -> list[Table | str]:
+        """Layers, totals, other ops, what is eager, and the simulation."""
         columns: dict[str, list[str]] = {
             "layer": [layer.name for layer in self.layers],
             "weight": [_cell(layer.weight_shape) for layer in self.layers],
@@ -147,31 +129,28 @@ class Report:
             "kernels": [layer.kernels for layer in self.layers],
         }
         shown = {name: cells for name, cells in columns.items() if any(cells)}
-        table = tabulate(shown, headers="keys", tablefmt=style, disable_numparse=True)
-        lines = [table, "", *_summary(self)]
-        if self.others:
-            lines += ["", self._render_others(style)]
-        for path, reason in self.eager.items():
-            lines.append(f"eager: {path or 'the root module'}: {reason}")
-        if self.simulation is not None:
-            lines += ["", self.simulation.to_text(style)]
-        return "\n".join(lines)
+        return [
+            Table.of(shown),
+            *_summary(self),
+            *([self._others()] if self.others else []),
+            *(f"eager: {path or 'the root module'}: {why}" for path, why in self.eager.items()),
+            *(() if self.simulation is None else self.simulation.blocks()),
+        ]
 
-    def _render_others(self, style: str) -> str:
+    def _others(self) -> Table:
         kinds: dict[str, list[OtherRecord]] = {}
         for record in self.others:
             kinds.setdefault(record.kind, []).append(record)
         rows = [
-            [
+            (
                 kind,
                 len(records),
                 _engineering(sum(r.dense_saved_bytes for r in records)),
                 _engineering(sum(r.sparse_saved_bytes for r in records)),
-            ]
+            )
             for kind, records in kinds.items()
         ]
-        headers = ["other ops", "count", "bytes kept", "sparse"]
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return Table(("other ops", "count", "bytes kept", "sparse"), tuple(rows))
 
 
 @checked(

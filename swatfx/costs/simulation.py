@@ -6,14 +6,12 @@ error where several were simulated.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
 from typing import Any
 
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from swatfx import accelerators as designs
@@ -23,6 +21,7 @@ from swatfx.arguments import as_inputs, checked, instance, optional
 from swatfx.compiled import layer_nodes, unwrap
 from swatfx.costs.measuring import simulate_cycles
 from swatfx.errors import InputError
+from swatfx.tables import Shown, Table
 
 DESIGNS = instance(Accelerator, str, list, tuple)
 PASSES = ("forward", "input_gradient", "weight_gradient")
@@ -84,7 +83,7 @@ class LayerCycles:
 
 
 @dataclass(frozen=True)
-class Simulation:
+class Simulation(Shown):
     """Cycles of every layer, and their sums.
 
     Attributes:
@@ -99,23 +98,25 @@ class Simulation:
     skipped: Mapping[str, str]
     samples: int
 
-    def to_json(self) -> str:
-        """A JSON object with `rows`, `totals`, `skipped`, `samples`."""
-        return json.dumps(asdict(self), indent=1)
+    def data(self) -> dict[str, Any]:
+        """By the attributes' names."""
+        return asdict(self)
 
-    def to_text(self, style: str = "simple") -> str:
-        """Tables of layers and of totals."""
-        names = dict.fromkeys(row.accelerator for row in self.rows)
-        return "\n\n".join(self._table(name, style) for name in names) + self._footer()
+    def records(self) -> Table:
+        """A row a record, all fields; of the causes of lost cycles, the worst."""
+        named = {f.name: [getattr(row, f.name) for row in self.rows] for f in fields(LayerCycles)}
+        return Table.of(named | {"limits": [row.limit for row in self.rows]})
 
-    def to_markdown(self) -> str:
-        """The tables as Markdown."""
-        return self.to_text("github")
+    def blocks(self) -> list[Table | str]:
+        """A table of layers and totals for each design."""
+        masks = "; ".join(dict.fromkeys(row.masks for row in self.rows))
+        return [
+            *(self._table(name) for name in dict.fromkeys(row.accelerator for row in self.rows)),
+            f"simulated cycles of one sample, mean of {self.samples}; masks: {masks}",
+            *(f"not simulated: {name}: {why}" for name, why in self.skipped.items()),
+        ]
 
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def _table(self, name: str, style: str) -> str:
+    def _table(self, name: str) -> Table:
         heads = (
             "layer",
             "pass",
@@ -140,26 +141,20 @@ class Simulation:
             for row in self.rows
             if row.accelerator == name
         ]
-        for stage, sums in self.totals[name].items():
-            rows.append(
-                (
-                    "all layers",
-                    stage.replace("_", " "),
-                    _count(sums["cycles"], sums["standard_error"]),
-                    _times(sums["dense_cycles"], sums["cycles"]),
-                    _times(sums["own_dense_cycles"], sums["cycles"]),
-                    f"{100 * sums['utilisation']:.1f}%",
-                    f"{sums['moved_bytes']:,.0f}",
-                    "",
-                )
+        rows += [
+            (
+                "all layers",
+                stage.replace("_", " "),
+                _count(sums["cycles"], sums["standard_error"]),
+                _times(sums["dense_cycles"], sums["cycles"]),
+                _times(sums["own_dense_cycles"], sums["cycles"]),
+                f"{100 * sums['utilisation']:.1f}%",
+                f"{sums['moved_bytes']:,.0f}",
+                "",
             )
-        return f"{name}\n" + tabulate(rows, headers=heads, tablefmt=style, disable_numparse=True)
-
-    def _footer(self) -> str:
-        masks = "; ".join(dict.fromkeys(row.masks for row in self.rows))
-        lines = [f"\n\nsimulated cycles of one sample, mean of {self.samples}; masks: {masks}"]
-        lines += [f"not simulated: {name}: {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines)
+            for stage, sums in self.totals[name].items()
+        ]
+        return Table(heads, tuple(rows), name)
 
 
 @checked(accelerators=DESIGNS, options=optional(instance(SimulationOptions)))

@@ -1,8 +1,8 @@
 """The paper's tables 1 and 6, from the policies' fields and the cycle models."""
 
-from swatfx.paper.table6 import render, table6_trained
+from swatfx.paper.table6 import page, table6_trained
 
 __all__ = [
-    "render",
+    "page",
     "table6_trained",
 ]

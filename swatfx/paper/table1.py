@@ -7,19 +7,26 @@ paper's stands for several policies, its cells join theirs with a slash.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 
 import torch
-from tabulate import tabulate
 
 from swatfx import selectors
 from swatfx.policy import CONSTRUCTORS, Policy, parse
 from swatfx.selectors import Axes, Held, NofM, Selector
+from swatfx.tables import Page, Table
 
-__all__ = ["PAPER_ROWS", "Table1Line", "Table1Row", "is_structured", "join", "row", "table1"]
-__all__ += ["to_json", "to_text"]
+__all__ = [
+    "PAPER_ROWS",
+    "Table1Line",
+    "Table1Row",
+    "is_structured",
+    "join",
+    "page",
+    "row",
+    "table1",
+]
 
 FIXED, VARIABLE = "Fixed", "Variable"
 YES, GRADUAL, NO, NONE = "Yes", "Gradual", "No", "-"
@@ -157,22 +164,21 @@ def _example(name: str, build: Callable[..., Policy]) -> str:
     return f"{name}{sparsity}{_ARGUMENTS.get(name, '')}"
 
 
-def to_json(lines: Sequence[Table1Line]) -> str:
-    """A JSON object: the lines, and what is left out."""
+def page(lines: Sequence[Table1Line]) -> Page:
+    """Two tables, which policies stand behind the lines, and what is left out."""
+    paper = [line for line in lines if line.name in PAPER_ROWS]
+    others = [line for line in lines if line.name not in PAPER_ROWS]
     rows = [
         {"algorithm": line.name, **asdict(line.row), "policies": line.policies} for line in lines
     ]
-    return json.dumps({"rows": rows, "note": MISSING})
-
-
-def to_text(lines: Sequence[Table1Line]) -> str:
-    """Two tables for a terminal, and which policies stand behind the lines."""
-    paper = [line for line in lines if line.name in PAPER_ROWS]
-    others = [line for line in lines if line.name not in PAPER_ROWS]
-    blocks = [
-        f"Table 1 of the paper, from the policies' fields. {MISSING}",
-        tabulate([(line.name, *astuple(line.row)) for line in paper], headers=HEADERS),
-        "\n".join(f"{line.name}: {' | '.join(line.policies)}" for line in paper),
-        tabulate([(line.policies[0], *astuple(line.row)) for line in others], headers=HEADERS),
-    ]
-    return "\n\n".join(blocks)
+    named = {name: [row[name] for row in rows] for name in rows[0]}
+    return Page(
+        (
+            f"Table 1 of the paper, from the policies' fields. {MISSING}",
+            Table(HEADERS, tuple((line.name, *astuple(line.row)) for line in paper)),
+            "\n".join(f"{line.name}: {' | '.join(line.policies)}" for line in paper),
+            Table(HEADERS, tuple((line.policies[0], *astuple(line.row)) for line in others)),
+        ),
+        Table.of(named | {"policies": [" | ".join(policies) for policies in named["policies"]]}),
+        {"rows": rows, "note": MISSING},
+    )

@@ -10,12 +10,11 @@ paper's ResNet-50.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from statistics import mean
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from swatfx.accelerators.options import SimulationOptions
@@ -24,6 +23,7 @@ from swatfx.costs import PASSES, LayerCycles, simulate
 from swatfx.errors import InputError
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import swat_u
+from swatfx.tables import Page, Table
 
 # sparsity -> (forward, backward) speedup, table 6.
 PAPER = {0.8: (3.3, 3.4), 0.9: (5.6, 6.3)}
@@ -176,8 +176,8 @@ def _row(name: str, sparsity: float, runs: Sequence[Speedups], masks: str) -> Ro
     )
 
 
-def render(rows: Sequence[Row], model: str) -> str:
-    """The table as text, with what it is over and what it is made from."""
+def page(rows: Sequence[Row], model: str) -> Page:
+    """The table, with what it is over and what it is made from."""
     lines = [
         (
             row.accelerator,
@@ -214,7 +214,10 @@ def render(rows: Sequence[Row], model: str) -> str:
         f"baselines: {BASELINES}",
         "the paper's simulator is not public: SCNN is consistent with its table, no more than that",
     ]
-    return "\n".join([tabulate(lines, headers=heads, disable_numparse=True), "", *notes])
+    table = [asdict(row) | {"consistent": row.consistent} for row in rows]
+    named = {name: [row[name] for row in table] for name in table[0]}
+    shown: tuple[Table | str, ...] = (Table(heads, tuple(lines)), *notes)
+    return Page(shown, Table.of(named), {"model": model, "rows": table})
 
 
 def _times(speedup: float | None) -> str:
