@@ -17,29 +17,14 @@ from swatfx.accelerators import (
 )
 from swatfx.accelerators.schedule import candidates
 from swatfx.errors import InputError
+from tests.nets.numpy_masks import magnitude_mask, ones, zeros
 
 # 17 filters, 33 channels, 5x5, stride 2, padding 2 at 11 x 9: output 6 x 5
 ODD = dict(input_hw=(11, 9), stride=2, padding=2)
 ODD_SHAPE = (17, 33, 5, 5)
 
 
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, dtype=bool)
-
-
-def zeros(*shape: int) -> np.ndarray:
-    return np.zeros(shape, dtype=bool)
-
-
 # -- known points ----------------------------------------------------------------------------------
-
-
-def magnitude_mask(index: int, percent: int, shape: tuple[int, ...]) -> np.ndarray:
-    values = np.random.RandomState(1000 * index + percent).standard_normal(shape)
-    flat = np.abs(values.astype(np.float32)).ravel()
-    mask = zeros(flat.size)
-    mask[np.argsort(-flat, kind="stable")[: flat.size - flat.size * percent // 100]] = True
-    return mask.reshape(shape)
 
 
 @pytest.mark.parametrize(

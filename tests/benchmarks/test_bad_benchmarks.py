@@ -7,12 +7,12 @@ import importlib
 import pathlib
 from collections.abc import Iterator
 
-from tests.nets import bad_commands
 import pytest
 
 from benchmarks import common
 from benchmarks.reproduce.__main__ import _parser as reproduce_parser
 from benchmarks.reproduce.__main__ import main as reproduce
+from tests.nets import bad_commands
 
 RUNNERS = "accuracy compile_cost gpu layers memory simulator step topk tune".split()
 WORDS = ["", " ", "\0", "\udcff", "no such", "a:b:c:d", "swat-u:nan", "cuda:99", "-1", "nan"]

@@ -10,12 +10,11 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.runners import check_result, check_spread, run_quick, spare_time
 
 import swatfx
 from benchmarks import common, compile_cost
@@ -23,11 +22,9 @@ from benchmarks import topk as topk_runner
 from swatfx.compiled.state import Threshold
 from swatfx.density import Density
 from swatfx.selectors import topk
+from tests.nets.runners import check_result, check_spread, run_quick
 
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 
 def test_spread_of_known_values() -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.nets.runners import run_quick, spare_time
 
 from benchmarks import accuracy, training_runs
 from swatfx import kernels
+from tests.nets.runners import run_quick
 
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 
 @pytest.fixture

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.runners import check_spread, run_quick, spare_time
 
 from benchmarks import common, gpu
 from benchmarks.sides import Network
+from tests.nets.runners import check_spread, run_quick
 
+pytestmark = pytest.mark.usefixtures("spare_time")
 _CPU = torch.device("cpu")
 _DIGITS = Network("digits/cnn", 8)
-
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
 
 
 def test_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.runners import check_spread, run_quick, spare_time
 from torch import nn
 
 import swatfx
 from benchmarks import common, layers
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
 from swatfx.tensors import layouts
+from tests.nets.runners import check_spread, run_quick
 
+pytestmark = pytest.mark.usefixtures("spare_time")
 _LAYER = Layer(3, 8, 12, 6, 4)
-
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
 
 
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,14 +143,8 @@ def test_the_dense_side_is_a_convolution_with_both_gradients() -> None:
         assert layouts.layout_of(x) == layout
 
 
-def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
-        def call(*inputs: Any) -> Any:
-            raise RuntimeError("no C++ compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+@pytest.mark.usefixtures("no_compiler")
+def test_a_compiler_that_fails_is_named() -> None:
     result = layers.measure_layer(_LAYER, [0.8], 1, True, lambda: None)
     assert result["unavailable"] == {"dense compiled": "RuntimeError: no C++ compiler"}
     assert set(result["dense"]) == {"dense nchw", "dense channels_last"}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.runners import check_spread, run_quick, spare_time
 
 from benchmarks import memory
 from benchmarks.sides import Network, StepSide
+from tests.nets.runners import check_spread, run_quick
 
+pytestmark = pytest.mark.usefixtures("spare_time")
 _DIGITS = Network("digits/cnn", 4)
 _QUANTITIES = {
     "saved_bytes",
@@ -23,11 +23,6 @@ _QUANTITIES = {
     "peak_over_idle_bytes",
     "peak_covers_first_step",
 }
-
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
 
 
 def test_memory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +65,8 @@ def test_what_swatfx_cannot_do_is_said() -> None:
     assert weight == {"unavailable": "swatfx.compile takes no no_such_keyword"}
 
 
-def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> Any:
-        def call(*inputs: Any) -> Any:
-            raise RuntimeError("no C++ compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+@pytest.mark.usefixtures("no_compiler")
+def test_a_compiler_that_fails_is_named() -> None:
     side = memory.sides("dense")["dense compiled, budget 0.3"]
     assert side.budget == 0.3
     assert memory.weigh(_DIGITS, side, 1) == {"unavailable": "RuntimeError: no C++ compiler"}

@@ -7,39 +7,19 @@ import math
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from tests.nets.reproducing import DIGITS, TINY
-from tests.nets.runners import numbers, spare_time
 
 from benchmarks import common
-from benchmarks.reproduce import __main__, figures, plotting, running, tables
+from benchmarks.reproduce import __main__, figures, plotting, tables
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.jobs import SCALES, Network
 from benchmarks.reproduce.table_rows import TABLES, TRAINING, WEIGHTS, Row
-from swatfx.runs.run import train_run
+from tests.nets.reproducing import DIGITS, TINY
+from tests.nets.runners import numbers
 
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the policies that are trained into a folder from here on, one a run."""
-    names: list[str] = []
-
-    def run(config: Any) -> Any:
-        if config.output_dir is not None:
-            names.append(f"{config.policy.name} {config.seed}")
-        return train_run(config)
-
-    monkeypatch.setattr(running, "train_run", run)
-    return names
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 
 # Tables.

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from tests.nets.reproducing import CASES, DIGITS, TINY, job, outcome
 
 from benchmarks.reproduce import claims, figures, recorded_claims, writing
 from benchmarks.reproduce.experiments import EXPERIMENTS
@@ -15,6 +14,7 @@ from benchmarks.reproduce.outcomes import Outcome, representative
 from benchmarks.reproduce.recording import Recorded
 from benchmarks.reproduce.running import Run
 from swatfx.policy import swat_u
+from tests.nets.reproducing import CASES, DIGITS, TINY, job, outcome
 
 # Rules.
 

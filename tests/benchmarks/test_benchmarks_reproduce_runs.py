@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.reproducing import DIGITS, TINY, job
-from tests.nets.runners import spare_time
 
 from benchmarks import common
 from benchmarks.reproduce import running
@@ -21,25 +18,9 @@ from benchmarks.reproduce.running import Runner
 from swatfx.errors import InputError, SwatError
 from swatfx.policy import as_policy, dense, per_layer, swat_u
 from swatfx.runs.run import train_run
+from tests.nets.reproducing import DIGITS, TINY, job
 
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
-
-
-@pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the policies that are trained into a folder from here on, one a run."""
-    names: list[str] = []
-
-    def run(config: Any) -> Any:
-        if config.output_dir is not None:
-            names.append(f"{config.policy.name} {config.seed}")
-        return train_run(config)
-
-    monkeypatch.setattr(running, "train_run", run)
-    return names
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 
 # Jobs.

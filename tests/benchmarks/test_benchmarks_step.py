@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from gc import collect  # by itself: `spare_time` replaces the module's
 from typing import Any
 
 import pytest
 import torch
-from tests.nets.runners import check_spread, run_quick, spare_time
 from torch import nn
 
 from benchmarks import common, op_times, step
@@ -24,14 +22,11 @@ from benchmarks.sides import (
     policy_sides,
 )
 from swatfx import models
+from tests.nets.runners import check_spread, run_quick
 
+pytestmark = pytest.mark.usefixtures("spare_time")
 _DIGITS = Network("digits/cnn", 4)
 _SWAT = "swat-u:0.9,period=1"
-
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
 
 
 def test_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.nets.runners import run_quick, spare_time
 
 import swatfx
 from benchmarks import tune
 from swatfx.policy import Policy
+from tests.nets.runners import run_quick
 
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from spare_time(monkeypatch)
+pytestmark = pytest.mark.usefixtures("spare_time")
 
 
 def test_tune(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

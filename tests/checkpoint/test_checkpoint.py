@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import Residual, assert_same, batches, plain, sgd, snapshot, train
 from torch import Tensor, nn
 
 import swatfx
@@ -20,6 +19,7 @@ from swatfx.checkpoint.saving import read_extra
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import CheckpointError, InputError
 from swatfx.files.atomic import write_atomically
+from tests.nets.small_nets import Residual, assert_same, batches, plain, sgd, snapshot, train
 
 
 def _compiled() -> SwatModule:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import assert_same, sgd, snapshot
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.checkpoint import saving as checkpoint
 from swatfx.checkpoint.checks import read_content
 from swatfx.errors import CheckpointError
+from tests.nets.small_nets import assert_same, sgd, snapshot
 
 
 def net() -> nn.Sequential:

@@ -6,11 +6,11 @@ import os
 import pathlib
 import re
 
-from tests.nets import bad_commands
 import pytest
 
 from swatfx.cli import commands as cli
 from swatfx.cli import demo
+from tests.nets import bad_commands
 
 # What is right although it looks odd, by option; all else that a command takes is an error of ours.
 _COUNT = {"+1", "2147483647"}

@@ -15,6 +15,7 @@ import torch
 import swatfx
 from swatfx import models, policy
 from swatfx.cli.commands import main
+from tests.nets.command_lines import printed_by
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -47,13 +48,6 @@ def own(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return name
 
 
-def _out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Exit code 2 for usage, 1 for the rest; one line on stderr, nothing on stdout."""
     wanted = 1
@@ -73,11 +67,11 @@ REPORT = ("report", "digits/cnn", "--policy", "swat-u:0.8")
 
 
 def test_report_formats(capsys: pytest.CaptureFixture[str]) -> None:
-    text = _out(capsys, *REPORT)
-    markdown = _out(capsys, *REPORT, "--format", "markdown")
-    rows = list(csv.DictReader(io.StringIO(_out(capsys, *REPORT, "--format", "csv"))))
-    data = json.loads(_out(capsys, *REPORT, "--json"))
-    assert data == json.loads(_out(capsys, *REPORT, "--format", "json"))
+    text = printed_by(capsys, *REPORT)
+    markdown = printed_by(capsys, *REPORT, "--format", "markdown")
+    rows = list(csv.DictReader(io.StringIO(printed_by(capsys, *REPORT, "--format", "csv"))))
+    data = json.loads(printed_by(capsys, *REPORT, "--json"))
+    assert data == json.loads(printed_by(capsys, *REPORT, "--format", "json"))
     names = [layer["name"] for layer in data["layers"]]
     assert [row["name"] for row in rows] == names and len(names) == 5
     for rendered in (text, markdown):
@@ -89,18 +83,21 @@ def test_report_formats(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_report_options(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    one = json.loads(_out(capsys, *REPORT, "--json", "--batch-size", "1"))["totals"]
-    two = json.loads(_out(capsys, *REPORT, "--json", "--batch-size", "2"))["totals"]
+    one = json.loads(printed_by(capsys, *REPORT, "--json", "--batch-size", "1"))["totals"]
+    two = json.loads(printed_by(capsys, *REPORT, "--json", "--batch-size", "2"))["totals"]
     assert two["dense_forward_macs"] == 2 * one["dense_forward_macs"]
-    wide = json.loads(_out(capsys, *REPORT, "--json", "--input-shape", "1,16,16"))["layers"]
+    wide = json.loads(printed_by(capsys, *REPORT, "--json", "--input-shape", "1,16,16"))["layers"]
     assert wide[0]["input_shape"] == [32, 1, 16, 16]
-    assert wide == json.loads(_out(capsys, *REPORT, "--json", "--input-shape", "1x16x16"))["layers"]
-    exact = json.loads(_out(capsys, *REPORT, "--json", "--accounting", "exact"))
+    assert (
+        wide
+        == json.loads(printed_by(capsys, *REPORT, "--json", "--input-shape", "1x16x16"))["layers"]
+    )
+    exact = json.loads(printed_by(capsys, *REPORT, "--json", "--accounting", "exact"))
     assert exact["accounting"] == "exact"
     assert exact["totals"]["dense_forward_macs"] < 32 * one["dense_forward_macs"]
-    own = _out(capsys, *REPORT, "--topk-cost", "10,2")
+    own = printed_by(capsys, *REPORT, "--topk-cost", "10,2")
     assert "dense step 10 ms, one refresh 2 ms:" in own
-    short = _out(
+    short = printed_by(
         capsys,
         "report",
         "digits/cnn",
@@ -112,13 +109,13 @@ def test_report_options(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Pa
         "paper",
     )
     assert "Top-K every 7 iterations" in short
-    classes = json.loads(_out(capsys, *REPORT, "--json", "--num-classes", "3"))["layers"]
+    classes = json.loads(printed_by(capsys, *REPORT, "--json", "--num-classes", "3"))["layers"]
     assert classes[-1]["weight_shape"] == [3, 64]
 
 
 def test_report_into_a_file(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     path = tmp_path / "report.json"
-    assert _out(capsys, *REPORT, "--json", "--output", str(path)) == ""
+    assert printed_by(capsys, *REPORT, "--json", "--output", str(path)) == ""
     assert json.loads(path.read_text())["policy"] == "swat-u"
     error = _refused(capsys, *REPORT, "--output", str(tmp_path / "absent" / "x.md"))
     assert "cannot write" in error and "absent" in error
@@ -127,9 +124,9 @@ def test_report_into_a_file(capsys: pytest.CaptureFixture[str], tmp_path: pathli
 def test_own_model(capsys: pytest.CaptureFixture[str], own: str) -> None:
     shape = ("--input-shape", "2,8,8", "--json")
     for name in ("build", "fails_on_meta"):
-        data = json.loads(_out(capsys, "report", f"{own}:{name}", *shape))
+        data = json.loads(printed_by(capsys, "report", f"{own}:{name}", *shape))
         assert [x["name"] for x in data["layers"]] == ["0", "2", "4"]
-    classes = json.loads(_out(capsys, "report", f"{own}:build", *shape, "--num-classes", "9"))
+    classes = json.loads(printed_by(capsys, "report", f"{own}:build", *shape, "--num-classes", "9"))
     assert classes["layers"][-1]["weight_shape"] == [9, 64]
     for spec, message in {
         f"{own}:build": "wants an input shape",
@@ -181,14 +178,16 @@ def test_errors_are_one_line(
 
 def test_export(capsys: pytest.CaptureFixture[str], own: str, tmp_path: pathlib.Path) -> None:
     common = ("export", f"{own}:build", "--input-shape", "2,8,8")
-    data = json.loads(_out(capsys, *common, "--output", "a.pt2", "--json", "--batch-size", "1"))
+    data = json.loads(
+        printed_by(capsys, *common, "--output", "a.pt2", "--json", "--batch-size", "1")
+    )
     assert data == {"path": "a.pt2", "bytes": (tmp_path / "a.pt2").stat().st_size}
     program = torch.export.load("a.pt2")
     assert program.module()(torch.randn(3, 2, 8, 8)).shape == (3, 4)
-    text = _out(capsys, *common, "--output", "a.safetensors", "--policy", "swat-erk:0.9")
+    text = printed_by(capsys, *common, "--output", "a.safetensors", "--policy", "swat-erk:0.9")
     assert "a.safetensors" in text and "bytes" in text
     assert "0.weight" in swatfx.load_sparse("a.safetensors")
-    _out(capsys, *common, "--output", "t.pt2", "--training")
+    printed_by(capsys, *common, "--output", "t.pt2", "--training")
     targets = {str(n.target) for n in torch.export.load("t.pt2").graph.nodes}
     assert "swatfx.conv.default" in targets
 
@@ -201,7 +200,7 @@ def test_export_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: pa
     path = tmp_path / "a.pt2"
     error = _refused(capsys, *common, "--output", str(path))
     assert "layer 'fc'" in error and not path.exists()
-    _out(capsys, *common, "--output", str(path), "--num-classes", "7")
+    printed_by(capsys, *common, "--output", str(path), "--num-classes", "7")
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(torch.export.load(path).module()(x), gm.eval()(x))
 
@@ -222,18 +221,18 @@ def test_a_checkpoint_of_another_policy_is_refused(
     error = _refused(capsys, *common, *asked)
     assert "trained with another policy, swat-u:0.9" in error and asked[1] in error
     if command == "export":
-        _out(capsys, *common, "--policy", "swat-u:0.9")  # the same, said again
+        printed_by(capsys, *common, "--policy", "swat-u:0.9")  # the same, said again
         assert (tmp_path / "a.pt2").exists()
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
-    names = json.loads(_out(capsys, "models", "--json"))
-    assert names == _out(capsys, "models").split()
+    names = json.loads(printed_by(capsys, "models", "--json"))
+    assert names == printed_by(capsys, "models").split()
     assert {"resnet50", "cifar/vgg16", "digits/cnn"} <= set(names)
-    data = json.loads(_out(capsys, "policies", "--json"))
+    data = json.loads(printed_by(capsys, "policies", "--json"))
     assert set(data["policies"]) == set(policy.CONSTRUCTORS)
     assert data["fields"]["period"] == 1
-    text = _out(capsys, "policies")
+    text = printed_by(capsys, "policies")
     assert all(name in text for name in (*policy.CONSTRUCTORS, "redistribute_every"))
 
 

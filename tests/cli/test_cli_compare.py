@@ -17,6 +17,7 @@ from swatfx.comparing.table import compare
 from swatfx.errors import PolicyError
 from swatfx.runs import run as runs
 from swatfx.runs.folder import CHECKPOINT
+from tests.nets.command_lines import printed_by
 
 NET = ("compare", "digits/cnn", "--policies")
 TRAIN = ("--train", "--data", "digits", "--epochs", "1", "--limit", "64", "--threads", "1")
@@ -50,32 +51,27 @@ def test_a_field_without_a_policy_is_an_error(texts: list[str]) -> None:
         split_policies(texts)
 
 
-def _out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
 def test_formats(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     asked = (*NET, "swat-u:0.9,period=10,rigl:0.9", "dense", "--policies", "swat-m:0.8")
     names = ["swat-u:0.9,period=10", "rigl:0.9", "dense", "swat-m:0.8"]
     found = compare("digits/cnn", names, torch.empty(32, 1, 8, 8, device="meta"))
-    assert _out(capsys, *asked) == found.to_text() + "\n"
-    assert _out(capsys, *asked, "--format", "markdown") == found.to_markdown() + "\n"
-    data = json.loads(_out(capsys, *asked, "--json"))
+    assert printed_by(capsys, *asked) == found.to_text() + "\n"
+    assert printed_by(capsys, *asked, "--format", "markdown") == found.to_markdown() + "\n"
+    data = json.loads(printed_by(capsys, *asked, "--json"))
     assert data == json.loads(found.to_json())
-    assert data == json.loads(_out(capsys, *asked, "--format", "json"))
-    rows = list(csv.DictReader(io.StringIO(_out(capsys, *asked, "--format", "csv"))))
+    assert data == json.loads(printed_by(capsys, *asked, "--format", "json"))
+    rows = list(csv.DictReader(io.StringIO(printed_by(capsys, *asked, "--format", "csv"))))
     assert [row["policy"] for row in rows] == names
     path = tmp_path / "table.md"
-    assert _out(capsys, *asked, "--format", "markdown", "--output", str(path)) == ""
+    assert printed_by(capsys, *asked, "--format", "markdown", "--output", str(path)) == ""
     assert path.read_text() == found.to_markdown() + "\n"
 
 
 def test_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     def totals(*options: str) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(_out(capsys, *NET, "swat-u:0.9", "--json", *options))
+        data: dict[str, Any] = json.loads(
+            printed_by(capsys, *NET, "swat-u:0.9", "--json", *options)
+        )
         return data | data["rows"][0]
 
     plain, large = totals("--batch-size", "1"), totals("--batch-size", "4")
@@ -107,7 +103,7 @@ def test_training(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) ->
     lines = captured.err.splitlines()
     assert lines[0] == "swatfx compare: swat-u:0.9, seed 0: run 1 of 4" and len(lines) == 8
     assert len(list(tmp_path.glob(f"*/seed-*/{CHECKPOINT}"))) == 4
-    assert json.loads(_out(capsys, *asked, "--quiet")) == data  # read, seconds and all
+    assert json.loads(printed_by(capsys, *asked, "--quiet")) == data  # read, seconds and all
 
 
 def test_interrupted(
@@ -125,7 +121,7 @@ def test_interrupted(
         assert printed.err.endswith("interrupted; the same command goes on from there\n")
         assert main(asked) == 130
         assert capsys.readouterr().err == "swatfx compare: interrupted\n"
-    assert "accuracy" in _out(capsys, *asked, "--output-dir", str(tmp_path))
+    assert "accuracy" in printed_by(capsys, *asked, "--output-dir", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from tests.nets import bad_commands
 import pytest
 import torch
 
 import swatfx
 from swatfx import models
 from swatfx.cli.commands import main
+from tests.nets import bad_commands
 
 SIMULATE = ["simulate", "digits/cnn", "--accelerator", "scnn"]
 REAL = ["--checkpoint", "a.ckpt", "--data", "digits"]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.nets import small_nets
 import torch
 
 import swatfx
@@ -19,6 +18,7 @@ from swatfx.comparing import table as comparing
 from swatfx.comparing.runs import Run, Trained
 from swatfx.comparing.table import Comparison, Row, compare
 from swatfx.errors import InputError, PolicyError, UnknownNameError
+from tests.nets import small_nets
 
 X = torch.empty(4, 1, 8, 8, device="meta")
 TRAIN = {"data": "digits", "epochs": 2, "limit": 64, "device": "cpu", "threads": 1}

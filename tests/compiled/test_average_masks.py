@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL
-from tests.nets.small_nets import Residual, batches, sgd, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -17,6 +15,8 @@ import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL
+from tests.nets.small_nets import Residual, batches, sgd, train
 
 AVERAGES: dict[str, dict[str, Any]] = {
     "swa": {},

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.any_optimizer import net, rows
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL
-from tests.nets.small_nets import assert_same, loss_of, snapshot
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.training.attaching import compiled_models
+from tests.nets.any_optimizer import Outer, net, rows
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL
+from tests.nets.small_nets import assert_same, loss_of, snapshot
 
 
 class Ema(nn.Module):
@@ -63,16 +63,6 @@ KINDS: dict[str, Callable[[nn.Module], Any]] = {
 NAMES = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "ssc"]
 # Their masks are those of the model.
 EXACT = tuple(kind for kind in KINDS if not kind.startswith("state dict"))
-
-
-class Outer(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.net, self.head = inner, nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.net(x))
-        return y
 
 
 @pytest.mark.parametrize("nested", [False, True])

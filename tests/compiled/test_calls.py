@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, train_step
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.errors import InputError
+from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, train_step
 
 torch.set_num_threads(1)
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from tests.nets.small_nets import EagerMiddle, batches, loss_of, sgd
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -19,6 +18,7 @@ import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import ChangedModelError, InputError, SwatError
+from tests.nets.small_nets import EagerMiddle, batches, loss_of, sgd
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

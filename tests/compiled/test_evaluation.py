@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
-from tests.nets.period_nets import batch, net
 from torch import Tensor, fx, nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
@@ -18,6 +17,7 @@ import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.compiled.state import WeightThreshold
+from tests.nets.period_nets import batch, net
 
 torch.set_num_threads(1)
 S = 0.75

@@ -7,6 +7,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import swatfx
+from swatfx import kernels
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.learned import (
+    LearnedThreshold,
+    add_penalty,
+    learned_thresholds,
+    penalty,
+    reset_if_empty,
+)
+from swatfx.compiled.module import private_copy
+from swatfx.errors import PolicyError
 from tests.nets.learned_nets import (
     PENALTY,
     POLICY,
@@ -28,21 +43,6 @@ from tests.nets.small_nets import (
     sgd,
     snapshot,
 )
-from torch import nn
-from torch.nn.utils import parametrizations
-
-import swatfx
-from swatfx import kernels
-from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.learned import (
-    LearnedThreshold,
-    add_penalty,
-    learned_thresholds,
-    penalty,
-    reset_if_empty,
-)
-from swatfx.compiled.module import private_copy
-from swatfx.errors import PolicyError
 
 # ---- Graph and state -----------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import EagerMiddle, Residual, loss_of, pads, plain, sgd
 from torch import Tensor, nn
 
 import swatfx
@@ -18,6 +17,7 @@ from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.compiled.state import Pack
 from swatfx.ops.layout import laid_out
+from tests.nets.small_nets import EagerMiddle, Residual, loss_of, pads, plain, sgd
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 NETS: dict[str, Callable[[], nn.Module]] = {

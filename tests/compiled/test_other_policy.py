@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import EagerMiddle, assert_same, plain, snapshot
 from torch import Tensor, nn
 
 import swatfx
@@ -19,6 +18,7 @@ from swatfx.density import Density
 from swatfx.errors import CheckpointError
 from swatfx.selectors import Axes, Held
 from swatfx.selectors.topk import exact_top
+from tests.nets.small_nets import EagerMiddle, assert_same, plain, snapshot
 
 PAIRS = [
     ("swat-u:0.9", "swat-u:0.5", "sparsity 0.9 saved, 0.5 here"),

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
-from tests.nets.period_nets import batch, net
 from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrizations, vector_to_parameters
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
+from tests.nets.period_nets import batch, net
 
 torch.set_num_threads(1)
 PERIOD = 10

@@ -5,10 +5,17 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, loss_of, skipped, train_step
 from torch import Tensor, nn
 
 import swatfx
+from tests.nets.compare import (
+    DENSITY_1,
+    HALF,
+    assert_matches_at_density_1,
+    loss_of,
+    skipped,
+    train_step,
+)
 
 torch.set_num_threads(1)
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

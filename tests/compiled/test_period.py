@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.period_nets import batch, net, nudge
 from torch import Tensor, nn
 
 import swatfx
@@ -18,6 +17,7 @@ from swatfx.compiled.state import Pack
 from swatfx.density import Density
 from swatfx.errors import InputError
 from swatfx.ops.where import weight_keep
+from tests.nets.period_nets import batch, net, nudge
 
 torch.set_num_threads(1)
 S = 0.75

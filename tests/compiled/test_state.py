@@ -9,6 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.errors import CheckpointError
 from tests.nets.small_nets import (
     EagerMiddle,
     EagerRoot,
@@ -22,12 +28,6 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
-
-import swatfx
-from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.module import SwatModule
-from swatfx.errors import CheckpointError
 
 # At iteration 5 of period 3, the thresholds in use are two iterations old.
 BEFORE, AFTER, PERIOD = 5, 4, 3

@@ -14,6 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from swatfx import models
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.reporting import LayerRecord
+from tests.nets.saving_nets import kept_by
 from tests.nets.small_nets import (
     EagerMiddle,
     EagerRoot,
@@ -28,13 +36,6 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
-
-import swatfx
-from swatfx import models
-from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.module import SwatModule
-from swatfx.costs.reporting import LayerRecord
 
 PASSES = ("forward", "input_gradient", "weight_gradient")
 
@@ -190,22 +191,6 @@ def test_what_is_sparse_where_scales_its_pass_only() -> None:
         assert _macs(layer, "sparse") == expected, policy.name
 
 
-def _saved(run: Callable[[], Any], owner: nn.Module) -> int:
-    """Bytes of the distinct storages that autograd keeps, parameters and buffers excluded."""
-    own = {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in own:
-            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = run()
-    del output
-    return sum(seen.values())
-
-
 CASES: list[tuple[Callable[[], nn.Module], tuple[Tensor, ...], str]] = [
     (plain, (torch.randn(4, 3, 8, 8),), "swat-u:0.8"),
     (Residual, (torch.randn(4, 3, 8, 8),), "swat-u:0.9"),
@@ -233,9 +218,9 @@ def test_saved_bytes_are_what_autograd_keeps(
     gm = swatfx.compile(model, policy)
     result = swatfx.report(gm, inputs)
     twin = copy.deepcopy(gm)
-    assert result.totals["saved_bytes"] == _saved(lambda: twin(*inputs), twin)
+    assert result.totals["saved_bytes"] == kept_by(lambda: twin(*inputs), twin)
     plain_twin = copy.deepcopy(model)
-    dense = _saved(lambda: plain_twin(*inputs), plain_twin)
+    dense = kept_by(lambda: plain_twin(*inputs), plain_twin)
     assert result.totals["dense_saved_bytes"] == dense
     rows = (*result.layers, *result.others)
     assert sum(row.sparse_saved_bytes for row in rows) == result.totals["saved_bytes"]

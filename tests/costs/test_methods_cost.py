@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.nets.held_masks import POLICIES, TOTAL, UPDATES, attached
-from tests.nets.small_nets import Residual, batches, plain, train
 from torch import Tensor, nn
 
 import swatfx
@@ -16,6 +14,8 @@ from swatfx import models
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.costs.reporting import LayerRecord
+from tests.nets.held_masks import POLICIES, TOTAL, UPDATES, attached
+from tests.nets.small_nets import Residual, batches, plain, train
 
 W, A = "weight", "activation"
 # What scales forward, input gradient, weight gradient and inference; numbers are themselves.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.nets.small_nets import Residual, plain
 from torch import Tensor, nn
 
 import swatfx
 from swatfx import kernels
 from swatfx.cli.commands import main
 from swatfx.comparing.table import compare
+from tests.nets.small_nets import Residual, plain
 
 IMAGES = torch.empty(4, 3, 8, 8, device="meta")
 

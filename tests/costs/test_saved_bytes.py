@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from swatfx import models
+from swatfx.compiled.module import SwatModule
+from swatfx.errors import InputError
 from tests.nets.saving_nets import (
     NETS,
     POLICY,
@@ -26,23 +32,12 @@ from tests.nets.small_nets import (
     plain,
     sgd,
 )
-from torch import Tensor, nn
 
-import swatfx
-from swatfx import kernels, models
-from swatfx.compiled.module import SwatModule
-from swatfx.errors import InputError
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    """Bit for bit is what the reference kernels are; compiled ones round otherwise."""
-    with kernels.reference_only():
-        yield
+# Values are compared bit for bit.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
-
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},

@@ -10,6 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import swatfx
+from swatfx import kernels, meta
+from swatfx.compiled.layers import all_plans, sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.errors import ExportError, SwatError, UnknownNameError
 from tests.nets.small_nets import (
     EagerMiddle,
     Residual,
@@ -23,14 +31,6 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-
-import swatfx
-from swatfx import kernels, meta
-from swatfx.compiled.layers import all_plans, sparse_layers
-from swatfx.compiled.module import SwatModule
-from swatfx.errors import ExportError, SwatError, UnknownNameError
 
 # torch.onnx's and torch.export's own: nothing that a caller could do differently.
 pytestmark = [

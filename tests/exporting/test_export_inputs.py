@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import TwoInputs, plain
 from torch import Tensor, nn
 from torch.export import Dim
 
 import swatfx
 from swatfx.errors import ExportError
+from tests.nets.small_nets import TwoInputs, plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -11,25 +11,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parent.parent
-if str(ROOT) not in sys.path:  # tests.fuzz is a package of the root
-    sys.path.insert(0, str(ROOT))
-
-from tests.nets.kernel_builds import build  # noqa: E402
-
-from passes.reading.aliasing import Versions  # noqa: E402
-from swatfx import kernels  # noqa: E402
-from tests.fuzz.building import product  # noqa: E402
-from tests.fuzz.cases import LayerCase, random_layer  # noqa: E402
-from tests.fuzz.checking import check_layer  # noqa: E402
-from tests.fuzz.kinds import KINDS  # noqa: E402
-from tests.fuzz.methods import Method, count, spread  # noqa: E402
-from tests.fuzz.networks import random_network  # noqa: E402
-from tests.fuzz.plain import threshold  # noqa: E402
-from tests.fuzz.programs import ProgramCase, check_program  # noqa: E402
-from tests.fuzz.running import Worker  # noqa: E402
-from tests.fuzz.shrinking import shrink, symptom  # noqa: E402
-from tests.fuzz.tensors import ORDERS, draw, seen, stored_shape  # noqa: E402
+from passes.reading.aliasing import Versions
+from swatfx import kernels
+from tests.fuzz.building import product
+from tests.fuzz.cases import LayerCase, random_layer
+from tests.fuzz.checking import check_layer
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.methods import Method, count, spread
+from tests.fuzz.networks import random_network
+from tests.fuzz.plain import threshold
+from tests.fuzz.programs import ProgramCase, check_program
+from tests.fuzz.running import Worker
+from tests.fuzz.shrinking import shrink, symptom
+from tests.fuzz.tensors import ORDERS, draw, seen, stored_shape
+from tests.nets.kernel_builds import build
+from tests.nets.places import ROOT
 
 CONV = LayerCase(
     kind="conv1d", batch=16, inputs=8, outputs=8, size=(9,), kernel=(3,), stride=(1,),

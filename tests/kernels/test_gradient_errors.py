@@ -1,7 +1,8 @@
 """What storing less costs in precision: gradients, as swatfx/kernels/README.md gives them.
 
-`pytest -s -m '' tests/kernels/test_gradient_errors.py` prints what it measures. A step on random images,
-SWAT-U at 90%: gradients with `norm_saves="int8"` or `value_dtype="bf16"` against those without.
+`pytest -s -m '' tests/kernels/test_gradient_errors.py` prints what it measures. A step on random
+images, SWAT-U at 90%: gradients with `norm_saves="int8"` or `value_dtype="bf16"` against those
+without.
 """
 
 from __future__ import annotations

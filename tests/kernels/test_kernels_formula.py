@@ -6,13 +6,13 @@ import itertools
 import random
 from dataclasses import dataclass
 
-from tests.nets import formulas
 import pytest
 import torch
 
 from swatfx import kernels
 from swatfx.tensors import layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
+from tests.nets import formulas
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")

@@ -6,10 +6,10 @@ import pathlib
 import subprocess
 
 import pytest
-from tests.nets.kernel_builds import assert_passes_on, build, need_gcc, python
 from torch.backends import cpu
 
 from swatfx import kernels
+from tests.nets.kernel_builds import assert_passes_on, build, need_gcc, python
 
 ASK = """
 import threading, warnings
@@ -149,4 +149,4 @@ def test_a_build_for_no_machine_in_particular(tmp_path: pathlib.Path, flags: lis
         pytest.skip("another processor")
     library = build(tmp_path, *flags)
     tests = ["conv", "linear", "norm", "pool", "pack", "topk"]
-    assert_passes_on(library, [f"tests/test_kernels_{part}.py" for part in tests])
+    assert_passes_on(library, [f"tests/kernels/test_kernels_{part}.py" for part in tests])

@@ -6,47 +6,18 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
 
 from swatfx import kernels
+from tests.nets.kernel_calls import run_linear
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 
 
-def run(
-    shape: tuple[int, ...],
-    outputs: int,
-    *,
-    bias: bool = True,
-    weight_threshold: float = 0.7,
-    activation_threshold: float = 0.8,
-    kept_dtype: torch.dtype | None = None,
-    sparse: str = "w/wa",
-    transposed_weight: bool = False,
-) -> list[Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(shape, requires_grad=True)
-    w = torch.randn(outputs, shape[-1])
-    w = (w.t().contiguous().t() if transposed_weight else w).requires_grad_()
-    b = torch.randn(outputs, requires_grad=True) if bias else None
-    a_t = torch.tensor(activation_threshold)
-    kept = OPS.pack(x.detach(), a_t, 0, "nchw", kept_dtype or x.dtype, "row_major")
-    options = {"sparse": sparse, "kept_dtype": kept_dtype, "sparse_kernels": True}
-    if "a" in sparse.partition("/")[0]:
-        options["activation_state"] = a_t
-    if "g" in sparse:
-        options["gradient_density"] = "1/2"
-    y = OPS.linear(x, w, b, torch.tensor(weight_threshold), kept, **options)
-    y.backward(torch.randn_like(y))
-    assert x.grad is not None and w.grad is not None
-    return [y.detach(), x.grad, w.grad, *([] if b is None else [b.grad])]
-
-
 def check(*args: object, **options: object) -> None:
-    fast = run(*args, **options)  # type: ignore[arg-type]
+    fast = run_linear(*args, **options)  # type: ignore[arg-type]
     with kernels.reference_only():
-        expected = run(*args, **options)  # type: ignore[arg-type]
+        expected = run_linear(*args, **options)  # type: ignore[arg-type]
     for one, other in zip(fast, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
@@ -90,7 +61,7 @@ def test_same_bits_whatever_the_threads() -> None:
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         try:
-            results.append(run((100, 300), 70))
+            results.append(run_linear((100, 300), 70))
         finally:
             torch.set_num_threads(before)
     for other in results[1:]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import pytest
 import torch
-from tests.nets.kernel_builds import python
 from torch import Tensor, nn
 
 import swatfx
@@ -16,14 +13,15 @@ from swatfx.kernels import fitting
 from swatfx.ops.pack import order_of
 from swatfx.tensors import layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
+from tests.nets.kernel_builds import python
 
 OPS = torch.ops.swatfx
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
-DRIVER = str(pathlib.Path(__file__).with_name("malformed_calls.py"))
+DRIVER = ["-m", "tests.nets.malformed_calls"]
 
 
 def test_no_call_kills_the_process_or_computes_something_else() -> None:
-    result = python(DRIVER, "10", kernels=None, OMP_NUM_THREADS="1")
+    result = python(*DRIVER, "10", kernels=None, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert int(result.stdout.split()[-4]) > 5000
 
@@ -33,7 +31,7 @@ def test_no_call_kills_the_process_or_computes_something_else() -> None:
 def test_more_calls_on_every_instruction_set(name: str) -> None:
     if not kernels.library._built(name):
         pytest.skip(f"{name} does not run here")
-    result = python(DRIVER, "400", kernels=name, OMP_NUM_THREADS="2")
+    result = python(*DRIVER, "400", kernels=name, OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +15,7 @@ from torch import Tensor
 from swatfx import kernels
 from swatfx.ops import norm
 from swatfx.tensors import bits, layouts
+from tests.nets.kernel_calls import threads
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 
@@ -40,16 +39,6 @@ SHAPES = [
     (3, 32, 5, 7),
     (37, 16, 1, 1),
 ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def draw(shape: tuple[int, ...], layout: str, seed: int, spread: float = 2.0) -> Tensor:

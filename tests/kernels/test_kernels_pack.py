@@ -8,17 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.nets.topk_data import (
-    DTYPES,
-    KINDS,
-    LAYOUTS,
-    SELECTORS,
-    SIZES,
-    check,
-    draw,
-    reference_state,
-    threads_as_before,
-)
 from torch import Tensor
 
 from swatfx import kernels, ops, selectors
@@ -29,10 +18,20 @@ from swatfx.ops.where import active_weight, kept_top
 from swatfx.selectors import Axes
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import ROW_MAJOR
+from tests.nets.topk_data import (
+    DTYPES,
+    KINDS,
+    LAYOUTS,
+    SELECTORS,
+    SIZES,
+    check,
+    draw,
+    reference_state,
+)
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="no compiled kernels"),
-    pytest.mark.usefixtures(threads_as_before.__name__),
+    pytest.mark.usefixtures("threads_as_before"),
 ]
 SETTINGS = settings(deadline=None, max_examples=60)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from swatfx.ops.dropout import dropout_backward_reference, dropout_reference
 from swatfx.ops.layout import converted, to_layout, to_layout_reference
 from swatfx.ops.relu import relu_backward_reference, relu_reference
 from swatfx.tensors import layouts
+from tests.nets.kernel_calls import threads
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 
@@ -37,16 +37,6 @@ SHAPES = [
     (4, 6, 31),
     (2, 3, 4, 5, 6),
 ]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def reference(op: Callable[..., Any], *args: Any) -> Any:

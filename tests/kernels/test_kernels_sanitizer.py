@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+
 from tests.nets.kernel_builds import SOURCES, build, python, sanitizer_libraries
 
 pytestmark = pytest.mark.slow
@@ -18,8 +19,8 @@ SANITIZE = [
     "-fno-omit-frame-pointer",
 ]
 TARGETS = {"native": ["-march=native", "-mprefer-vector-width=512"], "generic": []}
-DRIVER = str(pathlib.Path(__file__).with_name("sanitized_calls.py"))
-MALFORMED = str(pathlib.Path(__file__).with_name("malformed_calls.py"))
+DRIVER = ["-m", "tests.nets.sanitized_calls"]
+MALFORMED = ["-m", "tests.nets.malformed_calls"]
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, mostly
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -39,14 +40,14 @@ def need_asan() -> str:
 def test_nothing_to_report(tmp_path: pathlib.Path, target: str) -> None:
     preload = need_asan()
     library = build(tmp_path, *SANITIZE, *TARGETS[target])
-    result = python(DRIVER, kernels=library, LD_PRELOAD=preload, **OPTIONS)
+    result = python(*DRIVER, kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert result.returncode == 0, result.stderr[-8000:]
     assert "runtime error" not in result.stderr and "Sanitizer" not in result.stderr
     assert set(result.stdout.split()) == exported()
-    wrong = python(MALFORMED, "20", kernels=library, LD_PRELOAD=preload, **OPTIONS)
+    wrong = python(*MALFORMED, "20", kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert wrong.returncode == 0, wrong.stdout[-4000:] + wrong.stderr[-8000:]
     assert "runtime error" not in wrong.stderr and "Sanitizer" not in wrong.stderr
-    seen = python(DRIVER, "overrun", kernels=library, LD_PRELOAD=preload, **OPTIONS)
+    seen = python(*DRIVER, "overrun", kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert "heap-buffer-overflow" in seen.stderr  # else nobody was watching
 
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-KERNELS = Path(__file__).parent.parent / "swatfx" / "kernels"
+from tests.nets.places import ROOT
+
+KERNELS = ROOT / "swatfx" / "kernels"
 FILES = sorted((KERNELS / "csrc").glob("*.c"))
 DEFINED = re.compile(r"^(?!static|INLINE|typedef|#)\w[\w *]*?\b(\w+)\([^;{}]*\) \{", re.M)
 

@@ -8,18 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.nets.topk_data import (
-    DTYPES,
-    KINDS,
-    LAYOUTS,
-    SELECTORS,
-    SIZES,
-    check,
-    draw,
-    reference_state,
-    same,
-    threads_as_before,
-)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -32,10 +20,21 @@ from swatfx.ops.state import compute_state
 from swatfx.selectors import Axes, topk
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST
+from tests.nets.topk_data import (
+    DTYPES,
+    KINDS,
+    LAYOUTS,
+    SELECTORS,
+    SIZES,
+    check,
+    draw,
+    reference_state,
+    same,
+)
 
 pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="no compiled kernels"),
-    pytest.mark.usefixtures(threads_as_before.__name__),
+    pytest.mark.usefixtures("threads_as_before"),
 ]
 SETTINGS = settings(deadline=None, max_examples=60)
 

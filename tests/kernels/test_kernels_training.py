@@ -5,29 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.kernel_nets import Separable, chain, chosen, pair, residual
-from tests.nets.small_nets import batches, loss_of, snapshot
 from torch import Tensor, nn
 
 import swatfx
 from swatfx import datasets, kernels, models
 from swatfx.runs.recipes import RECIPES, learning_rate, make_optimizer
+from tests.nets.kernel_nets import Separable, chain, chosen, pair, residual
+from tests.nets.small_nets import batches, loss_of, snapshot
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.skipif(not kernels.available(), reason="no compiled kernels"),
+    pytest.mark.usefixtures("threads_as_before", "fresh_dynamo"),
+]
 
 
 @functools.cache

@@ -5,13 +5,24 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
 import pytest
 import torch
+from torch import fx, nn
+
+import swatfx
+from passes.find_layers import find_layers
+from passes.insert_sparsify import insert_sparsify
+from passes.verify import verify
+from swatfx import meta, pipeline
+from swatfx.compiled.layers import all_plans
+from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.errors import InputError, PassError, SwatError
+from swatfx.passing import Context, PassResult
+from tests.nets.places import GOLDEN
 from tests.nets.small_nets import (
     EagerMiddle,
     Residual,
@@ -25,19 +36,7 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import fx, nn
 
-import swatfx
-from passes.find_layers import find_layers
-from passes.insert_sparsify import insert_sparsify
-from passes.verify import verify
-from swatfx import meta, pipeline
-from swatfx.compiled.layers import all_plans
-from swatfx.compiled.module import SwatModule, all_parts
-from swatfx.errors import InputError, PassError, SwatError
-from swatfx.passing import Context, PassResult
-
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 POLICIES = {
     "residual_swat_u": "swat-u:0.9,period=4",
     "residual_saw": "saw:0.9",

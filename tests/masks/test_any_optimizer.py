@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.any_optimizer import FORMS, SignUpdates, SkipsNaN, net, rows, step_of
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
-from tests.nets.small_nets import loss_of
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
+from tests.nets.any_optimizer import FORMS, SignUpdates, SkipsNaN, net, rows, step_of
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
+from tests.nets.small_nets import loss_of
 
 ZERO = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "ssc"]
 ALL = POLICIES | {"ssc": swatfx.ssc(2, 4)}

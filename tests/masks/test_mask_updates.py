@@ -8,6 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import swatfx
+from swatfx.compiled.layers import SparseLayer, sparse_layers
+from swatfx.errors import AttachError, InputError
+from swatfx.masks.rules import GROWS, GrowRule, MaskedLayer, by_score
 from tests.nets.held_masks import (
     OPTIMIZERS,
     POLICIES,
@@ -33,13 +40,6 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-
-import swatfx
-from swatfx.compiled.layers import SparseLayer, sparse_layers
-from swatfx.errors import AttachError, InputError
-from swatfx.masks.rules import GROWS, GrowRule, MaskedLayer, by_score
 
 GROWING = [2, 4, 6]  # optimizer steps of the RigL of held_masks, a cosine of six steps
 DROPPED = {2: 0.225, 4: 0.075, 6: 0.0}

@@ -8,6 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+
+import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.state import SwatState
+from swatfx.density import Density
+from swatfx.errors import AttachError
 from tests.nets.held_masks import (
     EPOCH,
     OPTIMIZERS,
@@ -24,15 +32,16 @@ from tests.nets.held_masks import (
     same,
     steps,
 )
-from tests.nets.small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snapshot, train
-from torch import nn
-
-import swatfx
-from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.module import SwatModule
-from swatfx.compiled.state import SwatState
-from swatfx.density import Density
-from swatfx.errors import AttachError
+from tests.nets.small_nets import (
+    Residual,
+    assert_same,
+    batches,
+    loss_of,
+    plain,
+    sgd,
+    snapshot,
+    train,
+)
 
 MASKED = [name for name in POLICIES if POLICIES[name].sparsity and name != "forward-activations"]
 # The cubic ramp from 1 to 0.2 over six steps, moved every second step: 1 - 0.8 (1 - (1 - t/6)^3).

@@ -9,6 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+import swatfx
+from swatfx.masks.rules import DROPS, GROWS, GrowRule, by_score, largest
+from swatfx.policy import CONSTRUCTORS, Policy
 from tests.nets.held_masks import (
     TIMES,
     TOTAL,
@@ -20,11 +25,6 @@ from tests.nets.held_masks import (
     steps,
 )
 from tests.nets.small_nets import assert_same, batches, plain, sgd, train
-from torch import Tensor
-
-import swatfx
-from swatfx.masks.rules import DROPS, GROWS, GrowRule, by_score, largest
-from swatfx.policy import CONSTRUCTORS, Policy
 
 
 def _register_fading() -> None:

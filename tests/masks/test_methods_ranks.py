@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
-from tests.nets.small_nets import assert_same, batches, plain, sgd, snapshot, train
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
 from swatfx.selectors import Held
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
+from tests.nets.small_nets import assert_same, batches, plain, sgd, snapshot, train
 
 NAMES = ["static", "set", "rigl", "snfs", "dsr", "gradual-magnitude", "soft-filter", "swat-frozen"]
 SIZE = 4

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.held_masks import OPTIMIZERS, POLICIES, TIMES, TOTAL, attached, masks_of, same
-from tests.nets.small_nets import assert_same, batches, plain, sgd, train
 from torch import Tensor, nn
 
 import swatfx
@@ -21,6 +19,8 @@ from swatfx.cli.commands import main
 from swatfx.compiled.layers import sparse_layers
 from swatfx.runs.folder import CHECKPOINT, METRICS
 from swatfx.runs.run import RunConfig, train_run
+from tests.nets.held_masks import OPTIMIZERS, POLICIES, TIMES, TOTAL, attached, masks_of, same
+from tests.nets.small_nets import assert_same, batches, plain, sgd, train
 
 # The steps after which training is stopped, and what is special about them.
 CUTS: dict[str, list[int]] = {

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from tests.nets.small_nets import loss_of
 from torch import Tensor, nn
+
+from tests.nets.small_nets import loss_of
 
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -104,6 +105,19 @@ def net(bias: bool = False) -> nn.Sequential:
     """(N, 16) -> (N, 8), all weights matrices, as Muon wants them."""
     layers = [nn.Linear(16, 24, bias=bias), nn.ReLU(), nn.Linear(24, 24, bias=bias), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(24, 8, bias=bias))
+
+
+class Outer(nn.Module):
+    """Around `net`, as a LightningModule holds the network that it trains."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.net = inner
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.net(x))
+        return y
 
 
 def rows(count: int, seed: int = 0, size: int = 8) -> list[Tensor]:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from tests.nets.small_nets import batches, plain, sgd, train
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
+from tests.nets.small_nets import batches, plain, sgd, train
 
 EPOCH, TOTAL = 3, 9  # optimizer steps: three epochs of three
 TIMES = {"steps_per_epoch": EPOCH, "total_steps": TOTAL}

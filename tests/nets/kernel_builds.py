@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.nets.places import ROOT
+
 SOURCES = sorted(ROOT.glob("swatfx/kernels/csrc/*.c"))
 # As in setup.py, but for what optimises.
 FLAGS = ["-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
@@ -55,7 +56,7 @@ def python(
     variables = {k: v for k, v in os.environ.items() if k != "SWATFX_KERNELS"}
     if kernels is not None:
         variables["SWATFX_KERNELS"] = str(kernels)
-    variables["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    variables["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, *args]
     return subprocess.run(
         command, env={**variables, **environment}, capture_output=True, text=True, cwd=ROOT
@@ -64,7 +65,8 @@ def python(
 
 def assert_passes_on(kernels: str | os.PathLike[str], tests: Sequence[str]) -> None:
     """Run tests in a process of its own on other kernels; fail if they do, or if they skip."""
-    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers -m 'not slow'"]
+    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    options += ["-o", "addopts=--strict-markers -m 'not slow'"]
     result = python("-m", "pytest", *options, "-rs", *tests, kernels=kernels)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout and "no compiled kernels" not in result.stdout

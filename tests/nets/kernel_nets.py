@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.nets.small_nets import loss_of
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import all_plans
 from swatfx.compiled.module import SwatModule, all_parts
 from swatfx.ops.layout import laid_out
+from tests.nets.small_nets import loss_of
 
 
 def block(inputs: int, outputs: int, **options: Any) -> nn.Sequential:

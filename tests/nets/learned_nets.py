@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.nets.small_nets import loss_of, plain
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.learned import add_penalty, learned_thresholds, reset_if_empty
 from swatfx.compiled.module import SwatModule
+from tests.nets.small_nets import loss_of, plain
 
 torch.set_num_threads(1)
 # Without a penalty of its own, so that it trains without `swatfx.attach`: see `fit`.

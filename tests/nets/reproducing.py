@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tests.nets import runners  # noqa: F401  (makes benchmarks importable)
-
 from benchmarks.reproduce import figures
 from benchmarks.reproduce.experiments import EXPERIMENTS
 from benchmarks.reproduce.jobs import SCALES, Arm, Job, Network

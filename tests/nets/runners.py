@@ -9,18 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import common
-
-
-def spare_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Figures do not matter here: spare the time that threads and a large heap would take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr("gc.collect", lambda *args: 0)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_quick(

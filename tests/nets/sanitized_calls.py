@@ -11,10 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import test_kernels_conv
-import test_kernels_linear
 import torch
-from tests.nets.topk_data import KINDS, draw
 from torch import Tensor
 
 from swatfx import kernels, selectors
@@ -23,6 +20,8 @@ from swatfx.kernels import library
 from swatfx.ops.where import active_weight
 from swatfx.selectors import Axes, topk
 from swatfx.tensors import bits, layouts
+from tests.nets.kernel_calls import SAMPLES, Sample, random_sample, run_linear
+from tests.nets.topk_data import KINDS, draw
 
 OPS = torch.ops.swatfx
 LAYOUTS = (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST)
@@ -54,11 +53,10 @@ def activations(shape: tuple[int, ...]) -> Iterator[Tensor]:
 
 def convolutions() -> None:
     """Forward, input gradient and weight gradient."""
-    Sample = test_kernels_conv.Sample
-    for sample in test_kernels_conv.SAMPLES.values():
+    for sample in SAMPLES.values():
         sample.run()
     for seed in range(60):
-        test_kernels_conv.random_sample(seed).run(seed)
+        random_sample(seed).run(seed)
     for batch, dtype, threshold in itertools.product(
         BATCHES, (None, torch.bfloat16), (0.0, 0.8, 9.0)
     ):
@@ -84,9 +82,9 @@ def linear() -> None:
     for rows, inputs, outputs in itertools.product((0, 1, 5, 17, 40), (1, 19, 64), (1, 33)):
         for dtype, threshold in ((None, 0.7), (torch.bfloat16, 0.0), (None, 9.0)):
             options = {"weight_threshold": threshold, "activation_threshold": threshold}
-            test_kernels_linear.run((rows, inputs), outputs, kept_dtype=dtype, **options)
-    test_kernels_linear.run((3, 7, 30), 20, transposed_weight=True)
-    test_kernels_linear.run((130, 300), 129)
+            run_linear((rows, inputs), outputs, kept_dtype=dtype, **options)
+    run_linear((3, 7, 30), 20, transposed_weight=True)
+    run_linear((130, 300), 129)
 
 
 def leaves() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.nets.small_nets import EagerMiddle, Residual, plain
 from torch import Tensor, nn
 
 import swatfx
@@ -16,6 +15,7 @@ from passes.compress_saves import compress_saves
 from swatfx import models, pipeline
 from swatfx.compiled import saves
 from swatfx.compiled.module import SwatModule, all_parts
+from tests.nets.small_nets import EagerMiddle, Residual, plain
 
 torch.set_num_threads(1)
 

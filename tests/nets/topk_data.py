@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -21,14 +20,6 @@ SELECTORS = ["nchw", "chw", "hw"]
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 127, 1023, 1024, 1025, 4097, 131071, 131072, 131073, 262200]
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 KINDS = ["normal", "relu", "ties", "equal", "zeros", "wild", "sorted", "two"]
-
-
-@pytest.fixture
-def threads_as_before() -> Iterator[None]:
-    """Undo what `check` does to the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

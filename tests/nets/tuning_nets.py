@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.nets.small_nets import Residual
 from torch import Tensor
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
+from tests.nets.small_nets import Residual
 
 META = torch.empty(4, 3, 8, 8, device="meta")
 Batch = tuple[Tensor, Tensor]

@@ -16,15 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_method import (
-    as_double,
-    assert_close,
-    forward,
-    input_gradient,
-    packs,
-    top,
-    weight_gradient,
-)
 from torch import Tensor, nn
 
 import swatfx
@@ -33,6 +24,15 @@ from swatfx.compiled.layers import sparse_layers
 from swatfx.ops import calls
 from swatfx.ops.calls import Call, SparseCall
 from swatfx.tensors import bits
+from tests.nets.second_method import (
+    as_double,
+    assert_close,
+    forward,
+    input_gradient,
+    packs,
+    top,
+    weight_gradient,
+)
 
 torch.set_num_threads(1)
 PAGE = Path(ops.__file__).parent / "README.md"
@@ -158,7 +158,7 @@ def test_sparse_kernels_sum_whole_numbers_alike(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["conv2d", "grouped", "linear", "sequence"])
 def test_the_page_is_the_formulas(name: str) -> None:
-    """Of `test_method.py`, which share no code with the page; and it keeps what is packed."""
+    """Of `tests.nets.second_method`, which shares no code with the page; and it keeps packs."""
     layer, x, call = as_double(name)
     y = SwatLayer(layer, S)(x)
     g = torch.randn_like(y)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.nets import formulas
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
+from tests.nets import formulas
 
 FEATURES = 24
 KERNELS = ("dense", "sparse", "auto")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.saving_ops import saved_by
 from torch import Tensor
 
 import swatfx
@@ -20,6 +19,7 @@ from swatfx.density import Density
 from swatfx.errors import PolicyError, SwatError
 from swatfx.ops.learned import is_learned
 from swatfx.selectors import Axes
+from tests.nets.saving_ops import saved_by
 
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.saving_ops import leaf, saved_by
 from torch import Tensor
 
-from swatfx import kernels
 from swatfx.ops import norm
 from swatfx.ops.norm_codes import decode
 from swatfx.tensors import layouts
+from tests.nets.saving_ops import leaf, saved_by
 
+# Compiled kernels are compared with the references elsewhere.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    """The references define the ops; compiled kernels are compared with them elsewhere."""
-    with kernels.reference_only():
-        yield
 
 
 # ---- Batch norm ----------------------------------------------------------------------------------

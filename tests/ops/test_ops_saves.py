@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.saving_ops import leaf, saved_by
 
-from swatfx import kernels
 from swatfx.errors import SwatError
 from swatfx.ops.saved import active_bits, mask_from
 from swatfx.tensors import bits, layouts
+from tests.nets.saving_ops import leaf, saved_by
 
+# Compiled kernels are compared with the references elsewhere.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 torch.set_num_threads(1)
 OPS = torch.ops.swatfx
 LAYOUTS = ["row_major", "channels_last", "batch_innermost"]
 NO_RANDOM = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    """The references define the ops; compiled kernels are compared with them elsewhere."""
-    with kernels.reference_only():
-        yield
 
 
 # ---- ReLU ----------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.period_nets import nudge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx.ops.recomputed import Forwards, History, key_of
 from swatfx.ops.state import CALLS
+from tests.nets.period_nets import nudge
 
 torch.set_num_threads(1)
 # Reentrant within reentrant: the first pass of the inner one sees inputs without gradients.

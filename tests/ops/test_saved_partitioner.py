@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,15 +11,9 @@ from torch import Tensor, nn
 import swatfx
 from swatfx.compiled.module import SwatModule
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 torch.set_num_threads(1)
 BACKENDS = ["aot_eager", "aot_eager_default_partitioner"]
-
-
-@pytest.fixture(autouse=True)
-def clean_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def net() -> nn.Module:

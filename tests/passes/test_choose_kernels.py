@@ -12,6 +12,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import swatfx
+from passes.choose_kernels import LEAST_FILTERS, MOST_DENSE
+from swatfx import kernels
+from swatfx.compiled.module import SwatModule
+from swatfx.policy import Policy
 from tests.nets.kernel_nets import (
     Dilated,
     Functional,
@@ -28,14 +35,8 @@ from tests.nets.kernel_nets import (
     parametrized,
     residual,
 )
+from tests.nets.places import ROOT
 from tests.nets.small_nets import Residual, batches, loss_of, plain, sgd, snapshot
-from torch import Tensor, nn
-
-import swatfx
-from passes.choose_kernels import LEAST_FILTERS, MOST_DENSE
-from swatfx import kernels
-from swatfx.compiled.module import SwatModule
-from swatfx.policy import Policy
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 SPARSE = "sparse"
@@ -368,10 +369,9 @@ swatfx.save(gm, sys.argv[1] + "/b.ckpt")
 
 
 def _run(script: str, *args: str, **environment: str) -> str:
-    folders = os.pathsep.join(map(str, (pathlib.Path(__file__).parent, pathlib.Path.cwd())))
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", script, *args],
-        env={**os.environ, "PYTHONPATH": folders, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
     )

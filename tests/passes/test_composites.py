@@ -4,6 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+import swatfx
+from swatfx.errors import InputError
 from tests.nets.compare import (
     DENSITY_1,
     HALF,
@@ -13,12 +19,6 @@ from tests.nets.compare import (
     skipped,
     train_step,
 )
-from torch import Tensor, nn
-from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
-from torchvision.models.video.swin_transformer import SwinTransformer3d
-
-import swatfx
-from swatfx.errors import InputError
 
 torch.set_num_threads(1)
 L, S, N, E = 5, 7, 2, 8

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import swatfx
+from passes.compress_saves import compress_saves
+from swatfx import pipeline
+from swatfx.compiled import saves
+from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.passing import Context
 from tests.nets.saving_nets import (
     NETS,
     POLICY,
@@ -18,22 +26,9 @@ from tests.nets.saving_nets import (
     pair,
 )
 from tests.nets.small_nets import Residual, assert_same, batches, sgd, snapshot, train
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-import swatfx
-from passes.compress_saves import compress_saves
-from swatfx import kernels, pipeline
-from swatfx.compiled import saves
-from swatfx.compiled.module import SwatModule, all_parts
-from swatfx.passing import Context
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    """Bit for bit is what the reference kernels are; compiled ones round otherwise."""
-    with kernels.reference_only():
-        yield
+# Values are compared bit for bit.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 # ---- What the graph becomes ----------------------------------------------------------------------

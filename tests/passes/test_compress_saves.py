@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from passes.compress_saves import compress_saves
+from swatfx import pipeline
 from tests.nets.saving_nets import (
     NETS,
     POLICY,
@@ -31,18 +36,9 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
 
-import swatfx
-from passes.compress_saves import compress_saves
-from swatfx import kernels, pipeline
-
-
-@pytest.fixture(autouse=True)
-def reference() -> Iterator[None]:
-    """Bit for bit is what the reference kernels are; compiled ones round otherwise."""
-    with kernels.reference_only():
-        yield
+# Values are compared bit for bit.
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 # ---- Values --------------------------------------------------------------------------------------

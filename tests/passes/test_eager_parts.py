@@ -7,12 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, loss_of, skipped, train_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import swatfx
 from swatfx.compiled.module import SwatModule
+from tests.nets.compare import (
+    DENSITY_1,
+    HALF,
+    assert_matches_at_density_1,
+    loss_of,
+    skipped,
+    train_step,
+)
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
-from tests.nets.compare import HALF, assert_matches_at_density_1, assert_same
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import swatfx
 from swatfx.errors import ChangedModelError, InputError
+from tests.nets.compare import HALF, assert_matches_at_density_1, assert_same
 
 torch.set_num_threads(1)
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tests.nets.compare import assert_matches_at_density_1, skipped
 from tests.nets.guarded_nets import SWALLOWERS, Base, Guards
 

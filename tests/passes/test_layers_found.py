@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import swatfx
 from swatfx.errors import InputError, PolicyError
+from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train_step
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

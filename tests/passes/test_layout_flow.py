@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
-import pathlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+import swatfx
+from passes.choose_kernels import choose_kernels
+from swatfx import kernels
+from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.passing import Context
+from swatfx.policy import as_policy
+from swatfx.tensors import layouts
 from tests.nets.kernel_nets import (
     NETS,
     Island,
@@ -21,16 +29,8 @@ from tests.nets.kernel_nets import (
     pair,
     residual,
 )
+from tests.nets.places import GOLDEN
 from tests.nets.small_nets import batches, loss_of
-from torch import Tensor, nn
-
-import swatfx
-from passes.choose_kernels import choose_kernels
-from swatfx import kernels
-from swatfx.compiled.module import SwatModule, all_parts
-from swatfx.passing import Context
-from swatfx.policy import as_policy
-from swatfx.tensors import layouts
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 IN, OUT = layouts.BATCH_INNERMOST, layouts.ROW_MAJOR
@@ -325,7 +325,7 @@ def test_golden_graph() -> None:
 
     code = pair(NETS["overwritten"])[0].code.strip() + "\n"
     code = "\n".join(line.rstrip() for line in code.splitlines()) + "\n"
-    path = pathlib.Path(__file__).parent / "golden" / "overwritten_sparse.txt"
+    path = GOLDEN / "overwritten_sparse.txt"
     if os.environ.get("SWATFX_GOLDEN"):
         path.write_text(code)
     assert code == path.read_text()

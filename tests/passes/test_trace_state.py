@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.nets.compare import DENSITY_1
 from torch import Tensor, nn
 
 import swatfx
+from tests.nets.compare import DENSITY_1
 
 torch.set_num_threads(1)
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train_step
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import InputError
+from tests.nets.compare import DENSITY_1, HALF, assert_matches_at_density_1, skipped, train_step
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,6 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
-from tests.nets.small_nets import Residual, plain, sgd, train
 from torch import Tensor
 
 import swatfx
@@ -17,6 +16,7 @@ from swatfx.compiled.layers import all_plans, sparse_layers
 from swatfx.density import Density
 from swatfx.errors import PolicyError
 from swatfx.policy import Policy, as_policy, parse
+from tests.nets.small_nets import Residual, plain, sgd, train
 
 STRINGS = {
     "dense": swatfx.dense(),

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-from tests.nets.small_nets import Residual
 
 import swatfx
 from swatfx import selectors
@@ -17,6 +16,7 @@ from swatfx.policy import Policy
 from swatfx.selectors import Axes, Held
 from swatfx.selectors.ssc import SscSelector
 from swatfx.selectors.ssc_pattern import ssc_density, ssc_mask
+from tests.nets.small_nets import Residual
 
 WEIGHT = Axes(0, 1)
 Shape = tuple[int, ...]

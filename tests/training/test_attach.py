@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snapshot, train
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
 from swatfx.distributions import momentum_budgets
 from swatfx.errors import AttachError
+from tests.nets.small_nets import (
+    Residual,
+    assert_same,
+    batches,
+    loss_of,
+    plain,
+    sgd,
+    snapshot,
+    train,
+)
 
 DENSITY = 0.2
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.any_optimizer import net, rows
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
-from tests.nets.small_nets import assert_same, loss_of, snapshot
 from torch import Tensor, nn
 
 import swatfx
@@ -21,6 +18,9 @@ from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.learned import learned_thresholds
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError, InputError
+from tests.nets.any_optimizer import Outer, net, rows
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
+from tests.nets.small_nets import assert_same, loss_of, snapshot
 
 RIGL = replace(POLICIES["rigl"], first_dense=False)
 
@@ -191,19 +191,6 @@ def test_a_weight_that_was_replaced_is_found_out() -> None:
 
 
 # ---- Around and inside ---------------------------------------------------------------------------
-
-
-class Outer(nn.Module):
-    """As a LightningModule holds the network that it trains."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.net = inner
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.net(x))
-        return y
 
 
 WRAPPERS: dict[str, Callable[[SwatModule], Any]] = {

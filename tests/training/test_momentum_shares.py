@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.any_optimizer import FORMS
 from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import sparse_layers
+from tests.nets.any_optimizer import FORMS
 
 DENSITY = 0.1
 

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.any_optimizer import FORMS, net, rows
-from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
-from tests.nets.small_nets import assert_same, loss_of, snapshot
 from torch import nn
 
 import swatfx
@@ -19,6 +16,9 @@ from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.learned import learned_thresholds
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
+from tests.nets.any_optimizer import FORMS, net, rows
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
+from tests.nets.small_nets import assert_same, loss_of, snapshot
 
 METHODS = {
     name: replace(POLICIES[name], first_dense=False)

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.small_nets import EagerMiddle, EagerRoot, Residual, Tied, assert_same, pads, plain, snapshot
 from torch import Tensor, nn
-from tests.nets.tuning_nets import META, Batch, compiled, images
 
 import swatfx
 from swatfx.compiled.layers import all_plans
@@ -20,6 +18,17 @@ from swatfx.errors import InputError, PolicyError, SwatError
 from swatfx.policy import Policy
 from swatfx.tuning.costs import planned_inputs
 from swatfx.tuning.search import cost, densities_of, tune
+from tests.nets.small_nets import (
+    EagerMiddle,
+    EagerRoot,
+    Residual,
+    Tied,
+    assert_same,
+    pads,
+    plain,
+    snapshot,
+)
+from tests.nets.tuning_nets import META, Batch, compiled, images
 
 
 @pytest.mark.parametrize("separate", [False, True])

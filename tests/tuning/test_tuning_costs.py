@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.nets.tuning_nets import META, compiled, images, layers_of
 
 import swatfx
 from swatfx.compiled.layers import all_plans
@@ -12,6 +11,7 @@ from swatfx.density import Density
 from swatfx.errors import UnknownNameError
 from swatfx.tuning.costs import cost, with_densities
 from swatfx.tuning.search import tune
+from tests.nets.tuning_nets import META, compiled, images, layers_of
 
 
 def test_costs_are_those_of_the_report() -> None:

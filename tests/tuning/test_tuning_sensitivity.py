@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.nets.small_nets import plain
 from torch import Tensor, nn
-from tests.nets.tuning_nets import compiled, images, layers_of
 
 import swatfx
 from swatfx.tuning.search import densities_of, tune
 from swatfx.tuning.sensitivity import batches_of, sensitivity
+from tests.nets.small_nets import plain
+from tests.nets.tuning_nets import compiled, images, layers_of
 
 GRID = (0.05, 0.1, 0.2, 0.5, 1.0)
 

@@ -6,11 +6,11 @@ import pathlib
 import re
 from collections import Counter
 
-from tests.nets import bad_calls
 import pytest
 
 from swatfx.arguments import COUNT, checked
 from swatfx.errors import InputError, SwatError
+from tests.nets import bad_calls
 
 # What errors call an argument other than by its name.
 CALLED = {

@@ -8,6 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import swatfx
+from swatfx import selectors
+from swatfx.compiled.module import SwatModule
+from swatfx.costs.simulation import simulate
+from swatfx.errors import InputError, PassError, PolicyError, SwatError, UnknownNameError
 from tests.nets.small_nets import (
     EagerMiddle,
     Residual,
@@ -19,14 +27,6 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-
-import swatfx
-from swatfx import selectors
-from swatfx.compiled.module import SwatModule
-from swatfx.costs.simulation import simulate
-from swatfx.errors import InputError, PassError, PolicyError, SwatError, UnknownNameError
 
 
 def _meta(*shape: int) -> Tensor:

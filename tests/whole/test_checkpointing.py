@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.period_nets import batch, net, nudge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx import Policy
 from swatfx.compiled.module import SwatModule
+from tests.nets.period_nets import batch, net, nudge
 
 torch.set_num_threads(1)
 S = 0.75

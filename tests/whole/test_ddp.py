@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.nets.small_nets import Residual, assert_same, batches, loss_of, plain, sgd, snapshot, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
 from swatfx.compiled.module import SwatModule
+from tests.nets.small_nets import (
+    Residual,
+    assert_same,
+    batches,
+    loss_of,
+    plain,
+    sgd,
+    snapshot,
+    train,
+)
 
 STEPS, SIZE = 4, 4
 

@@ -8,6 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.density import Density
 from tests.nets.small_nets import (
     EagerMiddle,
     Residual,
@@ -20,13 +26,8 @@ from tests.nets.small_nets import (
     snapshot,
     train,
 )
-from torch import Tensor, nn
 
-import swatfx
-from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.module import SwatModule
-from swatfx.density import Density
-
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 DENSITIES = (0.3, 0.2, 0.1)
 
 
@@ -40,12 +41,6 @@ def _pair(
 
 def _graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def _move_densities(gm: SwatModule, density: float) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.nets.places import ROOT
+
 FOLDERS = ("swatfx", "passes", "benchmarks", "tests")
 
 # From the ground up: an import goes down, or stays in its room.
@@ -59,6 +60,10 @@ LOOSE = {
     "__init__", "__main__", "version", "errors", "density", "arguments", "meta", "macs", "products",
     "passing", "pipeline",
 }  # fmt: skip
+
+
+# Folders of tests that are about no room: see tests/README.md.
+NO_ROOMS = {"benchmarks", "fuzz", "golden", "loose", "nets", "whole"}
 
 
 def module_of(path: Path) -> str:
@@ -109,6 +114,34 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_nothing_lies_loose() -> None:
     assert {path.stem for path in (ROOT / "swatfx").glob("*.py")} == LOOSE
+
+
+def test_tests_lie_in_rooms() -> None:
+    """Of a room's name, so that whoever changes it finds them; and what is shared lies once."""
+    tests = ROOT / "tests"
+    packages = {name.split(".")[-1] for name in ROOMS if (ROOT / name.replace(".", "/")).is_dir()}
+    folders = {path.parent for path in tests.rglob("*.py")} - {tests}
+    assert {path.name for path in folders} <= packages | NO_ROOMS
+    assert all(path.parent == tests for path in folders)
+    files = [*tests.rglob("test_*.py")]
+    assert not [path for path in files if path.parent == tests]
+    names = [path.name for path in files]
+    assert len(names) == len(set(names)), "pytest may tell files apart by name alone"
+    assert [*tests.rglob("conftest.py")] == [tests / "conftest.py"]
+
+
+def test_no_fixture_is_written_twice() -> None:
+    seen: dict[str, str] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(
+                "pytest.fixture" in ast.unparse(mark) for mark in node.decorator_list
+            ):
+                says = bool(ast.get_docstring(node))
+                body = "\n".join(ast.unparse(line) for line in node.body[says:])
+                where = f"{name_of(path)}: {node.name}"
+                assert body not in seen, f"{where} is {seen[body]}: see tests/conftest.py"
+                seen[body] = where
 
 
 def test_chains_of_imports_are_short() -> None:

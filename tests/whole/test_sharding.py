@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tests.nets.small_nets import batches, plain, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import swatfx
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import ChangedModelError
+from tests.nets.small_nets import batches, plain, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of the CPU and of a world of one
 REFUSED = r"layer '\w+'.*(spread over ranks|hook).*"

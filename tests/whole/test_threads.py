@@ -16,13 +16,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from tests.nets.small_nets import EagerMiddle, loss_of, plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from swatfx.compiled.module import SwatModule
 from swatfx.ops.memory import Memory
+from tests.nets.small_nets import EagerMiddle, loss_of, plain
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

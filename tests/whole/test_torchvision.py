@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.compare import DENSITY_1, assert_matches_at_density_1, assert_same, loss_of, seeded, train_step
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models as tv
 
 import swatfx
 from swatfx import models
+from tests.nets.compare import (
+    DENSITY_1,
+    assert_matches_at_density_1,
+    assert_same,
+    loss_of,
+    seeded,
+    train_step,
+)
+from tests.nets.torchvision_nets import CLASSIFIERS, create, fast
 
 torch.set_num_threads(1)
-CLASSIFIERS = tv.list_models(module=tv)
 ONE_OF_EACH = [
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet",
     "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small",
@@ -40,12 +47,6 @@ def uninitialised() -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(nn.init, name, function)
-
-
-def create(name: str, **kwargs: Any) -> nn.Module:
-    if name in ("googlenet", "inception_v3"):
-        kwargs["init_weights"] = False  # minutes of truncated normals
-    return models.create(name, **kwargs)
 
 
 def counted_macs(model: nn.Module, *args: Any) -> int:
@@ -160,10 +161,6 @@ def detection_batch(name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     points = torch.full((2, 17, 3), 20.0)
     keys = {"boxes": boxes, "labels": labels, "keypoints": points}
     return images, [keys | {"masks": mask} for mask in masks]
-
-
-def fast(names: list[str], chosen: set[str]) -> list[Any]:
-    return [n if n in chosen else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.compare import loss_of
-from test_torchvision import CLASSIFIERS, create, fast
 from torch import Tensor, nn
 
 import swatfx
+from tests.nets.compare import loss_of
+from tests.nets.torchvision_nets import CLASSIFIERS, create, fast
 
 torch.set_num_threads(1)
 ALL_DENSE = swatfx.swat_u(0.0, first_dense=False)
