@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tests.kernel_builds import build, sanitizer_libraries
+from tests.nets.kernel_builds import build, sanitizer_libraries
 
 ALL = ("avx512", "avx2", "generic", "reference")
 SANITIZE = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import select
 import signal
 import subprocess
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.fuzz.kinds import KINDS
+from tests.nets.places import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 PATIENCE_SECONDS = 300.0
 
 

@@ -1,0 +1,1 @@
+"""Tests, in a folder for each room; what they share is in `tests.nets` and `conftest.py`."""
