@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from passes.reading.aliasing import Versions
+from passes.reading.effects import storage_of, tensor_of
 from passes.reading.saving_calls import Calls
 from passes.writing.saving_leaves import Leaves
 from swatfx import meta
@@ -129,13 +130,36 @@ class _Rewriter:
         args = self.calls.norm(norm)
         if args is None or not self._is_alone(norm):
             return False
-        state = self.calls.state_of_norm(norm)
-        node = norm.next
-        while node is not reader:  # the order in which calls move the running statistics counts
-            if state is not None and self.calls.state_of_norm(node) is state:
-                return False
-            node = node.next
-        return self._unchanged(args[0], norm, reader)
+        between: list[fx.Node] = []
+        while (node := (between or [norm])[-1].next) is not reader:
+            between.append(node)
+        total = next(iter(norm.users))
+        return self._unchanged(args[0], norm, reader) and not any(
+            node is not total and self._meets_state(node, norm) for node in between
+        )
+
+    def _meets_state(self, node: fx.Node, norm: fx.Node) -> bool:
+        """Whether `node` may read or write parameters or statistics of `norm`, or its mode."""
+        if self.versions.is_opaque(node):
+            return True
+        args = self.calls.norm(norm)
+        assert args is not None  # the caller has asked
+        given = [a for a in args[1:5] if isinstance(a, fx.Node)]
+        if any(self.versions.shares(n, other) for n in node.all_input_nodes for other in given):
+            return True
+        # What comes from elsewhere than the model's own tensors may be any of them.
+        told = all(self.versions.sources(n) or not self.versions.is_outside(n) for n in given)
+        return not told or not self._storages(node).isdisjoint(self._storages(norm))
+
+    def _storages(self, node: fx.Node) -> set[int]:
+        """Of the parameters and buffers that `node` may read or write."""
+        found: list[Tensor | None] = []
+        if node.op == "call_module":
+            module = self.part.get_submodule(str(node.target))
+            found += [*module.parameters(), *module.buffers()]
+        for source in node.all_input_nodes:
+            found += [tensor_of(self.part, n) for n in self.versions.sources(source)]
+        return {storage_of(t) for t in found if t is not None}
 
     def _unchanged(self, tensor: fx.Node, first: fx.Node, then: fx.Node) -> bool:
         """Whether nobody writes into `tensor` between two of its readers."""

@@ -11,7 +11,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,12 +134,14 @@ class Effect:
         shares: nodes that its result may be, or be a view of.
         keeps: whether somebody whom no graph shows holds what goes in and what comes out.
         opaque: whether it is Python that may do anything.
+        writes_own: whether it writes into parameters or buffers that the graph reads elsewhere.
     """
 
     writes: tuple[fx.Node, ...] = ()
     shares: tuple[fx.Node, ...] = ()
     keeps: bool = False
     opaque: bool = False
+    writes_own: bool = False
 
 
 def is_foreign(gm: fx.GraphModule, node: fx.Node, eager: dict[str, str]) -> bool:
@@ -164,6 +166,8 @@ class Effects:
         self._gm = gm
         self._eager = eager
         self._tensors: set[fx.Node] = set()  # those that are one tensor for sure
+        read = (tensor_of(gm, n) for n in gm.graph.nodes if n.op == "get_attr")
+        self._read = {storage_of(t) for t in read if t is not None}
 
     def of(self, node: fx.Node) -> Effect:
         """What the next node does."""
@@ -199,10 +203,20 @@ class Effects:
         if isinstance(module, (Norm, NormOf)):
             into = node.kwargs.get("into") == RESIDUAL
             residual = _nodes_in(node.kwargs.get("residual")) if into else ()
-            return Effect(residual, residual)
+            state = _nodes_in(node.args[1:])
+            own = isinstance(module, NormOf) and self._writes_own(module.module)
+            return Effect((*residual, *state), residual, writes_own=own)
         if getattr(module, "inplace", False) or node.kwargs.get("inplace"):
             return _in_place(node)
-        return _fresh_if(isinstance(module, _FRESH_MODULES), node)
+        effect = _fresh_if(isinstance(module, _FRESH_MODULES), node)
+        return replace(effect, writes_own=self._writes_own(module))
+
+    def _writes_own(self, module: nn.Module) -> bool:
+        """Whether it writes into tensors of its own (statistics) that the graph reads."""
+        own = list(module.buffers())
+        if getattr(module, "max_norm", None) is not None:  # an embedding's weight
+            own += module.parameters()
+        return any(storage_of(t) in self._read for t in own)
 
     def _of_function(self, node: fx.Node) -> Effect:
         target: Any = node.target
@@ -220,6 +234,9 @@ class Effects:
         name = getattr(target, "__name__", "")
         if _has_flag(node) or (name.endswith("_") and not name.startswith("__")):
             return _in_place(node)
+        if name in ("batch_norm", "instance_norm", "embedding"):
+            rest = (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))
+            return replace(_fresh_if(target in _FRESH_FUNCTIONS, node), writes=_nodes_in(rest))
         if target in _JOINING:
             return _fresh_if(not self._may_join(node, target), node)
         return _fresh_if(target in _FRESH_FUNCTIONS, node)
@@ -236,9 +253,7 @@ class Effects:
         """Whether the result is one tensor for sure, and no sequence of them."""
         known = any(a in self._tensors for a in node.args if isinstance(a, fx.Node))
         if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            found = getattr(self._gm.get_submodule(owner), name, None)
-            return isinstance(found, torch.Tensor)
+            return tensor_of(self._gm, node) is not None
         if node.op == "call_module":
             module = self._gm.get_submodule(str(node.target))
             torchs = type(module).__module__.startswith("torch.nn.modules.")
@@ -265,6 +280,21 @@ class Effects:
             return known and target in _FRESH_FUNCTIONS
         one = target in _FRESH_FUNCTIONS and target is not F.max_pool2d
         return one or target is laid_out or (home.startswith("torch") and _gives_one(name))
+
+
+def tensor_of(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The parameter or buffer that a get_attr node reads."""
+    owner, _, name = str(node.target).rpartition(".")
+    found = getattr(gm.get_submodule(owner), name, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """A number that tensors have in common which share memory."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, or a subclass that has none
+        return id(tensor)
 
 
 def _nodes_in(argument: Any) -> tuple[fx.Node, ...]:
@@ -295,6 +325,8 @@ def _of_op(node: fx.Node) -> Effect:
         for a in overload._schema.arguments
         if a.alias_info is not None and a.alias_info.is_write
     }
+    if "batch_norm" in overloads[0].name():  # which does not tell
+        writes |= {name for name in names if name.startswith("running")}
     aliases = any(r.alias_info is not None for o in overloads for r in o._schema.returns)
     own = overloads[0].namespace != "aten"
     shares = () if own and not aliases else tuple(node.all_input_nodes)

@@ -94,13 +94,6 @@ class Calls:
             return None if args is None else tuple(args.values())
         return None
 
-    def state_of_norm(self, node: fx.Node) -> Any:
-        """What holds a norm's running statistics (a module, a running mean's node), or None."""
-        args = self.norm(node)
-        if args is None:
-            return None
-        return self.part.get_submodule(str(node.target)) if node.op == "call_module" else args[1]
-
     def total(self, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         """(operand, operand, whether the first is written) of a sum of two unscaled nodes."""
         named = {"input": None, "other": None, "alpha": 1, "out": None}

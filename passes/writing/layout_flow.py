@@ -202,10 +202,17 @@ class LayoutFlow:
         return first is not None and first in self.derived and first not in self.lies
 
     def _writes_elsewhere(self, node: fx.Node) -> bool:
-        """Whether what `node` writes into a copy is missed where its input has another name."""
-        return self._is_python(node) and any(
-            self.versions.is_known_otherwise(n, node) for n in self._foreign_inputs(node)
+        """Whether a write into the copy that `node` gets is missed by another name of the tensor.
+
+        Its later readers read the copy, and a caller gets both that or neither.
+        """
+        return self._is_foreign(node) and any(
+            self._foreign_readers(n)[0] is node and self.versions.is_known_otherwise(n, node)
+            for n in self._foreign_inputs(node)
         )
+
+    def _foreign_readers(self, source: fx.Node) -> list[fx.Node]:
+        return sorted(filter(self._is_foreign, source.users), key=self.nodes.index)
 
     def _is_python(self, node: fx.Node) -> bool:
         return node.op != "output" and self._is_foreign(node)

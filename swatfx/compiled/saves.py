@@ -6,7 +6,8 @@ them, and are looked up at every call. Where no gradient will be asked for they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -286,15 +287,27 @@ def _norm(
         call = replace(call, saves=NOTHING)
     elif call.saves == INT8 and not call.training and not trains_weight:
         call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
-    y, _, _, new_mean, new_var, _ = ops.batch_norm(
-        x, residual, weight, bias, *statistics, *call.options
-    )
+    args = (x, residual, weight, bias, *statistics)
+    try:
+        y, _, _, *new, _ = ops.batch_norm(*args, *call.options)
+    except Exception:
+        # Recomputation under checkpoints ends by an exception where the last tensor is kept; eager
+        # has moved the statistics by then.
+        if call.training and not torch.compiler.is_compiling():
+            with torch.no_grad(), suppress(Exception):
+                _, _, _, *new, _ = ops.batch_norm(*args, *replace(call, saves=NOTHING).options)
+                _move(statistics, new)
+        raise
     if call.training:
-        for running, new in zip(statistics, (new_mean, new_var), strict=True):
-            if running is not None:
-                running.copy_(new)
+        _move(statistics, new)
     result: Tensor = y
     return result
+
+
+def _move(statistics: tuple[Tensor | None, Tensor | None], new: Sequence[Tensor]) -> None:
+    for running, moved in zip(statistics, new, strict=True):
+        if running is not None:
+            running.copy_(moved)
 
 
 def _relu(x: Tensor) -> Tensor:

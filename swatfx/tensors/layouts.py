@@ -7,6 +7,7 @@ A layout says in what order a tensor's elements lie; shapes stay (N, C, *spatial
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,9 +66,12 @@ def with_plain_strides(x: Tensor) -> Tensor:
 
 
 def strides_of(shape: Sequence[int], layout: str) -> list[int]:
-    """Strides of a dense tensor of `shape` in `layout`."""
+    """Strides of a dense tensor of `shape` in `layout`; those of row-major where that is the same.
+
+    (Strides of dimensions of size 1 mean nothing, but torch refuses writes by them.)
+    """
     order = list(range(len(shape)))  # dimensions, the outermost first
-    if layout == BATCH_INNERMOST:
+    if layout == BATCH_INNERMOST and 1 not in (shape[0], math.prod(shape[1:])):
         order = [*order[1:], 0]
     elif layout == CHANNELS_LAST:
         order = [0, *order[2:], 1]
