@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import swatfx
 from tests.fuzz.checking import said
 from tests.fuzz.tensors import draw
 
-# `v` is an earlier name, `w` another. All values have the shape of the input.
+# `v` is an earlier name, `w` another; `p` and `q` are the input. All values have its shape.
 NAMES = (
     "{v}", "n.same({v})", "n.drop({v})", "{v}.detach()", "{v}.view({v}.shape)",
     "{v}.reshape({v}.shape[0], -1).view({v}.shape)", "{v}.transpose(2, 3)",
@@ -34,6 +35,7 @@ NAMES = (
     "n.shifts_eager({v})", "n.keeps({v})", "n.looked_at({v})",
     "({v}.chunk(2, 1) + {w}.chunk(2, 1))[2].repeat(1, 2, 1, 1)", "(n.in_list({v}) * 2)[1]",
     "(n.in_list({v}) + n.in_list({w}))[1]", "(n.twice_eager({v}) + n.twice({w}))[2]",
+    "n.other_name({v})", "n.before({v})",
 )  # fmt: skip
 VALUES = (
     "n.norm({v})", "n.wide({v})", "n.thin({v})", "n.line({v})", "n.layer_norm({v})", "{v} * 0.5",
@@ -42,7 +44,12 @@ VALUES = (
     "{v}.clone()", "torch.zeros_like({v})", "torch.where({v} > 0, {v}, {w})", "n.around({v})",
     "n.around_eager({v})", "n.relu({v})", "F.leaky_relu({v}, 0.1, 1)", "n.seen({v})",
     "n.wide({v}).contiguous(memory_format=torch.channels_last) * 1", "{v}.to(torch.bfloat16)",
-    "F.dropout({v}, 0.0, True, True)",
+    "F.dropout({v}, 0.0, True, True)", "F.relu(n.norm({v}) + {w})", "n.relu(n.norm({v}))",
+    "n.block({v})", "n.block_checkpointed({v})", "n.halves_written({v})",
+    "{v} * n.norm.running_var.view(1, -1, 1, 1)", "{v} + n.norm.num_batches_tracked",
+    "F.batch_norm({v}, n.norm.running_mean, n.norm.running_var, n.scale.view(-1), None, True)",
+    "F.relu(F.batch_norm({v}, None, None, None, n.norm.bias, True))",
+    "F.relu(n.norm({v}) + n.seen({w}))", "F.relu(n.norm({v}) + n.hands_on_eager({w}))",
 )  # fmt: skip
 WRITES = (
     "{v} += 1.0", "{v} *= 0.7", "{v} -= {w}.mean()", "{v} += {w}", "{v} -= 0.3 * {w}.detach()",
@@ -55,7 +62,8 @@ WRITES = (
     "a, b = {v}[:, :8], {v}[:, 8:]; a += b; b -= 0.5", "z = n.buffer; z *= 0.99",
     "z = torch.chunk({v}, 2, 1); z += ({w},); z[2].mul_(0.9)", "n.kept_eager({v})",
     "z = n.in_list({v}); z += n.in_list({w}); y = z[1]; y += 0.5", "n.shifts({v})",
-    "n.shifts_eager({v})", "torch.add({v}, 1.0, out={v}.detach())",
+    "n.shifts_eager({v})", "torch.add({v}, 1.0, out={v}.detach())", "q += 1.0", "p *= 0.5",
+    "z = {v}[0][None]; z += {v}[:1]", "{v}[:, 0].zero_()",
 )  # fmt: skip
 
 
@@ -71,6 +79,8 @@ class ProgramCase:
         kernels: as in `swatfx.compile`.
         training: whether gradients are asked for.
         autocast: whether under bfloat16 autocast; then values are compared roughly.
+        packs: whether activations are packed (all of them, by a sparsity that drops none), so that
+            norms, ReLUs and pools keep less.
     """
 
     seed: int = 0
@@ -80,6 +90,7 @@ class ProgramCase:
     kernels: str = "sparse"
     training: bool = True
     autocast: bool = False
+    packs: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Inverse of `from_json`."""
@@ -94,13 +105,13 @@ class ProgramCase:
         """The program as a function of the network and a tensor."""
         end = ", ".join(f"{name} * 1" for name in self.results)
         lines = ["v0 = h", *self.lines, f"return n.wide({self.results[0]}), {end}"]
-        return "def program(n, h):\n    " + "\n    ".join(lines) + "\n"
+        return "def program(n, h, p, q):\n    " + "\n    ".join(lines) + "\n"
 
 
 def random_program(seed: int, number: int) -> ProgramCase:
     """Case `number`."""
     rng = random.Random(f"program {seed} {number}")
-    names, lines = ["v0"], []
+    names, lines = ["v0", "v0", "p", "q"], []
     for i in range(rng.randint(3, 11)):
         v, w = rng.choice(names), rng.choice(names)
         what = rng.choice((NAMES, VALUES, WRITES, WRITES))
@@ -112,11 +123,12 @@ def random_program(seed: int, number: int) -> ProgramCase:
     return ProgramCase(
         seed=rng.randrange(1 << 30),
         lines=tuple(lines),
-        results=tuple(rng.sample(names, min(len(names), rng.randint(1, 3)))),
+        results=tuple(dict.fromkeys(rng.choices(names, k=rng.randint(1, 4)))),
         batch=rng.choice([1, 2, 15, 16, 16, 17]),
         kernels=rng.choice(["sparse", "sparse", "dense"]),
         training=rng.random() < 0.5,
         autocast=rng.random() < 0.1,
+        packs=rng.random() < 0.6,
     )
 
 
@@ -126,7 +138,7 @@ def smaller_programs(case: ProgramCase) -> list[ProgramCase]:
         replace(case, lines=case.lines[:i] + case.lines[i + 1 :]) for i in range(len(case.lines))
     ]
     found += [replace(case, results=(name,)) for name in case.results if len(case.results) > 1]
-    for name in ("autocast", "batch", "training"):
+    for name in ("autocast", "batch", "training", "packs"):
         plain = getattr(ProgramCase(), name)
         if getattr(case, name) != plain:
             found.append(replace(case, **{name: plain}))
@@ -174,6 +186,58 @@ def _change(part: Any, x: Tensor) -> Tensor:
     return x
 
 
+class _Block(nn.Module):
+    """A norm, an addition and a ReLU, which are one call where activations are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        y += x
+        return F.relu(y)
+
+
+class _Halves(nn.Module):
+    """Gives a tensor, and half of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, y[:, :8]
+
+
+class _Uses(nn.Module):
+    """Python around a part that can be traced."""
+
+    def __init__(self, part: nn.Module, run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part, self.run = part, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.part, x) if x.sum() < 1e30 else x
+
+
+def _written_half(part: Any, x: Tensor) -> Tensor:
+    whole, half = part(x)
+    half += 1.0
+    return whole
+
+
+def _checkpointed(part: Any, x: Tensor) -> Tensor:
+    return checkpoint(part, x, use_reentrant=False) if x.requires_grad else part(x)
+
+
+def _name_before(part: Any, x: Tensor) -> Tensor:
+    """What it was given at the call before, if anything."""
+    part.held.append(x)
+    return part.held[-2] if len(part.held) > 1 else x
+
+
 class Network(nn.Module):
     """What a program may call."""
 
@@ -194,6 +258,10 @@ class Network(nn.Module):
         self.around, self.around_eager = _Does(_around), _Does(_around, True)
         self.keeps, self.kept_eager = _Does(_keep, True), _Does(_change, True)
         self.seen, self.looked_at = nn.BatchNorm2d(16), nn.Identity()
+        self.block = _Block()
+        self.block_checkpointed = _Uses(_Block(), _checkpointed)
+        self.halves_written = _Uses(_Halves(), _written_half)
+        self.other_name, self.before = _Does(lambda _, x: x[:], True), _Does(_name_before, True)
 
     def watch(self) -> list[Tensor]:
         """What hooks hold on to, from now on."""
@@ -202,8 +270,8 @@ class Network(nn.Module):
             module.register_forward_hook(lambda _, args, result: held.append(result))
         return held
 
-    def forward(self, x: Tensor) -> Any:
-        return self.program(self, self.first(x))
+    def forward(self, p: Tensor, q: Tensor) -> Any:
+        return self.program(self, self.first(p), p, q)
 
 
 def check_program(case: ProgramCase) -> list[str]:
@@ -233,7 +301,8 @@ def _run(model: Network, x: Tensor, case: ProgramCase, compiled: bool = False) -
     held = model.watch()
     called: nn.Module = model
     if compiled:
-        called = swatfx.compile(model, "swat-u:0.0,first_dense=False", kernels=case.kernels)
+        policy = f"swat-u:{'0.0000001' if case.packs else '0'},first_dense=False"
+        called = swatfx.compile(model, policy, kernels=case.kernels)
         called.train(case.training)
     inside: AbstractContextManager[Any] = nullcontext()
     if case.autocast:
@@ -242,12 +311,12 @@ def _run(model: Network, x: Tensor, case: ProgramCase, compiled: bool = False) -
     found: dict[str, Tensor] = {}
     for call in range(2):
         with torch.set_grad_enabled(case.training), inside:
-            results = called(given)
+            results = called(given, given)
         found |= {f"result {i} of call {call}": y for i, y in enumerate(results)}
         if case.training:
             sum((y.double() if x.dtype is torch.float64 else y.float()).sin().sum()
                 for y in results if y.requires_grad).backward()  # fmt: skip
-    for name in ("keeps", "kept_eager"):  # the compiled model has copies of these
+    for name in ("keeps", "kept_eager", "before"):  # the compiled model has copies of these
         held += called.get_submodule(name).held
     found |= {f"kept {i}": t for i, t in enumerate(held)}
     found |= {
