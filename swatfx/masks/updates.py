@@ -107,8 +107,10 @@ class MaskUpdater(JointUpdate):
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, step: int) -> bool:
         """Zero, freeze or update masks after `step`; whether any has changed."""
-        mine = self._owners.share(optimizer, self.layers)
         self.hold(optimizer)
+        if not (self._policy.updates_masks or self._policy.hold_from_epoch):
+            return False  # held from the first step on, and never another
+        mine = self._owners.share(optimizer, self.layers)
         for layer in mine:  # one without momentum shall not be found out at the first update only
             if layer.plan.name in self._unread:
                 momentum_of([optimizer], layer)
