@@ -240,6 +240,15 @@ def test_opcheck_current(selector: str, held: float | None) -> None:
     assert not held or (torch.equal(found, state) and found is not state)
 
 
+def test_a_flag_on_the_host_casts_no_input_elsewhere() -> None:
+    x, w = torch.randn(5, 8, device="meta"), torch.randn(6, 8, device="meta")
+    state, flag = torch.zeros(6, dtype=torch.uint8, device="meta"), torch.zeros((), device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        for opened in (None, flag.double()):
+            told = {"sparse": "w/!", "weight_selector": "held:nchw", "open": opened}
+            assert OPS.linear(x, w, None, state, None, **told).dtype == torch.float32
+
+
 @pytest.mark.parametrize("inputs", [[], [torch.ones(2, 3)]])
 @pytest.mark.parametrize("advance", [True, False])
 def test_opcheck_step(inputs: list[Tensor], advance: bool) -> None:
