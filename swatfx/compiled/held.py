@@ -32,7 +32,7 @@ class HeldThreshold(WeightThreshold):
     @property
     def is_held(self) -> bool:
         """Whether the state stays as it is."""
-        return bool(self.held.item() >= 0.5)
+        return old_masks.is_held(self.stamp, self.held)
 
     def hold(self) -> None:
         """Keep the state as it is from now on; when it was refreshed last is no matter any more."""
@@ -46,7 +46,7 @@ class HeldThreshold(WeightThreshold):
 
     def let_through(self, gradients: bool) -> None:
         """Say whether inactive weights receive theirs."""
-        if bool(self.open.item() >= 0.5) != gradients:  # else a pending backward would object
+        if self.open.item() != gradients:  # a pending backward would object to a write
             self.open.fill_(gradients)
 
     @torch.no_grad()

@@ -273,7 +273,7 @@ class WeightThreshold(Threshold):
         self.mend(weight)
         decides = self.threshold, self.stamp, step, self.density, self.fraction
         if not torch.compiler.is_compiling():
-            found = recall(self.remembered, self.is_held, weight, *decides)
+            found = recall(self.remembered, self.held, weight, *decides)
             if found is not None:
                 return found
         told = self.selector, self.layer, self.seed, self.remembered.token, self.held

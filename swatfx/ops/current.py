@@ -159,7 +159,12 @@ def _target(
 
 
 def recall(
-    memory: Ranked, held: bool, weight: Tensor, threshold: Tensor, stamp: Tensor, *target: Tensor
+    memory: Ranked,
+    held: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    *target: Tensor,
 ) -> Tensor | None:
     """What `current` would return without ranking, and without the price of calling an op.
 
@@ -170,7 +175,7 @@ def recall(
         return None
     if weight.is_meta:
         return None
-    if held:
+    if old_masks.is_held(stamp, held):
         # The mask may change in place; a pending backward must not see that.
         return threshold.clone() if torch.is_grad_enabled() else threshold
     if memory.seen is None:

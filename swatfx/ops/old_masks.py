@@ -16,7 +16,8 @@ _HELD = 2**62
 
 def is_held(stamp: Tensor, held: Tensor | None) -> bool:
     """Whether a refresh leaves the state alone: what `held` says, or in its absence `stamp`."""
-    return int(stamp.item()) == _HELD if held is None else bool(held.item() >= 0.5)
+    # No forward counts as far; averages of models may have moved it a little.
+    return int(stamp.item()) > _HELD // 2 if held is None else _is_set(held)
 
 
 def is_open(state: Tensor, size: int, opened: Tensor | None) -> bool:
@@ -28,7 +29,7 @@ def is_open(state: Tensor, size: int, opened: Tensor | None) -> bool:
         opened: what the op was told; None where nothing opens them, or in a program of then.
     """
     if opened is not None:
-        return bool(opened.item() >= 0.5)
+        return _is_set(opened)
     return _has_byte(state, size) and bool(state[-1].item())
 
 
@@ -42,13 +43,17 @@ def read(stamp: Tensor, state: Tensor, size: int) -> dict[str, Tensor] | None:
     if not _has_byte(state, size):
         return None
     held = is_held(stamp, None)
-    flag = torch.tensor([held, bool(state[-1])], dtype=torch.float64, device="cpu")
+    flags = torch.tensor([held, bool(state[-1])], dtype=torch.float64, device="cpu")
     return {
         "threshold": state[:-1].clone(),
         "stamp": torch.full_like(stamp, -1) if held else stamp,
-        "held": flag[0].clone(),
-        "open": flag[1].clone(),
+        "held": flags[0].clone(),
+        "open": flags[1].clone(),
     }
+
+
+def _is_set(flag: Tensor) -> bool:
+    return bool(flag.item() >= 0.5)
 
 
 def _has_byte(state: Tensor, size: int) -> bool:
