@@ -230,9 +230,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input, opened = ctx.saved_tensors
+    call = ctx.call if opened is None else replace(ctx.call, open=opened)
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
-    grads = conv_backward(*given, *replace(ctx.call, open=opened).options)
+    grads = conv_backward(*given, *call.options)
     wanted = wanted_gradients(ctx, grads, weight, weight_state, ctx.call.weight_selector)
     return (*wanted, *[None] * (1 + len(ctx.call.options)))
 

@@ -137,9 +137,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, weight_state, kept, input, opened = ctx.saved_tensors
+    call = ctx.call if opened is None else replace(ctx.call, open=opened)
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
-    grads = linear_backward(*given, *replace(ctx.call, open=opened).options)
+    grads = linear_backward(*given, *call.options)
     selector = ctx.call.weight_selector
     first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, selector)
     if first is not None and ctx.order is not None:
