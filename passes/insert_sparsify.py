@@ -247,6 +247,9 @@ class _Rewriter:
         if where.gradient:
             options["gradient_density"] = density_text(plan.gradient_density)
             options["gradient_selector"] = plan.rule.gradient_selector
+        if where.active_only and plan.rule.hold_from_epoch is not None:
+            state: fx.Node = tensors[3]
+            options["open"] = self._attribute(f"{state.target}.open")
         kept = shared.pack if shared is not None else None
         if kept is not None:
             options["kept_dtype"] = self.value_dtype

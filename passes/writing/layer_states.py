@@ -14,6 +14,7 @@ from swatfx import selectors
 from swatfx.compiled import (
     ActivationThreshold,
     CallThresholds,
+    HeldThreshold,
     LayerState,
     LearnedThreshold,
     SwatModule,
@@ -24,6 +25,7 @@ from swatfx.compiled import (
 from swatfx.errors import InputError, PolicyError
 from swatfx.meta import LayerPlan
 from swatfx.ops.learned import is_learned
+from swatfx.selectors import Held
 
 
 class States:
@@ -94,7 +96,8 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
     state = initial_state(weight, weight, plan.weight_selector, spatial, True)
     if is_learned(plan.weight_selector):
         return _learned_threshold(plan, spatial, weight, state)
-    module = WeightThreshold(
+    holds = isinstance(selectors.get(plan.weight_selector), Held)
+    module = (HeldThreshold if holds else WeightThreshold)(
         plan.name,
         plan.weight_selector,
         plan.first_densities[0],
@@ -105,7 +108,7 @@ def weight_threshold(plan: LayerPlan, spatial: int, weight: Tensor) -> WeightThr
         seed=plan.rule.seed,
     )
     module.recompute(weight)
-    if plan.rule.hold_from_epoch == 0:
+    if isinstance(module, HeldThreshold) and plan.rule.hold_from_epoch == 0:
         module.hold()
     return module
 

@@ -18,7 +18,7 @@ from swatfx.options import OPTION_NAMES, CompileOptions
 from swatfx.policy import Policy
 
 FORMAT = "swatfx-checkpoint"
-VERSION = 2  # 1 had no checksum
+VERSION = 3  # 1 had no checksum; until 2, masks ended in a byte, and stamps said what is held
 _FIELDS = ("format", "version", "plan", "state_dict", "optimizer", "extra")
 _OTHER_MODEL = "load it into a model built as the one that was saved"
 _OTHER_OPTIMIZER = "make the optimizer as it was made then, over the same parameters in that order"
@@ -225,6 +225,10 @@ def _check_counters(state: Mapping[str, Any], gm: SwatModule) -> None:
             refuse(f"state_dict.{prefix}.fraction", "is not the density", (numerator, denominator))
         if held["stamp"].item() < -1:
             refuse(f"state_dict.{prefix}.stamp", "is no iteration", held["stamp"].item())
+        for name in ("held", "open"):
+            flag = state.get(f"{prefix}.{name}")
+            if flag is not None and flag.item() not in (0, 1):
+                refuse(f"state_dict.{prefix}.{name}", "is neither 0 nor 1", flag.item())
         if held["threshold"].is_floating_point() and held["threshold"].isnan().any():
             refuse(f"state_dict.{prefix}.threshold", "holds NaN", module.layer)
         later = state.get(f"{prefix}.later")

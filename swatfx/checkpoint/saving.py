@@ -24,7 +24,7 @@ from swatfx.checkpoint.checks import (
     read_content,
 )
 from swatfx.checkpoint.file import read_file, write_file
-from swatfx.compiled import SwatModule, all_plans, learned, unwrap
+from swatfx.compiled import HeldThreshold, SwatModule, all_plans, learned, unwrap
 from swatfx.errors import CheckpointError, InputError, SwatError
 from swatfx.files.atomic import as_path, write_atomically
 from swatfx.pipeline import compile
@@ -108,6 +108,9 @@ def load(
                 f"the model cannot be compiled as field 'plan' of the checkpoint says: {error}"
             ) from error
         check_plan(content.layers, _plan(gm)["layers"])
+        for path, threshold in gm.swat.thresholds():
+            if isinstance(threshold, HeldThreshold):  # in the form of version 2, maybe
+                threshold.upgrade(content.state_dict, f"swat.{path}.")
         check_state(content.state_dict, gm)
         if optimizer is not None:
             if content.optimizer is not None:

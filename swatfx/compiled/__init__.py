@@ -1,6 +1,7 @@
 """What `swatfx.compile` returns: the module, its parts, what it remembers, its layers."""
 
 from swatfx.compiled.changes import watch
+from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.layers import SparseLayer, all_plans, current, read_dense, sparse_layers
 from swatfx.compiled.learned import LearnedThreshold
 from swatfx.compiled.module import (
@@ -71,6 +72,7 @@ __all__ = [
     "LINEAR",
     "LayerNode",
     "LayerState",
+    "HeldThreshold",
     "LearnedThreshold",
     "MaxPool2d",
     "NORM",

@@ -1,7 +1,7 @@
 """State of copies whose buffers were averaged with those of other models, as EMA and SWA do.
 
-Averaging moves numbers that mean nothing halfway: the bits of a mask, an exact fraction, the stamp
-of a state that is held. What can be told to be broken is taken anew, from the averaged weights.
+Averaging moves numbers that mean nothing halfway: the bits of a mask, an exact fraction. What can
+be told to be broken is taken anew, from the averaged weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from swatfx.density import Density
-from swatfx.ops.state import HELD
 from swatfx.selectors import Axes, Held, RandomSelector
 from swatfx.selectors.topk import largest
+from swatfx.tensors import bits
 
 if TYPE_CHECKING:
     from swatfx.compiled.state import WeightThreshold
@@ -31,8 +31,6 @@ def mend(threshold: WeightThreshold, weight: Tensor) -> None:
     not, though weights outside of it are not zero, becomes that of the largest averaged weights, at
     the averaged density.
     """
-    if not threshold.is_held and int(threshold.stamp.item()) > HELD // 2:
-        threshold.hold()
     selector = threshold.chosen
     if not (threshold.is_held and isinstance(selector, Held)) or weight.is_meta:
         _mend_density(threshold)
@@ -54,7 +52,7 @@ def mend(threshold: WeightThreshold, weight: Tensor) -> None:
         return
     if isinstance(selector.base, RandomSelector):
         mask = largest(torch.nan_to_num(weight.abs()), torch.ones_like(keep), within)
-        threshold.threshold.copy_(Held.from_mask(mask))
+        threshold.threshold.copy_(bits.mask_to_bits(mask))
     else:
         threshold.recompute(weight)
 

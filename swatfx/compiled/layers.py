@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from swatfx import meta
+from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.module import SwatModule, evaluate, weight_chain
 from swatfx.compiled.nodes import LayerNode, all_nodes, layer_nodes, sparse_nodes
 from swatfx.compiled.state import ActivationThreshold, LayerState, WeightThreshold
@@ -38,6 +39,13 @@ class SparseLayer:
         """The weight's threshold."""
         module = self.state.get_submodule("weight_threshold")
         assert isinstance(module, WeightThreshold)
+        return module
+
+    @property
+    def held_threshold(self) -> HeldThreshold:
+        """The weight's threshold, where the policy holds masks."""
+        module = self.weight_threshold
+        assert isinstance(module, HeldThreshold)
         return module
 
     @property

@@ -22,7 +22,7 @@ from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
-from swatfx.ops.state import CALLS, HELD, check_rankable, compute_state, read_density
+from swatfx.ops.state import CALLS, check_rankable, compute_state, read_density
 from swatfx.options import CompileOptions
 from swatfx.policy import Policy
 from swatfx.selectors import Axes, Selector
@@ -171,8 +171,7 @@ class Threshold(nn.Module):
     @property
     def _last_refresh(self) -> int:
         """Iteration of the last refresh, which seeds random draws; 0 before the first."""
-        stamp = int(self.stamp.item())
-        return 0 if stamp == HELD else max(stamp, 0)
+        return max(int(self.stamp.item()), 0)
 
     def recompute(self, x: Tensor) -> None:
         """Set the state from `x` now, whatever the iteration."""
@@ -191,7 +190,7 @@ class Threshold(nn.Module):
         self.threshold.copy_(state)
         self.history.forget()
 
-    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+    def _refresh(self, x: Tensor, step: Tensor, held: Tensor | None = None) -> Tensor:
         result: tuple[Tensor, Tensor, Tensor] = ops.refresh(
             x.detach(),
             self.threshold,
@@ -209,6 +208,7 @@ class Threshold(nn.Module):
             self.history.token,
             autocast_dtype(x) == torch.float16,
             self.is_parameter,
+            held,
         )
         use, threshold, stamp = result
         self.threshold.copy_(threshold)
@@ -221,11 +221,14 @@ class WeightThreshold(Threshold):
 
     In evaluation it is not read, and not written: what is active is selected from the weight as it
     is. Once held, no forward refreshes it, and evaluation reads it: what `swatfx.attach` hangs on
-    the optimizer may change it.
+    the optimizer may change it. Those that can be held are `swatfx.compiled.held.HeldThreshold`s.
     """
+
+    held: Tensor | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.register_buffer("held", None)
         self.remembered = Ranked()
         self.planned = self.density_now
         self.is_copy = False
@@ -247,11 +250,7 @@ class WeightThreshold(Threshold):
     @property
     def is_held(self) -> bool:
         """Whether the state stays as it is."""
-        return int(self.stamp.item()) == HELD
-
-    def hold(self) -> None:
-        """Keep the state as it is from now on."""
-        self.stamp.fill_(HELD)
+        return False
 
     def make_room(self, weight: Tensor) -> None:
         """Take the shape that the state of `weight` has."""
@@ -264,23 +263,22 @@ class WeightThreshold(Threshold):
     def renew(self, weight: Tensor) -> None:
         """Serve `weight`, which took another's place: selected at the density as it is now."""
         self.make_room(weight)
-        if not self.is_held:
-            self.stamp.fill_(-1)
+        self.stamp.fill_(-1)
         self.recompute(weight)
 
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""
         if self.training:
-            return self._refresh(weight, step)
+            return self._refresh(weight, step, self.held)
         weight = weight.detach()
         self.mend(weight)
         decides = self.threshold, self.stamp, step, self.density, self.fraction
         if not torch.compiler.is_compiling():
-            found = recall(self.remembered, weight, *decides)
+            found = recall(self.remembered, self.held, weight, *decides)
             if found is not None:
                 return found
-        token = self.remembered.token
-        state: Tensor = ops.current(weight, *decides, self.selector, self.layer, self.seed, token)
+        told = self.selector, self.layer, self.seed, self.remembered.token, self.held
+        state: Tensor = ops.current(weight, *decides, *told)
         return state
 
     def state_now(self, weight: Tensor) -> Tensor:
@@ -296,6 +294,7 @@ class WeightThreshold(Threshold):
             self.layer,
             self.seed,
             -1,
+            self.held,
         )
         return state
 
@@ -345,7 +344,7 @@ class CallThresholds(ActivationThreshold):
         super()._apply(fn, recurse)
         return self
 
-    def _refresh(self, x: Tensor, step: Tensor) -> Tensor:
+    def _refresh(self, x: Tensor, step: Tensor, held: Tensor | None = None) -> Tensor:
         result: tuple[Tensor, Tensor, Tensor] = ops.refresh_call(
             x.detach(),
             torch.cat([self.threshold.unsqueeze(0), self.later]),

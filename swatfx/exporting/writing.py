@@ -132,9 +132,9 @@ def inference_module(gm: SwatModule) -> SwatModule:
                 if isinstance(module, Saver):
                     _make_saver_plain(module, prefix, node)
         for node in reversed(part.graph.nodes):
-            if node.op == "call_module" and str(node.target).startswith("swat.") and not node.users:
-                if node.target != "swat.eager_root":
-                    part.graph.erase_node(node)
+            ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
+            if ours and not node.users and node.target != "swat.eager_root":
+                part.graph.erase_node(node)
         part.recompile()
     for name in list(twin.swat._modules):
         if name != "eager_root":

@@ -73,10 +73,13 @@ class GrowRule:
     Attributes:
         choose: (layer after dropping, how many) -> bool mask of those to grow.
         needs: of "gradient" and "momentum", the dense tensors that `choose` reads.
+        rests: whether nothing is to be grown after the last step of a training, since it would
+            never be trained.
     """
 
     choose: Callable[[MaskedLayer, int], Tensor]
     needs: frozenset[str] = frozenset()
+    rests: bool = True
 
 
 def drop_count(layer: MaskedLayer, fraction: float) -> int:
@@ -228,11 +231,12 @@ DROPS: dict[str, DropRule] = {
     "unselected": _per_layer(_unselected),
 }
 GROWS: dict[str, GrowRule] = {
-    "none": GrowRule(lambda layer, count: torch.zeros_like(layer.keep)),
+    "none": GrowRule(lambda layer, count: torch.zeros_like(layer.keep), rests=False),
     "random": GrowRule(by_score(_draw)),
     "gradient": GrowRule(by_score(_gradient), frozenset({"gradient"})),
     "momentum": GrowRule(by_score(_momentum), frozenset({"momentum"})),
-    "selected": GrowRule(_selected),
+    # Soft filter pruning sets its filters to zero for good only then.
+    "selected": GrowRule(_selected, rests=False),
 }
 SHARES: dict[str, ShareRule] = {
     "layer": _same_layer,

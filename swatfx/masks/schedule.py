@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from swatfx.density import Density
 from swatfx.errors import AttachError
+from swatfx.masks.rules import GROWS
 from swatfx.policy import Policy
 
 
@@ -49,8 +50,7 @@ class Schedule:
     def is_due(self, step: int) -> bool:
         """Whether masks change after optimizer step `step`, counted from 1.
 
-        What was grown after the very last step would never be trained: rules that grow rest then,
-        but for soft filter pruning, which only then sets its filters to zero for good.
+        After the very last step the grow rule says whether it rests.
         """
         policy = self.policy
         if not policy.updates_masks:
@@ -58,11 +58,10 @@ class Schedule:
         every = policy.update_every or self.steps_per_epoch
         assert every is not None  # check() has seen to it
         if self.total_steps is not None:
-            grows = policy.grow not in ("none", "selected")
             if step > policy.update_until * self.total_steps or step > self.total_steps:
                 # A ramp ends on its target even where its end is no multiple of the interval.
                 return False
-            if grows and step == self.total_steps:
+            if step == self.total_steps and GROWS[policy.grow].rests:
                 return False
             if policy.ramp != "none" and step == self._end():
                 return True

@@ -23,7 +23,7 @@ from swatfx.masks.rules import MaskedLayer
 from swatfx.masks.schedule import Schedule
 from swatfx.ops.state import check_rankable, draw_seed
 from swatfx.policy import Policy
-from swatfx.selectors import Axes, Held
+from swatfx.selectors import Axes
 
 
 class MaskUpdater(JointUpdate):
@@ -54,7 +54,6 @@ class MaskUpdater(JointUpdate):
         self._dense = DenseGradients(all_ranks)
         self._gradients: dict[str, Tensor] = {}
         self._trained: set[str] = set()  # of the layers that have arrived: frozen ones stay
-        self._open: dict[str, bool] = {}  # whether the mask lets dense gradients through
 
     def is_due(self, step: int) -> bool:
         """As the schedule says."""
@@ -73,7 +72,6 @@ class MaskUpdater(JointUpdate):
                 zero_inactive(layer)
                 if self._policy.update == "active":  # momentum of dense training would revive them
                     forget(self._owners.of(layer.weight), layer.weight, ~layer.keep())
-        self._open.clear()
         self._open_gradients(step + 1)
 
     def stop(self) -> None:
@@ -109,8 +107,10 @@ class MaskUpdater(JointUpdate):
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, step: int) -> bool:
         """Zero, freeze or update masks after `step`; whether any has changed."""
-        mine = self._owners.share(optimizer, self.layers)
         self.hold(optimizer)
+        if not (self._policy.updates_masks or self._policy.hold_from_epoch):
+            return False  # held from the first step on, and never another
+        mine = self._owners.share(optimizer, self.layers)
         for layer in mine:  # one without momentum shall not be found out at the first update only
             if layer.plan.name in self._unread:
                 momentum_of([optimizer], layer)
@@ -124,8 +124,8 @@ class MaskUpdater(JointUpdate):
         unowned = [layer for layer in self.layers if not self._owners.of(layer.weight)]
         free = [x for x in (*mine, *unowned) if not x.weight_threshold.is_held]
         for layer in free:
-            layer.weight_threshold.recompute(layer.weight)
-            layer.weight_threshold.hold()
+            layer.held_threshold.recompute(layer.weight)
+            layer.held_threshold.hold()
         return bool(free)
 
     def arrive(self, layer: SparseLayer) -> None:
@@ -169,7 +169,6 @@ class MaskUpdater(JointUpdate):
         if "momentum" in self._needs and momentum is None:
             return None
         selector = layer.weight_threshold.chosen
-        assert isinstance(selector, Held)
         seed = draw_seed(self._policy.seed, name, step, True)
         axes = Axes(0, 1)
         density = layer.weight_density
@@ -194,8 +193,7 @@ class MaskUpdater(JointUpdate):
         # What is grown starts from zero, also where it was dropped just now, and also where a dense
         # gradient has moved it in this step. Soft filters come back as they are.
         stays = layer.keep() & ~dropped if self._policy.zero_inactive == "always" else keep
-        layer.weight_threshold.threshold.copy_(Held.from_mask(keep))
-        self._open.pop(layer.plan.name, None)
+        layer.held_threshold.set_mask(keep)
         if self._policy.zeroes_inactive:
             zero_(layer.weight, stays)
         if self._policy.zero_inactive == "always":
@@ -214,9 +212,7 @@ class MaskUpdater(JointUpdate):
             return
         for layer in self.layers:
             wanted = self.awaits(layer, next_step)
-            if wanted != self._open.get(layer.plan.name):
-                self._open[layer.plan.name] = wanted
-                layer.weight_threshold.threshold[-1] = int(wanted)
+            layer.held_threshold.let_through(wanted)
             if wanted:
                 self._dense.open(layer)
             else:

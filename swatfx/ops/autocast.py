@@ -45,7 +45,9 @@ def _kernel(op: Any, device: str, key: str, casts: tuple[int, ...]) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         cast = [
-            a.to(dtype) if i in casts and isinstance(a, Tensor) and _eligible(a) else a
+            a.to(dtype)
+            if i in casts and isinstance(a, Tensor) and a.device.type == device and _eligible(a)
+            else a  # of another device, say: a flag on the host brings the host's autocast along
             for i, a in enumerate(args)
         ]
         with torch._C._ExcludeDispatchKeyGuard(excluded):

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from swatfx import selectors
+from swatfx.ops import old_masks
 from swatfx.ops.where import (
     SWAT,
     Where,
     active_weight,
     as_seen,
-    reaching_gradient,
+    kept_only,
     sparse_gradient,
+    weight_keep,
 )
 from swatfx.selectors import Axes
 
@@ -66,6 +68,7 @@ class SparseCall(Call):
     gradient_density: str
     gradient_selector: str
     kept_dtype: torch.dtype | None
+    open: Tensor | None
 
     @property
     def where(self) -> Where:
@@ -104,10 +107,10 @@ class SparseCall(Call):
         return sparse_gradient(grad, self.gradient_density, self.gradient_selector, spatial)
 
     def weight_gradient(self, grad: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-        """What of a weight gradient reaches the weight (figure 7)."""
-        if not self.where.active_only:
+        """What of a weight gradient reaches the weight (figure 7): if not all, the active part."""
+        if not self.where.active_only or old_masks.is_open(state, weight.numel(), self.open):
             return grad
-        return reaching_gradient(grad, weight, state, self.weight_selector)
+        return kept_only(grad, weight_keep(weight, state, self.weight_selector))
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ class ConvCall(SparseCall):
             takes that of the input, and gives what aten gives. (`kept` says itself in which order
             it lies.)
         kept_dtype: of the values in `kept`, where narrower than the gradient's; None: the same.
+        open: float64 0-dim, 1 while inactive weights receive their gradient although updates are
+            masked (the steps at which RigL grows), else 0; None: they never do.
     """
 
     stride: Sequence[int]
@@ -147,11 +152,12 @@ class ConvCall(SparseCall):
     gradient_selector: str = "nchw"
     layout: str = ""
     kept_dtype: torch.dtype | None = None
+    open: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LinearCall(SparseCall):
-    """What `swatfx::linear` is told: as `ConvCall`, and one more.
+    """What `swatfx::linear` is told: as `ConvCall`, and one more before the last.
 
     Attributes:
         sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
@@ -165,6 +171,7 @@ class LinearCall(SparseCall):
     gradient_selector: str = "nchw"
     kept_dtype: torch.dtype | None = None
     sparse_kernels: bool = False
+    open: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,7 @@ class RefreshCall(Call):
         token: of the `History` that remembers what calls used.
         half: whether the layer sees the tensor in float16.
         own: whether the tensor is a parameter, and so in the same storage at every call.
+        held: float64 0-dim, 1 where the state stays as it is, else 0; None: it does not.
     """
 
     period: int
@@ -234,6 +242,7 @@ class RefreshCall(Call):
     token: int = -1
     half: bool = False
     own: bool = False
+    held: Tensor | None = None
 
     @classmethod
     def of_activation(cls, options: Sequence[Any]) -> RefreshCall:
@@ -252,7 +261,26 @@ class RefreshCall(Call):
         return selectors.get(self.selector).state_shape(tuple(x.shape), axes)
 
 
-OF_ACTIVATION = ("is_weight", "own")
+@dataclass(frozen=True)
+class CurrentCall(Call):
+    """What `swatfx::current` is told: as `RefreshCall`.
+
+    Attributes:
+        selector: name in `swatfx.selectors`.
+        layer: for seeds.
+        seed: of random selectors.
+        token: of the `Ranked` that remembers the result; without effect on it.
+        held: float64 0-dim, 1 where the state stays as it is, else 0; None: it does not.
+    """
+
+    selector: str
+    layer: str
+    seed: int
+    token: int
+    held: Tensor | None = None
+
+
+OF_ACTIVATION = ("is_weight", "own", "held")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from swatfx import selectors
+from swatfx.ops import old_masks
+from swatfx.ops.calls import CurrentCall, schema_of
 from swatfx.ops.memory import Memory
-from swatfx.ops.state import HELD, draw_seed, read_density
+from swatfx.ops.state import draw_seed, read_density
 from swatfx.selectors import Axes
 
 _PROBES = 64  # elements that are compared, too: whole tensors are written behind autograd's back
@@ -89,18 +91,14 @@ def _forget_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_forget_stepped)
 
 
-@torch.library.custom_op("swatfx::current", mutates_args=())
-def current(
+def _current(
     weight: Tensor,
     threshold: Tensor,
     stamp: Tensor,
     iteration: Tensor,
     density: Tensor,
     fraction: Tensor,
-    selector: str,
-    layer: str,
-    seed: int,
-    token: int,
+    *options: Any,
 ) -> Tensor:
     """The state that a refresh would give `weight` now; held ones as they are.
 
@@ -109,36 +107,47 @@ def current(
     Args:
         weight: (F, C, *kernel).
         threshold: state of the last refresh.
-        stamp: int64 0-dim, iteration of the last refresh, HELD where the state stays as it is. It
-            seeds random selectors: theirs is the draw of the last refresh.
+        stamp: int64 0-dim, iteration of the last refresh. It seeds random selectors: theirs is the
+            draw of the last refresh.
         iteration: int64 0-dim, training forwards so far: whatever optimizer follows one may have
             written the weight.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
-        selector: name in `swatfx.selectors`.
-        layer: for seeds.
-        seed: of random selectors.
-        token: of the `Ranked` that remembers the result; without effect on it.
+        options: fields of `swatfx.ops.calls.CurrentCall`.
 
     Returns:
         The selector's state, in the weight's precision; it aliases nothing.
     """
-    if int(stamp.item()) == HELD:
+    call = CurrentCall(*options)
+    if old_masks.is_held(stamp, call.held):
         return threshold.clone()
     target = _target(stamp, iteration, density, fraction)
-    memory = Ranked.find(token)
+    memory = Ranked.find(call.token)
     found = None if memory is None else memory.recall(weight, target)
     if found is not None:
         return found
-    state = selectors.get(selector).state(
+    state = selectors.get(call.selector).state(
         weight,
         read_density(density, fraction),
         Axes(0, 1),
-        draw_seed(seed, layer, max(int(stamp.item()), 0), True),
+        draw_seed(call.seed, call.layer, max(int(stamp.item()), 0), True),
     )
     if memory is not None:
         memory.seen = _look(weight, target, state.clone())
     return state
+
+
+current = torch.library.custom_op(
+    "swatfx::current",
+    _current,
+    mutates_args=(),
+    schema=schema_of(
+        "Tensor weight, Tensor threshold, Tensor stamp, Tensor iteration, Tensor density,"
+        " Tensor fraction",
+        CurrentCall,
+        "Tensor",
+    ),
+)
 
 
 def _target(
@@ -150,7 +159,12 @@ def _target(
 
 
 def recall(
-    memory: Ranked, weight: Tensor, threshold: Tensor, stamp: Tensor, *target: Tensor
+    memory: Ranked,
+    held: Tensor | None,
+    weight: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    *target: Tensor,
 ) -> Tensor | None:
     """What `current` would return without ranking, and without the price of calling an op.
 
@@ -161,7 +175,7 @@ def recall(
         return None
     if weight.is_meta:
         return None
-    if int(stamp.item()) == HELD:
+    if old_masks.is_held(stamp, held):
         # The mask may change in place; a pending backward must not see that.
         return threshold.clone() if torch.is_grad_enabled() else threshold
     if memory.seen is None:
@@ -170,8 +184,8 @@ def recall(
 
 
 @current.register_fake
-def _(weight: Tensor, *rest: Any) -> Tensor:
-    chosen = selectors.get(rest[5])
+def _(weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+    chosen = selectors.get(CurrentCall(*rest[5:], **named).selector)
     shape = chosen.state_shape(tuple(weight.shape), Axes(0, 1))
     return weight.new_empty(shape, dtype=chosen.state_dtype(weight.dtype))
 

@@ -125,19 +125,22 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
-    ctx.call = replace(LinearCall(*inputs[5:]), activation_state=None)
+    call = LinearCall(*inputs[5:])
+    ctx.call = replace(call, activation_state=None, open=None)
     ctx.input_shape = tuple(input.shape)
     ctx.order = layouts.order_of(input)
     wants_weight = wants_weight_gradient(ctx)
     saved = input if kept is None and wants_weight else None
-    ctx.save_for_backward(weight, weight_state, kept if wants_weight else None, saved)
+    kept, opened = (kept, call.open) if wants_weight else (None, None)
+    ctx.save_for_backward(weight, weight_state, kept, saved, opened)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, weight_state, kept, input = ctx.saved_tensors
+    weight, weight_state, kept, input, opened = ctx.saved_tensors
+    call = ctx.call if opened is None else replace(ctx.call, open=opened)
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
-    grads = linear_backward(*given, *ctx.call.options)
+    grads = linear_backward(*given, *call.options)
     selector = ctx.call.weight_selector
     first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, selector)
     if first is not None and ctx.order is not None:

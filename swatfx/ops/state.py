@@ -22,12 +22,11 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.density import DENSE, Density
 from swatfx.errors import InputError
+from swatfx.ops import old_masks
 from swatfx.ops.calls import OF_ACTIVATION, RefreshCall, schema_of
 from swatfx.ops.recomputed import Forwards, History, inside_backward, key_of, may_be_recomputed
 from swatfx.selectors import Axes
 from swatfx.selectors.topk import holds_nan
-
-HELD = 2**62  # as the iteration of the last refresh: no forward refreshes this state
 
 CALLS = 16  # of one layer in one forward that have a state each; calls beyond have none
 
@@ -188,8 +187,7 @@ def _refresh(
     Args:
         x: weight (F, C, *kernel), or activation.
         threshold: state of the last refresh.
-        stamp: int64 0-dim, iteration of the last refresh, -1 before the first, HELD where the
-            state stays as it is.
+        stamp: int64 0-dim, iteration of the last refresh, -1 before the first.
         step: int64 [5] of `swatfx::step`.
         density: float64 0-dim; `fraction`: int64 [2], the exact one or (0, 0).
         fraction: see `density`.
@@ -300,10 +298,11 @@ def _refreshed(
     """What `swatfx::refresh` returns."""
     iteration, recomputing, _, clock, _ = (int(v) for v in step.tolist())
     last = int(stamp.item())
+    held = old_masks.is_held(stamp, call.held)
     batch_shaped = call.is_batch_shaped
     due = batch_shaped or iteration % call.period == 0 or (last < 0 and not recomputing)
     use = threshold
-    if last == HELD:
+    if held:
         due = False
     elif not recomputing and not batch_shaped and history is not None:
         due = due or history.is_owed or (call.own and history.origin.is_other(x))
@@ -334,10 +333,10 @@ def _refreshed(
             iteration=iteration,
             all_ranks=call.all_ranks,
         )
-        use = use.to(threshold.dtype)
+        use = old_masks.in_form_of(threshold, use.to(threshold.dtype), x.numel())
     elif batch_shaped:
         use = threshold.new_zeros(call.state_shape(x))
-    if recomputing or batch_shaped or last == HELD:
+    if recomputing or batch_shaped or held:
         return use.clone(), threshold.clone(), stamp.clone()
     if history is not None:
         (history.refreshed if fresh else history.used)(iteration, use)

@@ -67,13 +67,6 @@ def weight_keep(weight: Tensor, state: Tensor, selector: str) -> Tensor:
     return selectors.get(selector).keep(weight, state, Axes(0, 1))
 
 
-def reaching_gradient(grad: Tensor, weight: Tensor, state: Tensor, selector: str) -> Tensor:
-    """The part of a weight gradient that masked updates let through: that of active weights."""
-    if selectors.get(selector).passes_gradient(state):
-        return grad
-    return kept_only(grad, weight_keep(weight, state, selector))
-
-
 def not_a_view(x: Tensor) -> Tensor:
     """`x`, no longer known as a view: autograd lets no one write into a view that an op returns."""
     return torch.ops.aten._unsafe_view.default(x, x.shape) if x._is_view() else x

@@ -126,7 +126,3 @@ class Selector:
     def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
         """Bool mask of what is kept, broadcastable to `x`."""
         return torch.logical_not(self.score(x, axes) < state)
-
-    def passes_gradient(self, state: Tensor) -> bool:
-        """Whether inactive weights receive their gradient now, where updates are masked."""
-        return False

@@ -47,8 +47,24 @@ class RandomSelector(Selector):
         return (draw < density).to(x.device)
 
 
+class _Mask(Selector):
+    """A selector whose state is the mask itself, uint8 [ceil(n / 8)]."""
+
+    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """A bit a weight."""
+        return ((torch.Size(shape).numel() + 7) // 8,)
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Bytes of the bitmask."""
+        return torch.uint8
+
+    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
+        """The stored mask; what lies behind it is not read."""
+        return bits.bits_to_mask(state[: (x.numel() + 7) // 8], x.numel()).view(x.shape)
+
+
 @dataclass(frozen=True)
-class NofM(Selector):
+class NofM(_Mask):
     """The n largest of every m consecutive weights along the input dimension.
 
     The mask is kept between refreshes, since no threshold reproduces it on moved weights. A last
@@ -68,14 +84,6 @@ class NofM(Selector):
                 remedy=f"use sparsity {1 - self.n / self.m:g}, or another selector",
             )
 
-    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
-        """A bit a weight."""
-        return ((torch.Size(shape).numel() + 7) // 8,)
-
-    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Bytes of the bitmask."""
-        return torch.uint8
-
     def state(
         self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
     ) -> Tensor:
@@ -91,18 +99,10 @@ class NofM(Selector):
         keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, top, True)
         return bits.mask_to_bits(keep.flatten(-2)[..., :channels].movedim(-1, axes.channel))
 
-    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
-        """The stored mask."""
-        return bits.bits_to_mask(state, x.numel()).view(x.shape)
-
 
 @dataclass(frozen=True)
-class Held(Selector):
-    """What `base` selected once, kept as a bitmask: for masks that are pruned and regrown.
-
-    The state is uint8 [ceil(n / 8) + 1]: the mask, and a last byte that is 1 while inactive weights
-    receive their gradient although updates are masked (the steps at which RigL grows).
-    """
+class Held(_Mask):
+    """What `base` selected once, kept as a bitmask: for masks that are pruned and regrown."""
 
     base: Selector = field(default=Selector("nchw"))
 
@@ -114,14 +114,6 @@ class Held(Selector):
         """As `base`."""
         return self.base.own_density(shape)
 
-    def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
-        """A bit a weight, and a byte."""
-        return ((torch.Size(shape).numel() + 7) // 8 + 1,)
-
-    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Bytes of the bitmask."""
-        return torch.uint8
-
     def state(
         self, x: Tensor, density: Density, axes: Axes, seed: int, reduce: Reduce | None = None
     ) -> Tensor:
@@ -131,30 +123,16 @@ class Held(Selector):
         sparsity, but never no weight at all.
         """
         if density.is_dense:
-            return self.from_mask(torch.ones(x.shape, dtype=torch.bool, device=x.device))
+            return bits.mask_to_bits(torch.ones(x.shape, dtype=torch.bool, device=x.device))
         if not isinstance(self.base, RandomSelector):
             if type(self.base).state is Selector.state:
                 shape = self.base.state_shape(tuple(x.shape), axes)
                 keep = exact_top(self.base.score(x, axes), density, shape)
-                return self.from_mask(keep.expand_as(x))
+                return bits.mask_to_bits(keep.expand_as(x))
             state = self.base.state(x, density, axes, seed, reduce)
-            return self.from_mask(self.base.keep(x, state, axes).expand_as(x))
+            return bits.mask_to_bits(self.base.keep(x, state, axes).expand_as(x))
         generator = torch.Generator().manual_seed(seed)  # on the host, as above
         order = torch.randperm(x.numel(), generator=generator, device="cpu")
         keep = torch.zeros(x.numel(), dtype=torch.bool, device="cpu")
         keep[order[: density.count_within(x.numel())]] = True
-        return self.from_mask(keep.to(x.device))
-
-    @staticmethod
-    def from_mask(keep: Tensor) -> Tensor:
-        """The state that keeps what the bool tensor `keep` says."""
-        packed = bits.mask_to_bits(keep)
-        return torch.cat([packed, packed.new_zeros(1)])
-
-    def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
-        """The stored mask."""
-        return bits.bits_to_mask(state[:-1], x.numel()).view(x.shape)
-
-    def passes_gradient(self, state: Tensor) -> bool:
-        """What the last byte says."""
-        return bool(state[-1].item())
+        return bits.mask_to_bits(keep.to(x.device))

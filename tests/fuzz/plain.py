@@ -235,7 +235,7 @@ class WeightMemory:
     def _drawn(self, w: Tensor, given: Tensor) -> Tensor:
         moment, rule, n = NOW.moment, self.rule, w.numel()
         if rule.held:
-            bits = [given[:-1] >> i & 1 for i in range(8)]
+            bits = [given >> i & 1 for i in range(8)]
             keep = torch.stack(bits, 1).reshape(-1)[:n].bool().view(w.shape)
             if int(keep.sum()) != count_held(rule.weight_density, n):
                 moment.problems.append(f"a random held mask keeps {int(keep.sum())} of {n}")

@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import swatfx
+from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.module import SwatModule
 from swatfx.errors import AttachError
-from swatfx.selectors import Held
 from tests.nets.held_masks import POLICIES, TIMES, TOTAL, masks_of, same
 from tests.nets.small_nets import assert_same, batches, plain, sgd, snapshot, train
 
@@ -44,7 +44,8 @@ def _break(gm: SwatModule) -> None:
     mask = masks_of(gm)["5"].flatten().clone()
     mask[mask.nonzero()[0]] = False
     mask[(~mask).nonzero()[-1]] = True
-    threshold.get_buffer("threshold").copy_(Held.from_mask(mask))
+    assert isinstance(threshold, HeldThreshold)
+    threshold.set_mask(mask)
 
 
 def _refusals(rank: int) -> dict[str, str]:

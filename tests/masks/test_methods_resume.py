@@ -116,10 +116,10 @@ def test_two_methods_in_one_network(name: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_state_dict_of_an_attached_model_goes_on() -> None:
-    """With the byte that opens dense gradients: the step after the first grows."""
+    """With the flag that opens dense gradients: the step after the first grows."""
     gm, optimizer = attached(POLICIES["rigl"])
     train(gm, optimizer, batches(1))
-    assert all(int(x.weight_threshold.threshold[-1]) == 1 for x in sparse_layers(gm))
+    assert all(x.held_threshold.open.item() == 1 for x in sparse_layers(gm))
     state, moments = copy.deepcopy((gm.state_dict(), optimizer.state_dict()))
     before = masks_of(gm)
     losses = train(gm, optimizer, batches(4, seed=1))

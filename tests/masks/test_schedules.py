@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import swatfx
 from swatfx.density import Density
 from swatfx.errors import AttachError, PolicyError
+from swatfx.masks.rules import GROWS
 from swatfx.masks.schedule import Schedule
 from swatfx.policy import Policy
 
@@ -34,6 +35,13 @@ def test_updates_come_once_an_epoch_and_not_after_the_last_step() -> None:
 
 def test_soft_filters_are_zeroed_after_the_last_step_too() -> None:
     assert _due(swatfx.soft_filter(0.5), 10, 40) == [10, 20, 30, 40]
+
+
+def test_a_grow_rule_says_whether_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = replace(swatfx.set_(0.9), grow="mine")
+    for rests, last in ((True, 30), (False, 40)):
+        monkeypatch.setitem(GROWS, "mine", replace(GROWS["random"], rests=rests))
+        assert _due(policy, 10, 40)[-1] == last
 
 
 def test_updates_end_at_their_fraction_of_training() -> None:

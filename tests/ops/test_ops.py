@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import SwatError
-from swatfx.ops.state import HELD
 from swatfx.selectors import Axes
 from swatfx.tensors import layouts
 
@@ -44,6 +43,7 @@ class Sample:
     gradient: str = ""
     input_grad: bool = True
     weight_grad: bool = True
+    open: float | None = None
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, weight and bias, as leaves."""
@@ -77,6 +77,8 @@ class Sample:
             options["activation_selector"] = self.activation_selector
         if self.gradient:
             options["gradient_density"] = self.gradient
+        if self.open is not None:
+            options["open"] = torch.tensor(self.open, dtype=torch.float64)
         args: tuple[Any, ...] = (x, w, b, state, kept)
         if spatial:
             if self.pad:
@@ -136,6 +138,8 @@ VARIANTS = {
         "weights": {"sparse": "w/", "packed": False},
         "activations": {"sparse": "a/", "packed": False},
         "active": {"sparse": "w/wa!"},
+        "held": {"sparse": "w/wa!", "weight_selector": "held:nchw", "open": 0.0},
+        "open": {"sparse": "w/wa!", "weight_selector": "held:nchw", "open": 1.0},
         "filter": {"weight_selector": "filter"},
         "n_of_m": {"weight_selector": "2:4"},
         "random": {"weight_selector": "random", "activation_selector": "random"},
@@ -223,16 +227,26 @@ def test_opcheck_refresh_call(selector: str, iteration: int) -> None:
 
 
 @pytest.mark.parametrize("selector", ["nchw", "hw", "channel", "random", "2:4", "held:nchw"])
-@pytest.mark.parametrize("stamp", [3, HELD])
-def test_opcheck_current(selector: str, stamp: int) -> None:
+@pytest.mark.parametrize("held", [None, 0.0, 1.0])
+def test_opcheck_current(selector: str, held: float | None) -> None:
     weight = torch.randn(4, 8, 3, 3)
     chosen = selectors.get(selector)
     state = chosen.state(weight, Density.from_sparsity(0.5), Axes(0, 1), 5)
-    numbers = (torch.tensor(stamp), torch.tensor(7), torch.tensor(0.5).double())
-    args = (weight, state, *numbers, torch.tensor([1, 2]), selector, "fc", 5, 10**9)
+    numbers = (torch.tensor(3), torch.tensor(7), torch.tensor(0.5).double())
+    flag = None if held is None else torch.tensor(held, dtype=torch.float64)
+    args = (weight, state, *numbers, torch.tensor([1, 2]), selector, "fc", 5, 10**9, flag)
     torch.library.opcheck(OPS.current, args)
     found = OPS.current(*args)
-    assert stamp != HELD or (torch.equal(found, state) and found is not state)
+    assert not held or (torch.equal(found, state) and found is not state)
+
+
+def test_a_flag_on_the_host_casts_no_input_elsewhere() -> None:
+    x, w = torch.randn(5, 8, device="meta"), torch.randn(6, 8, device="meta")
+    state, flag = torch.zeros(6, dtype=torch.uint8, device="meta"), torch.zeros((), device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        for opened in (None, flag.double()):
+            told = {"sparse": "w/!", "weight_selector": "held:nchw", "open": opened}
+            assert OPS.linear(x, w, None, state, None, **told).dtype == torch.float32
 
 
 @pytest.mark.parametrize("inputs", [[], [torch.ones(2, 3)]])
