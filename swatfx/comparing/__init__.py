@@ -1,6 +1,7 @@
 """Policies side by side on one network: counted, and trained where asked."""
 
-from swatfx.comparing.table import Comparison, compare
+from swatfx.comparing.rows import Comparison
+from swatfx.comparing.table import compare
 
 __all__ = [
     "Comparison",

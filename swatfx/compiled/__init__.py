@@ -1,25 +1,12 @@
 """What `swatfx.compile` returns: the module, its parts, what it remembers, its layers."""
 
 from swatfx.compiled.changes import watch
+from swatfx.compiled.clock import Clock, PartClock
 from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.layers import SparseLayer, all_plans, current, read_dense, sparse_layers
 from swatfx.compiled.learned import LearnedThreshold
-from swatfx.compiled.module import (
-    FALLBACK,
-    EagerRoot,
-    SwatModule,
-    all_parts,
-    evaluate,
-    evaluation_mode,
-    is_root,
-    join,
-    mirror,
-    private_copy,
-    relative,
-    signature_of,
-    unwrap,
-    weight_chain,
-)
+from swatfx.compiled.mirror import mirror, signature_of
+from swatfx.compiled.module import EagerRoot, SwatModule, private_copy, unwrap
 from swatfx.compiled.nodes import (
     CONV,
     LINEAR,
@@ -30,6 +17,7 @@ from swatfx.compiled.nodes import (
     sparse_nodes,
 )
 from swatfx.compiled.observing import observe
+from swatfx.compiled.parts import FALLBACK, all_parts, is_root, join, relative
 from swatfx.compiled.reaching import Reroute, codes, lends_layers
 from swatfx.compiled.saves import (
     NORM,
@@ -46,16 +34,14 @@ from swatfx.compiled.saves import (
 from swatfx.compiled.state import (
     ActivationThreshold,
     CallThresholds,
-    Clock,
-    LayerState,
     Pack,
-    PartClock,
-    SwatState,
     Threshold,
     WeightThreshold,
     initial_state,
 )
+from swatfx.compiled.swat_state import LayerState, SwatState
 from swatfx.compiled.ways import Arguments, Pattern, Ways, holds_none, label, split_inputs
+from swatfx.compiled.weights import evaluate, evaluation_mode, weight_chain
 from swatfx.compiled.wrappers import watch_wrappers
 
 __all__ = [

@@ -31,8 +31,10 @@ from swatfx.compiled.change_rules import (
     torn,
     weight_now,
 )
-from swatfx.compiled.module import TABLES, EagerRoot, SwatModule, all_parts, join
+from swatfx.compiled.mirror import TABLES
+from swatfx.compiled.module import EagerRoot, SwatModule
 from swatfx.compiled.nodes import layer_nodes, nodes_of
+from swatfx.compiled.parts import all_parts, join
 from swatfx.compiled.saves import Bound
 from swatfx.compiled.state import WeightThreshold
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from swatfx import meta
 from swatfx.compiled.held import HeldThreshold
-from swatfx.compiled.module import SwatModule, evaluate, weight_chain
+from swatfx.compiled.module import SwatModule
 from swatfx.compiled.nodes import LayerNode, all_nodes, layer_nodes, sparse_nodes
-from swatfx.compiled.state import ActivationThreshold, LayerState, WeightThreshold
+from swatfx.compiled.state import ActivationThreshold, WeightThreshold
+from swatfx.compiled.swat_state import LayerState
+from swatfx.compiled.weights import evaluate, weight_chain
 from swatfx.density import Density
 from swatfx.meta import LayerPlan
 from swatfx.ops.state import read_density

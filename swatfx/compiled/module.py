@@ -10,88 +10,26 @@ the `forward` of one module each.
 from __future__ import annotations
 
 import copy
-import inspect
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
+from swatfx.compiled.mirror import TABLES, copied_mirror, write_forwards
+from swatfx.compiled.parts import all_parts, is_root
 from swatfx.compiled.reaching import reach
-from swatfx.compiled.state import SwatState
+from swatfx.compiled.swat_state import SwatState
 from swatfx.compiled.ways import Ways
 from swatfx.errors import CheckpointError, InputError
 from swatfx.meta import LayerPlan
 
-TABLES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _HOOKS = tuple(
     name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_hooks_with_kwargs"))
 ) + ("_forward_hooks_always_called",)
-_CONTAINERS = (dict, list, set, OrderedDict)  # most of a module's attributes: empty hook tables
 _GRAPH_STATE = ("_graph", "_code")
-
-
-def mirror(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every parameter and buffer.
-
-    Plain attributes are deep-copied, so that references between modules stay inside the copy;
-    whatever cannot be copied (locks, handles) is shared.
-
-    Raises:
-        InputError: a lazy module that has not seen an input yet.
-    """
-    memo: dict[int, Any] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-    for name, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if nn.parameter.is_lazy(tensor):
-                raise InputError(
-                    "the layer is lazy and has no shape yet",
-                    layer=name,
-                    remedy="run one forward pass before swatfx.compile",
-                )
-            if tensor is not None:
-                memo[id(tensor)] = tensor
-        if isinstance(module, torch.jit.ScriptModule):
-            memo[id(module)] = module
-            continue
-        twin = module.__class__.__new__(module.__class__)
-        memo[id(module)] = twin
-        pairs.append((module, twin))
-    for module, twin in pairs:
-        for key, value in module.__dict__.items():
-            twin.__dict__[key] = _copy_attribute(key, value, memo)
-    _write_forwards(twin for _, twin in pairs)
-    result: nn.Module = memo[id(model)]
-    return result
-
-
-def _write_forwards(copies: Iterable[nn.Module]) -> None:
-    """Give copies of fx's GraphModules a forward: fx makes a class for each, without one."""
-    for module in copies:
-        if isinstance(module, fx.GraphModule):
-            module.graph = module.__dict__["_graph"]
-
-
-def _copy_attribute(key: str, value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    if key in ("_parameters", "_buffers"):
-        return dict(value)
-    if key == "_modules":
-        return {name: None if m is None else memo[id(m)] for name, m in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value  # not registered: shared, since a non-leaf tensor cannot be copied
-    if type(value) in _CONTAINERS and not value:
-        return memo.setdefault(id(value), type(value)())
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # whatever a user's attribute may raise, sharing it is what is left
-        return value
 
 
 class Watch(Protocol):
@@ -324,7 +262,7 @@ class SwatModule(fx.GraphModule):
         fx.GraphModule.__init__(twin, nn.Module(), fx.Graph(), self.__class__.__name__)
         for key, value in self.__dict__.items():
             if key == "mirrored" and value is not None:
-                twin.__dict__[key] = _copied_mirror(value, memo)
+                twin.__dict__[key] = copied_mirror(value, memo)
             elif key not in _GRAPH_STATE:
                 twin.__dict__[key] = copy.deepcopy(value, memo)
         twin.graph = copy.deepcopy(self.graph)
@@ -351,22 +289,7 @@ def _copy_graph_modules(roots: Sequence[nn.Module], memo: dict[int, Any]) -> Non
     memo.update({id(module): twin for module, twin in pairs})
     for module, twin in pairs:
         twin.__dict__.update(copy.deepcopy(module.__dict__, memo))
-    _write_forwards(twin for _, twin in pairs)
-
-
-def _copied_mirror(mirrored: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy that shares what cannot be copied, as `mirror` does."""
-    if id(mirrored) in memo:
-        result: nn.Module = memo[id(mirrored)]
-        return result
-    twin = mirrored.__class__.__new__(mirrored.__class__)
-    memo[id(mirrored)] = twin
-    for key, value in mirrored.__dict__.items():
-        if key in TABLES:
-            twin.__dict__[key] = copy.deepcopy(value, memo)
-        else:
-            twin.__dict__[key] = _copy_attribute(key, value, memo)
-    return twin
+    write_forwards(twin for _, twin in pairs)
 
 
 def _dispatching(generated: Callable[..., Any]) -> Callable[..., Any]:
@@ -388,56 +311,9 @@ def _dispatching(generated: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def signature_of(model: nn.Module) -> inspect.Signature:
-    """The signature of the model's forward, unbound."""
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    bound = inspect.signature(model.forward)
-    if "self" in bound.parameters:
-        own = own.replace(name="self_")
-    first = [own.replace(kind=inspect.Parameter.POSITIONAL_ONLY)]
-    return bound.replace(parameters=[*first, *bound.parameters.values()])
-
-
 def private_copy(gm: SwatModule) -> SwatModule:
     """A copy that shares the parameters and owns its buffers: to run or rewrite without a trace."""
     return copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
-
-
-def all_parts(gm: SwatModule) -> Iterator[tuple[str, SwatModule]]:
-    """(path prefix, graph module) of the root ("") and of every part below eager code.
-
-    The prefix of further graphs, for other calls, ends in their arguments, in parentheses.
-    """
-    yield "", gm
-    ways = gm.ways
-    if ways is not None:
-        yield from ((str(pattern), graph) for pattern, graph in ways.graphs)
-        if ways.fallback is not None:
-            yield FALLBACK, ways.fallback
-    for path, part in gm.parts.items():
-        yield path, part
-        if part.ways is not None:
-            yield from ((f"{path}{pattern}", graph) for pattern, graph in part.ways.graphs)
-
-
-FALLBACK = "(...)"
-
-
-def is_root(prefix: str) -> bool:
-    """Whether a graph with this prefix stands in for the whole model."""
-    return not prefix or prefix.startswith("(")
-
-
-def join(prefix: str, name: str) -> str:
-    """Path of `name` below `prefix`."""
-    path = prefix.partition("(")[0]
-    return f"{path}.{name}" if path else name
-
-
-def relative(prefix: str, path: str) -> str:
-    """Inverse of `join`: `path` as seen from `prefix`, if it lies below."""
-    above = prefix.partition("(")[0]
-    return path.removeprefix(f"{above}.") if above else path
 
 
 def unwrap(module: nn.Module) -> SwatModule:
@@ -458,72 +334,6 @@ def unwrap(module: nn.Module) -> SwatModule:
             )
     inner.follow_all()
     return inner
-
-
-@contextmanager
-def evaluation_mode(*roots: nn.Module) -> Iterator[None]:
-    """All below `roots` in evaluation: in training, spectral norm moves on at each use."""
-    modules = [m for root in roots for m in root.modules()]
-    modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
-    flags = [m.training for m in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
-
-
-def weight_chain(node: fx.Node) -> dict[fx.Node, bool] | None:
-    """The nodes that compute `node` from parameters alone, in graph order; None if inputs do.
-
-    True marks a cast whose target an input decides (`weight.to(x.dtype)`): it changes no value that
-    matters here, and stands for what it casts.
-    """
-    ancestors: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n not in ancestors:
-            ancestors.add(n)
-            todo += n.all_input_nodes
-    status: dict[fx.Node, bool] = {}
-    for n in node.graph.nodes:
-        if n not in ancestors or n.op in ("placeholder", "output"):
-            continue
-        if all(m in status for m in n.all_input_nodes):
-            status[n] = False
-        elif n.op == "call_method" and n.target in ("to", "type_as") and n.args[0] in status:
-            status[n] = True
-    if node not in status:
-        return None
-    needed: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n not in needed:
-            needed.add(n)
-            todo += n.all_input_nodes[:1] if status[n] else n.all_input_nodes
-    return {n: is_cast for n, is_cast in status.items() if n in needed}
-
-
-def evaluate(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """The value, as in evaluation, of a node that depends on parameters alone, or None."""
-    if node.op == "get_attr":
-        value: Any = gm
-        for atom in str(node.target).split("."):
-            value = getattr(value, atom)
-        return value if isinstance(value, torch.Tensor) else None
-    chain = weight_chain(node)
-    if chain is None:
-        return None
-    run = fx.Interpreter(gm, garbage_collect_values=False)
-    with torch.no_grad(), evaluation_mode(gm, getattr(gm, "swat_owner", gm)):
-        for n, is_cast in chain.items():
-            run.env[n] = run.env[n.all_input_nodes[0]] if is_cast else run.run_node(n)
-    result = run.env[node]
-    return result if isinstance(result, torch.Tensor) else None
 
 
 class EagerRoot(nn.Module):

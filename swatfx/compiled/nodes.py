@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from swatfx import meta
-from swatfx.compiled.module import SwatModule, all_parts, evaluate, join
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts, join
 from swatfx.compiled.state import Pack
+from swatfx.compiled.weights import evaluate
 from swatfx.meta import LayerPlan, NodeRecord
 
 CONV = torch.ops.swatfx.conv.default

@@ -6,95 +6,21 @@ sees one graph and a checkpoint holds all that resuming needs. Evaluation change
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from swatfx import ops, selectors
-from swatfx.compiled import saved_policy
 from swatfx.compiled.averages import mend
 from swatfx.density import Density
-from swatfx.errors import AttachError
 from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
 from swatfx.ops.state import CALLS, check_rankable, compute_state, read_density
-from swatfx.options import CompileOptions
-from swatfx.policy import Policy
 from swatfx.selectors import Axes, Selector
 from swatfx.tensors import layouts
-
-_tokens = itertools.count()
-
-
-class Clock(nn.Module):
-    """Counts training forwards of the root; call it first, with the graph's inputs."""
-
-    iteration: Tensor
-    updates: Tensor
-    _is_impure = True  # dead-code elimination must not stop the clock
-
-    def __init__(self, optimizer_wanted_by: str | None = None) -> None:
-        super().__init__()
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64, device="cpu"))
-        # Optimizer steps; on the host as the iteration is, whatever the default device.
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device="cpu"))
-        self.token = next(_tokens)
-        self.optimizer_wanted_by = optimizer_wanted_by
-        self.attached = False
-        self.lost = ""
-
-    def lose(self, layer: str) -> None:
-        """Whatever optimizer was attached is not that of the weights any more."""
-        self.lost = f" (layer {layer!r} has another weight since one was)"
-
-    def forward(self, *inputs: Any) -> Tensor:
-        """Return int64 [5] of `swatfx::step` in training, the bare counter in evaluation."""
-        if not self.training:
-            return self.iteration
-        unattached = self.optimizer_wanted_by is not None and not self.attached
-        if unattached and torch.is_grad_enabled():  # else it only gathers statistics: `update_bn`
-            raise AttachError(
-                f"policy {self.optimizer_wanted_by!r} acts after the optimizer's steps, but none is"
-                f" attached{self.lost}",
-                remedy="call swatfx.attach(gm, optimizer) before training",
-            )
-        step: Tensor = ops.step(self.iteration, self.token, _tensors(inputs), True, "")
-        self.iteration.copy_(step[2])
-        return step
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.token = next(_tokens)  # a deep copy keeps a time of its own
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clock:
-        # The counter is read by the host at every step: on a GPU it would cost a synchronisation.
-        return self
-
-
-class PartClock(nn.Module):
-    """Reads the clock in a part of the model that lies below eager code."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.__dict__["clock"] = clock  # a reference, not a child: its buffer has one name
-
-    def forward(self, *inputs: Any, part: str) -> Tensor:
-        """Return int64 [5] of `swatfx::step` for a call of `part`, without advancing."""
-        clock: Clock = self.__dict__["clock"]
-        if not self.training:
-            return clock.iteration
-        step: Tensor = ops.step(clock.iteration, clock.token, _tensors(inputs), False, part)
-        return step
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    leaves = (x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
-    return [x for x in leaves if x.layout is torch.strided and not x.is_nested]
 
 
 class Threshold(nn.Module):
@@ -402,84 +328,6 @@ class Pack(nn.Module):
         layout = self.layout or layouts.layout_of(x)
         kept: Tensor = ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, layout)
         return kept
-
-
-class LayerState(nn.Module):
-    """Container of one layer's thresholds and packs."""
-
-
-class SwatState(nn.Module):
-    """The child `swat` of a compiled model: a clock, and a LayerState a layer."""
-
-    clock: Clock
-    memory: Tensor | None
-
-    def __init__(self, policy: Policy, options: CompileOptions | None = None) -> None:
-        super().__init__()
-        self.policy = policy
-        self.options = CompileOptions() if options is None else options
-        self.clock = Clock(policy.name if policy.needs_optimizer else None)
-        self.part_clock = PartClock(self.clock)
-        self.register_buffer("memory", None)
-        self.stale = False  # a dense checkpoint was loaded: weight thresholds want recomputing
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SwatState:
-        memory = self.memory  # read by the host, and exact, as all numbers of the clock are
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers["memory"] = memory
-        return self
-
-    def remember(self, count: int) -> None:
-        """Give each of `count` budgets a number that its drop rule may remember by."""
-        self._buffers["memory"] = torch.zeros(count, dtype=torch.float64, device="cpu")
-
-    def memory_of(self, budget: int) -> Tensor:
-        """float64 [1] of one budget, a view."""
-        assert self.memory is not None
-        return self.memory[budget : budget + 1]
-
-    def thresholds(self) -> Iterator[tuple[str, Threshold]]:
-        """(path below `swat`, module) of every threshold."""
-        for name, module in self.named_modules():
-            if isinstance(module, Threshold):
-                yield name, module
-
-    def get_extra_state(self) -> Tensor:
-        """The policy, so that a state dict says what it belongs to."""
-        return saved_policy.as_tensor(self.policy)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Nothing: a state of another policy was refused before."""
-
-    def check_policy(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Raise CheckpointError if `state_dict`, our keys at `prefix`, is of another policy."""
-        own = {name: buffer for name, buffer in self.named_buffers() if buffer is not None}
-        saved_policy.check(self.policy, state_dict, prefix, own)
-
-    def spare_keys(self) -> set[str]:
-        """Keys that checkpoints of earlier versions lack: those of calls that had no state."""
-        return {
-            f"{path}.{key}"
-            for path, threshold in self.thresholds()
-            for key in threshold.state_dict()
-            if threshold.is_spare or key.startswith("later")
-        }
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self.check_policy(state_dict, prefix)
-        # A checkpoint of the dense model has none of our keys: supply them, and note that weight
-        # thresholds belong to other weights now.
-        if not any(key.startswith(prefix) for key in state_dict):
-            for key, value in self.state_dict().items():
-                state_dict[prefix + key] = value
-            self.stale = True
-        state_dict.setdefault(prefix + saved_policy.KEY, self.get_extra_state())  # an old one
-        own = self.state_dict()
-        for key in self.spare_keys():
-            state_dict.setdefault(prefix + key, own[key])
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def initial_state(

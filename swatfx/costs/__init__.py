@@ -3,7 +3,8 @@
 from swatfx.costs.eager_share import warn_of_eager
 from swatfx.costs.measuring import measure
 from swatfx.costs.perfetto import trace_events
-from swatfx.costs.reporting import Report, known_device, report
+from swatfx.costs.records import Report
+from swatfx.costs.reporting import known_device, report
 from swatfx.costs.simulation import PASSES, LayerCycles, Simulation, simulate
 
 __all__ = [

@@ -6,56 +6,32 @@ import hashlib
 import importlib
 import io
 import json
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from swatfx import meta
 from swatfx.arguments import FLAG, INPUTS, PATH, checked
 from swatfx.compiled import (
-    NORM,
-    AvgPool2d,
-    Bound,
-    Dropout,
-    LayerNode,
-    MaxPool2d,
-    Norm,
-    Relu,
-    Saver,
     SwatModule,
-    WeightThreshold,
-    all_nodes,
-    all_parts,
     private_copy,
     read_dense,
-    relative,
     sparse_layers,
     sparse_nodes,
     unwrap,
 )
 from swatfx.errors import ExportError, UnknownNameError
+from swatfx.exporting.plain import inference_module
 from swatfx.exporting.program import Example, exported
 from swatfx.files.atomic import write_atomically
-from swatfx.ops.layout import laid_out
-from swatfx.ops.where import active_weight
 from swatfx.pipeline import TRACING
 from swatfx.tensors import bits
 from swatfx.training import refresh
 
-_CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
-_PLAIN: dict[type[Saver], Callable[..., Any]] = {
-    Norm: F.batch_norm,
-    Relu: F.relu,
-    MaxPool2d: F.max_pool2d,
-    AvgPool2d: F.avg_pool2d,
-    Dropout: F.dropout,
-}
 _FORMAT = "swatfx-sparse"  # of a .safetensors file
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
 
@@ -113,103 +89,6 @@ def export(
         example = Example.of(example_inputs, dynamic_shapes)
     with TRACING:  # torch's own exporter is for one thread
         writers[suffix](root, Path(path), example)
-
-
-def inference_module(gm: SwatModule) -> SwatModule:
-    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
-    twin = private_copy(gm)
-    refresh(twin)
-    for node in sparse_nodes(twin):
-        _make_plain(twin, node)
-    for prefix, part in all_parts(twin):
-        part.__dict__["watch"] = None  # its layers are others from here on
-        for node in list(part.graph.nodes):
-            if node.target is laid_out:  # memory orders are for our own kernels
-                node.replace_all_uses_with(node.args[0])
-                part.graph.erase_node(node)
-            elif node.op == "call_module":
-                module = part.get_submodule(str(node.target))
-                if isinstance(module, Saver):
-                    _make_saver_plain(module, prefix, node)
-        for node in reversed(part.graph.nodes):
-            ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
-            if ours and not node.users and node.target != "swat.eager_root":
-                part.graph.erase_node(node)
-        part.recompile()
-    for name in list(twin.swat._modules):
-        if name != "eager_root":
-            delattr(twin.swat, name)
-    _drop_unread(twin)
-    twin.eval()
-    return twin
-
-
-def _drop_unread(gm: SwatModule) -> None:
-    """Remove the dense weights that no graph reads any more, where no eager code could either."""
-    read: set[str] = set()
-    for place in all_nodes(gm):
-        if place.node.op in ("get_attr", "call_module"):
-            read.add(place.path)
-    for name, module in gm.named_modules():
-        above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
-        if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
-            for key in list(module._parameters):
-                if f"{name}.{key}" not in read:
-                    module._parameters[key] = None
-
-
-def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
-    """Replace a sparse op by the plain one on its masked weight."""
-    part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
-    weight = layer.weight_now()
-    assert call is not None and weight is not None
-    source, weight_node, bias = layer.input, layer.weight, node.args[2]
-    masked = weight.detach()
-    if plan.rule.forward_weight:
-        threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
-        assert isinstance(threshold, WeightThreshold)
-        masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
-    with part.graph.inserting_before(node):
-        attribute = f"{plan.state}_sparse_weight"
-        if attribute not in part._buffers:
-            part.register_buffer(attribute, masked)
-        sparse = part.graph.get_attr(attribute)
-        args: tuple[Any, ...] = (source, sparse, bias)
-        function: Callable[..., Any] = F.linear
-        if plan.kind != "linear":
-            function = _CONV[plan.kind]
-            args = (*args, call.stride, call.padding, call.dilation, call.groups)
-        plain = part.graph.call_function(function, args)
-    node.replace_all_uses_with(plain)
-    part.graph.erase_node(node)
-    for user in list(weight_node.users):
-        # Thresholds and packs that asked whether the weight trains.
-        user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")
-    if not weight_node.users:
-        part.graph.erase_node(weight_node)
-
-
-def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
-    """Replace a leaf that keeps less for backward by what it stands for."""
-    graph = node.graph
-    options = dict(node.kwargs)
-    residual, relu = options.pop("residual", None), options.pop("relu", False)
-    into, _ = options.pop("into", None), options.pop("inplace", False)
-    with graph.inserting_before(node):
-        if isinstance(module, Bound):
-            path = relative(prefix, module.path)
-            plain = graph.call_module(path, node.args)
-        else:
-            plain = graph.call_function(_PLAIN[type(module)], node.args, options)
-        if residual is not None and into is not None:
-            operands = (plain, residual) if into == NORM else (residual, plain)
-            plain = graph.call_method("add_", operands)
-        elif residual is not None:
-            plain = graph.call_function(operator.add, (plain, residual))
-        if relu:
-            plain = graph.call_function(F.relu, (plain,))
-    node.replace_all_uses_with(plain)
-    graph.erase_node(node)
 
 
 def _write_pt2(gm: SwatModule, path: Path, example: Example) -> None:

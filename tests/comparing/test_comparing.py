@@ -15,8 +15,9 @@ import torch
 import swatfx
 from swatfx import models, per_layer, swat_u
 from swatfx.comparing import table as comparing
+from swatfx.comparing.rows import Comparison, Row
 from swatfx.comparing.runs import Run, Trained
-from swatfx.comparing.table import Comparison, Row, compare
+from swatfx.comparing.table import compare
 from swatfx.errors import InputError, PolicyError, UnknownNameError
 from tests.nets import small_nets
 

@@ -11,7 +11,7 @@ from torch import nn
 import swatfx
 from swatfx.compiled.learned import add_parameters, learned_thresholds, parameters_to_add
 from swatfx.errors import AttachError
-from swatfx.exporting.writing import inference_module
+from swatfx.exporting.plain import inference_module
 from tests.nets.learned_nets import POLICY, compiled, densities, fit, mean_threshold, moved
 from tests.nets.small_nets import Residual, assert_same, batches, plain, sgd, snapshot
 

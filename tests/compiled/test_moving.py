@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import swatfx
 from swatfx import kernels, meta
 from swatfx.compiled.layers import sparse_layers
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from swatfx.compiled.state import Pack
 from swatfx.ops.layout import laid_out
 from tests.nets.small_nets import EagerMiddle, Residual, loss_of, pads, plain, sgd

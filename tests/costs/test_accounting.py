@@ -20,7 +20,7 @@ import swatfx
 from swatfx import models
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
-from swatfx.costs.reporting import LayerRecord
+from swatfx.costs.records import LayerRecord
 from tests.nets.saving_nets import kept_by
 from tests.nets.small_nets import (
     EagerMiddle,

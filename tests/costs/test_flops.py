@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import swatfx
-from swatfx.costs.reporting import Report
+from swatfx.costs.records import Report
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import swatfx
 from swatfx import models
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
-from swatfx.costs.reporting import LayerRecord
+from swatfx.costs.records import LayerRecord
 from tests.nets.held_masks import POLICIES, TOTAL, UPDATES, attached
 from tests.nets.small_nets import Residual, batches, plain, train
 

@@ -19,7 +19,8 @@ from passes.insert_sparsify import insert_sparsify
 from passes.verify import verify
 from swatfx import meta, pipeline
 from swatfx.compiled.layers import all_plans
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from swatfx.errors import InputError, PassError, SwatError
 from swatfx.passing import Context, PassResult
 from tests.nets.places import GOLDEN

@@ -13,7 +13,7 @@ from torch import nn
 import swatfx
 from swatfx.compiled.layers import sparse_layers
 from swatfx.compiled.module import SwatModule
-from swatfx.compiled.state import SwatState
+from swatfx.compiled.swat_state import SwatState
 from swatfx.density import Density
 from swatfx.errors import AttachError
 from tests.nets.held_masks import (

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import swatfx
 from swatfx.compiled.layers import all_plans
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from swatfx.ops.layout import laid_out
 from tests.nets.small_nets import loss_of
 

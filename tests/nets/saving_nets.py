@@ -14,7 +14,8 @@ import swatfx
 from passes.compress_saves import compress_saves
 from swatfx import models, pipeline
 from swatfx.compiled import saves
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from tests.nets.small_nets import EagerMiddle, Residual, plain
 
 torch.set_num_threads(1)

@@ -14,7 +14,8 @@ import swatfx
 from passes.compress_saves import compress_saves
 from swatfx import pipeline
 from swatfx.compiled import saves
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from swatfx.passing import Context
 from tests.nets.saving_nets import (
     NETS,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import swatfx
 from passes.choose_kernels import choose_kernels
 from swatfx import kernels
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 from swatfx.passing import Context
 from swatfx.policy import as_policy
 from swatfx.tensors import layouts

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swatfx
-from swatfx.compiled.module import SwatModule, all_parts
+from swatfx.compiled.module import SwatModule
+from swatfx.compiled.parts import all_parts
 
 torch.set_num_threads(1)
 S = 0.75
