@@ -23,9 +23,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from passes.reading.aliasing import Versions
 from passes.writing.layout_flow import LayoutFlow
 from swatfx import kernels, masks
-from swatfx.compiled import LayerNode, Pack, SwatModule, all_parts, nodes_of, sparse_nodes
+from swatfx.compiled import (
+    LayerNode,
+    Pack,
+    SwatModule,
+    all_parts,
+    nodes_of,
+    relative,
+    sparse_nodes,
+)
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.layout import laid_out
@@ -49,13 +58,14 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     todo = [layer for layer in sparse_nodes(gm) if not layer.plan.kernels]
     if not todo:
         return PassResult(gm, False)
-    reasons = _reasons(gm, todo, None)
+    versions = _Known(gm)
+    reasons = _reasons(gm, todo, None, versions)
     for layer, reason in reasons.items():
         layer.replan(kernels=_told(reason))
         if reason is None and not layer.is_conv:
             layer.tell(sparse_kernels=True)
     for prefix, part in all_parts(gm):
-        _lay_out(part, prefix, gm.eager)
+        _lay_out(part, prefix, versions)
         part.recompile()
     # A layer that several graphs call, or one calls twice, is one layer; all its calls run alike.
     layers = {layer.plan.name: reason for layer, reason in reasons.items()}
@@ -66,10 +76,26 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     return PassResult(gm, True, (note, *dense))
 
 
+class _Known:
+    """Versions of the graphs of a model, found once each."""
+
+    def __init__(self, gm: SwatModule) -> None:
+        self._eager = gm.eager
+        self._found: dict[SwatModule, Versions] = {}
+
+    def of(self, part: SwatModule, prefix: str) -> Versions:
+        """Those of a part, as its graph was when they were first asked for."""
+        if part not in self._found:
+            eager = {relative(prefix, path): reason for path, reason in self._eager.items()}
+            self._found[part] = Versions(part, eager)
+        return self._found[part]
+
+
 def kernels_on(gm: SwatModule, device: str) -> dict[str, str]:
     """Layer -> what `LayerPlan.kernels` would be, were the model on `device`. Changes nothing."""
     found: dict[str, str] = {}
-    for layer, reason in _reasons(gm, list(sparse_nodes(gm)), torch.device(device)).items():
+    layers = list(sparse_nodes(gm))
+    for layer, reason in _reasons(gm, layers, torch.device(device), _Known(gm)).items():
         found.setdefault(layer.plan.name, _told(reason))
     return found
 
@@ -79,7 +105,7 @@ def _told(reason: str | None) -> str:
 
 
 def _reasons(
-    gm: SwatModule, layers: list[LayerNode], device: torch.device | None
+    gm: SwatModule, layers: list[LayerNode], device: torch.device | None, versions: _Known
 ) -> dict[LayerNode, str | None]:
     """Why each layer runs dense, or None; `device` stands in for the model's own."""
     asked = gm.swat.options.kernels
@@ -88,7 +114,7 @@ def _reasons(
     _agree(reasons, convolutions)
     while True:
         sparse = [layer for layer in convolutions if reasons[layer] is None]
-        unsafe = {layer.plan.name for layer in _unsafe(gm, sparse)}
+        unsafe = {layer.plan.name for layer in _unsafe(gm, sparse, versions)}
         if not unsafe:
             break
         for layer in convolutions:  # all calls of a layer run alike
@@ -101,12 +127,12 @@ def _reasons(
     return reasons
 
 
-def _unsafe(gm: SwatModule, sparse: list[LayerNode]) -> Iterator[LayerNode]:
+def _unsafe(gm: SwatModule, sparse: list[LayerNode], versions: _Known) -> Iterator[LayerNode]:
     """Those of `sparse` whose layout in memory would change what the graph computes."""
     for prefix, part in all_parts(gm):
         own = [layer for layer in sparse if layer.part is part]
         if own:
-            yield from LayoutFlow(part, prefix, gm.eager, own).unsafe()
+            yield from LayoutFlow(part, versions.of(part, prefix), own).unsafe()
 
 
 def choose_again(gm: SwatModule, ctx: Context) -> None:
@@ -213,12 +239,12 @@ def _agree(reasons: dict[LayerNode, str | None], convolutions: list[LayerNode]) 
             reasons[layer] = reasons[layer] or shares
 
 
-def _lay_out(part: SwatModule, prefix: str, eager: dict[str, str]) -> None:
+def _lay_out(part: SwatModule, prefix: str, versions: _Known) -> None:
     """Give sparse convolutions their layout, and let the graph keep it."""
     sparse = [n for n in nodes_of(part, prefix) if n.is_conv and n.plan.kernels == SPARSE]
     if not sparse:
         return
-    LayoutFlow(part, prefix, eager, sparse).run()
+    LayoutFlow(part, versions.of(part, prefix), sparse).run()
     for layer in sparse:
         layer.tell(layout=BATCH_INNERMOST)
         pack = layer.pack_module

@@ -140,7 +140,7 @@ class _Rewriter:
 
     def _meets_state(self, node: fx.Node, norm: fx.Node) -> bool:
         """Whether `node` may read or write parameters or statistics of `norm`, or its mode."""
-        if self.versions.is_opaque(node):
+        if self.versions.is_foreign(node):
             return True
         args = self.calls.norm(norm)
         assert args is not None  # the caller has asked

@@ -33,6 +33,7 @@ class Versions:
                 self._parent[self._find(source)] = self._find(node)
             for source in node.all_input_nodes:
                 self._last_use[source] = position
+        self._foreign = effects.foreign
         self._members: dict[fx.Node, list[fx.Node]] = {}
         for node in self._effects:
             self._members.setdefault(self._find(node), []).append(node)
@@ -60,9 +61,9 @@ class Versions:
         """Whether `one` runs before `other`."""
         return self._position[one] < self._position[other]
 
-    def is_opaque(self, node: fx.Node) -> bool:
-        """Whether `node` is Python that may do anything."""
-        return self._effects[node].opaque
+    def is_foreign(self, node: fx.Node) -> bool:
+        """Whether `node` is somebody else's Python, which may do anything."""
+        return node in self._foreign
 
     def is_seen(self, writer: fx.Node) -> bool:
         """Whether what `writer` writes into may be read otherwise than by way of its result."""

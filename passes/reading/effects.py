@@ -144,17 +144,6 @@ class Effect:
     writes_own: bool = False
 
 
-def is_foreign(gm: fx.GraphModule, node: fx.Node, eager: dict[str, str]) -> bool:
-    """Whether somebody else's Python gets the inputs of `node`: it may do anything with them."""
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        known = _is_known(type(module).__module__) and opaque_reason(module) is None
-        return str(node.target) in eager or not known
-    if node.op == "call_function":
-        return not _is_known(getattr(node.target, "__module__", None) or "torch")
-    return node.op == "output"
-
-
 def _is_known(home: str) -> bool:
     return home.partition(".")[0] in _LIBRARIES
 
@@ -163,8 +152,10 @@ class Effects:
     """Effects of the nodes of one graph, asked for in the order of the graph."""
 
     def __init__(self, gm: fx.GraphModule, eager: dict[str, str]) -> None:
+        self.foreign: set[fx.Node] = set()  # somebody else's Python, which may do anything
         self._gm = gm
         self._eager = eager
+        self._modules: dict[str, nn.Module] = {}
         self._tensors: set[fx.Node] = set()  # those that are one tensor for sure
         read = (tensor_of(gm, n) for n in gm.graph.nodes if n.op == "get_attr")
         self._read = {storage_of(t) for t in read if t is not None}
@@ -177,7 +168,8 @@ class Effects:
             effect = Effect(keeps=True)
         elif isinstance(node.target, type) and all(n.op == "output" for n in node.users):
             return Effect()  # a container of results: the caller has those anyway
-        elif is_foreign(self._gm, node, self._eager):
+        elif self._is_foreign(node):
+            self.foreign.add(node)
             inputs = tuple(node.all_input_nodes)
             return Effect(inputs, inputs, keeps=True, opaque=True)
         else:
@@ -190,6 +182,21 @@ class Effects:
             self._tensors.add(node)
         return effect
 
+    def _module(self, node: fx.Node) -> nn.Module:
+        path = str(node.target)
+        if path not in self._modules:
+            self._modules[path] = self._gm.get_submodule(path)
+        return self._modules[path]
+
+    def _is_foreign(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self._module(node)
+            known = _is_known(type(module).__module__) and opaque_reason(module) is None
+            return str(node.target) in self._eager or not known
+        if node.op == "call_function":
+            return not _is_known(getattr(node.target, "__module__", None) or "torch")
+        return False
+
     def _of_method(self, node: fx.Node) -> Effect:
         name = str(node.target)
         if name in ("set_", "__setitem__"):
@@ -199,7 +206,7 @@ class Effects:
         return _fresh_if(name in _FRESH_METHODS, node)
 
     def _of_module(self, node: fx.Node) -> Effect:
-        module = self._gm.get_submodule(str(node.target))
+        module = self._module(node)
         if isinstance(module, (Clock, PartClock, Threshold, Pack)):
             return Effect()
         if isinstance(module, (Norm, NormOf)):
@@ -257,7 +264,7 @@ class Effects:
         if node.op == "get_attr":
             return tensor_of(self._gm, node) is not None
         if node.op == "call_module":
-            module = self._gm.get_submodule(str(node.target))
+            module = self._module(node)
             torchs = type(module).__module__.startswith("torch.nn.modules.")
             hands_on = isinstance(module, nn.Identity) and known
             return hands_on or (

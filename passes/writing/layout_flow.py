@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.reading.aliasing import Versions
-from passes.reading.effects import is_foreign
 from passes.tracing.augmented import PLAIN
-from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule, relative, saves
+from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule, saves
 from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
@@ -115,15 +114,12 @@ class LayoutFlow:
     All is decided on the graph as it was found, since positions and aliases are of that.
     """
 
-    def __init__(
-        self, part: SwatModule, prefix: str, eager: dict[str, str], layers: list[LayerNode]
-    ) -> None:
+    def __init__(self, part: SwatModule, versions: Versions, layers: list[LayerNode]) -> None:
         self.part = part
         self.graph = part.graph
-        self.eager = {relative(prefix, path): reason for path, reason in eager.items()}
         self.layers = layers
         self.sparse = dict.fromkeys(layer.node for layer in layers)
-        self.versions = Versions(part, self.eager)
+        self.versions = versions
         self.nodes = list(self.graph.nodes)
         self.operands = {node: self._operands(node) for node in self.nodes}
         self.wanted = self._wanted()
@@ -212,7 +208,8 @@ class LayoutFlow:
         )
 
     def _foreign_readers(self, source: fx.Node) -> list[fx.Node]:
-        return sorted(filter(self._is_foreign, source.users), key=self.nodes.index)
+        readers = list(filter(self._is_foreign, source.users))
+        return sorted(readers, key=self.nodes.index) if readers[1:] else readers
 
     def _is_python(self, node: fx.Node) -> bool:
         return node.op != "output" and self._is_foreign(node)
@@ -287,10 +284,7 @@ class LayoutFlow:
 
     def _is_foreign(self, node: fx.Node) -> bool:
         """Whether somebody else's Python gets the inputs of `node`: it may ask for strides."""
-        is_script = node.op == "call_module" and isinstance(
-            self.part.get_submodule(str(node.target)), torch.jit.ScriptModule
-        )
-        return is_script or is_foreign(self.part, node, self.eager)
+        return node.op == "output" or self.versions.is_foreign(node)
 
     def _foreign_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that `node` has to see in row-major order."""

@@ -50,6 +50,11 @@ def mend(threshold: WeightThreshold, weight: Tensor) -> None:
     within = density.count_within(size)
     if active in (density.count(size), within) or not weight[~keep].any():
         return
+    if not isinstance(selector.base, RandomSelector):
+        # Slices are kept whole, and groups have so many each: how many, only the selector knows.
+        fresh = selector.keep(weight, selector.state(weight, density, Axes(0, 1), 0), Axes(0, 1))
+        if active == int(fresh.sum().item()):
+            return
     if isinstance(selector.base, RandomSelector):
         mask = largest(torch.nan_to_num(weight.abs()), torch.ones_like(keep), within)
         threshold.threshold.copy_(bits.mask_to_bits(mask))

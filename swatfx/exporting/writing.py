@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from swatfx import meta
 from swatfx.arguments import FLAG, INPUTS, PATH, checked
 from swatfx.compiled import (
+    HeldThreshold,
     SwatModule,
     private_copy,
     read_dense,
@@ -98,6 +99,9 @@ def _write_pt2(gm: SwatModule, path: Path, example: Example) -> None:
 def _write_training(gm: SwatModule, path: Path, example: Example) -> None:
     twin = private_copy(gm)
     twin.swat.clock.optimizer_wanted_by = None
+    for _, threshold in twin.swat.thresholds():
+        if isinstance(threshold, HeldThreshold):
+            threshold.let_through(False)  # of the step to come: nothing would close it again
     twin.train()
     with torch.enable_grad():
         program = exported(twin, example)

@@ -102,7 +102,9 @@ def swat_frozen(
 ) -> Policy:
     """SWAT-U whose active set stays as it is from epoch `hold_from_epoch` on (figure 8).
 
-    All weights go on receiving gradients; with update="active" the active ones only. Needs
+    Before, the set rests between two refreshes, where that of `swat_u` follows the weights over its
+    threshold: the same at period 1. All weights go on receiving gradients; with update="active" the
+    active ones only. Needs
     `swatfx.attach(gm, optimizer, steps_per_epoch=...)`.
     """
     return Policy(
