@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,46 @@ def _is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+@dataclass(frozen=True)
+class Then:
+    """What follows a norm, and is one with it.
+
+    Attributes:
+        residual: what is added to the norm's result.
+        relu: whether ReLU follows.
+        into: where the addition was an augmented assignment, which operand it writes (`NORM` or
+            `RESIDUAL`), and so decides dtype and shape. Nobody else reads that.
+        inplace: whether the ReLU was one in place; a hook on the norm can tell.
+    """
+
+    residual: Tensor | None = None
+    relu: bool = False
+    into: str | None = None
+    inplace: bool = False
+
+    def of(self, y: Tensor) -> Tensor:
+        """As in eager, of the norm's result."""
+        y = self.sum(y)
+        return F.relu(y, self.inplace) if self.relu else y
+
+    def sum(self, y: Tensor) -> Tensor:
+        """The addition alone."""
+        if self.residual is None or self.into is None:
+            return y if self.residual is None else y + self.residual
+        return y.add_(self.residual) if self.into == NORM else self.residual.add_(y)
+
+    def fits(self, y: Tensor) -> bool:
+        """Whether the sum is of the dtype and shape of `y`."""
+        other = self.residual
+        return other is None or (y.dtype == other.dtype and y.shape == other.shape)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """`of` a norm's own output that nobody else reads and no gradient is for."""
+        if self.residual is not None:
+            y = y.add_(self.residual) if self.fits(y) else self.sum(y)
+        return F.relu(y, True) if self.relu else y
+
+
 class Norm(Saver):
     """Batch norm as a function, with the addition and the ReLU that follow it."""
 
@@ -160,26 +200,19 @@ class Norm(Saver):
         super().__init__()
         self.saves = saves
 
-    def forward(
-        self,
-        x: Tensor,
-        *args: Any,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        into: str | None = None,
-        inplace: bool = False,
-    ) -> Tensor:
-        """`[relu](F.batch_norm(x, *args) [+ residual])`; what is named as in `NormOf`."""
+    def forward(self, x: Tensor, *args: Any, **follows: Any) -> Tensor:
+        """`[relu](F.batch_norm(x, *args) [+ residual])`; what `follows` as in `Then`."""
+        then = Then(**follows)
         running_mean, running_var, weight, bias, training, momentum, eps = args
-        wanted = _wanted(x, residual, weight, bias)
+        wanted = _wanted(x, then.residual, weight, bias)
         if not wanted and not _ours(x):
-            return _finish(F.batch_norm(x, *args), residual, relu, into)
-        call = NormCall(training, momentum, eps, relu, self.saves)
-        return _norm(call, x, residual, weight, bias, (running_mean, running_var), into)
+            return then.finish(F.batch_norm(x, *args))
+        call = NormCall(training, momentum, eps, then.relu, self.saves)
+        return _norm(call, x, then, weight, bias, (running_mean, running_var))
 
-    def plain(self, x: Tensor, *args: Any, **then: Any) -> Tensor:
+    def plain(self, x: Tensor, *args: Any, **follows: Any) -> Tensor:
         """As in eager."""
-        return _then(F.batch_norm(x, *args), **then)
+        return Then(**follows).of(F.batch_norm(x, *args))
 
 
 class NormOf(Bound):
@@ -189,30 +222,14 @@ class NormOf(Bound):
         super().__init__(owner, name, path)
         self.saves = saves
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        into: str | None = None,
-        inplace: bool = False,
-    ) -> Tensor:
-        """`[relu](norm(x) [+ residual])`, in the mode that the norm is in.
-
-        Args:
-            x: as for the norm.
-            residual: what is added to the norm's result.
-            relu: whether ReLU follows.
-            into: where the addition was an augmented assignment, which operand it writes (`NORM` or
-                `RESIDUAL`), and so decides dtype and shape. Nobody else reads that.
-            inplace: whether the ReLU was one in place; a hook on the norm can tell.
-        """
-        norm = self.module
+    def forward(self, x: Tensor, **follows: Any) -> Tensor:
+        """`[relu](norm(x) [+ residual])`, in the mode of the norm; what `follows` as in `Then`."""
+        then, norm = Then(**follows), self.module
         if _is_changed(norm, NORMS):
-            return self.plain(x, residual, relu, into, inplace)
-        wanted = _wanted(x, residual, norm.weight, norm.bias)
+            return then.of(norm(x))
+        wanted = _wanted(x, then.residual, norm.weight, norm.bias)
         if not wanted and not _ours(x):
-            return _finish(norm(x), residual, relu, into)
+            return then.finish(norm(x))
         norm._check_input_dim(x)
         momentum = norm.momentum
         statistics = (norm.running_mean, norm.running_var)
@@ -225,69 +242,39 @@ class NormOf(Bound):
                 statistics = (None, None)
         training = norm.training or statistics == (None, None)
         momentum = 0.0 if momentum is None else momentum
-        call = NormCall(training, momentum, norm.eps, relu, self.saves)
-        return _norm(call, x, residual, norm.weight, norm.bias, statistics, into)
+        call = NormCall(training, momentum, norm.eps, then.relu, self.saves)
+        return _norm(call, x, then, norm.weight, norm.bias, statistics)
 
-    def plain(self, x: Tensor, *then: Any, **options: Any) -> Tensor:
+    def plain(self, x: Tensor, **follows: Any) -> Tensor:
         """As in eager."""
-        return _then(self.module(x), *then, **options)
-
-
-def _then(
-    y: Tensor,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    into: str | None = None,
-    inplace: bool = False,
-) -> Tensor:
-    y = y if residual is None else _sum(y, residual, into)
-    return F.relu(y, inplace) if relu else y
-
-
-def _sum(y: Tensor, residual: Tensor, into: str | None) -> Tensor:
-    if into is None:
-        return y + residual
-    return y.add_(residual) if into == NORM else residual.add_(y)
-
-
-def _alike(y: Tensor, residual: Tensor) -> bool:
-    return y.dtype == residual.dtype and y.shape == residual.shape
-
-
-def _finish(y: Tensor, residual: Tensor | None, relu: bool, into: str | None) -> Tensor:
-    """Addition and ReLU on a norm's own output that nobody else reads and no gradient is for."""
-    if residual is not None:
-        y = y.add_(residual) if _alike(y, residual) else _sum(y, residual, into)
-    return F.relu(y, True) if relu else y
+        return Then(**follows).of(self.module(x))
 
 
 def _norm(
     call: NormCall,
     x: Tensor,
-    residual: Tensor | None,
+    then: Then,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
-    into: str | None = None,
 ) -> Tensor:
     """Run the op, and write the running statistics."""
     if any(s is not None and s.requires_grad for s in statistics):
         # Eager has no gradient for these, and says so where it is asked for one.
         y = F.batch_norm(x, *statistics, weight, bias, call.training, call.momentum, call.eps)
-        return _then(y, residual, call.relu, into)
+        return then.of(y)
     if call.training and (x.numel() == x.shape[1] or not call.eps > 0):
         # One value a channel, or an eps that may divide by zero: eager's own error tells it.
         F.batch_norm(x, None, None, weight, bias, True, call.momentum, call.eps)
-    if residual is not None and not _alike(x, residual):
-        y = _norm(replace(call, relu=False), x, None, weight, bias, statistics)
-        y = _sum(y, residual, into)
+    if not then.fits(x):
+        y = then.sum(_norm(replace(call, relu=False), x, Then(), weight, bias, statistics))
         return _relu(y) if call.relu else y
     trains_weight = weight is not None and weight.requires_grad
-    if not _wanted(x, residual, weight, bias):
+    if not _wanted(x, then.residual, weight, bias):
         call = replace(call, saves=NOTHING)
     elif call.saves == INT8 and not call.training and not trains_weight:
         call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
-    args = (x, residual, weight, bias, *statistics)
+    args = (x, then.residual, weight, bias, *statistics)
     try:
         y, _, _, *new, _ = ops.batch_norm(*args, *call.options)
     except Exception:
