@@ -313,7 +313,7 @@ def texts(path: Path) -> list[str]:
 
 
 # Of them, what torch's own functions take, and one public call whose options are its own.
-MANY_ARGUMENTS = {"attention_core", "shifted_window_attention", "transformer"}
+MANY_ARGUMENTS = {"attention_core", "shifted_window_attention"}
 
 
 def test_functions_take_few_arguments() -> None:

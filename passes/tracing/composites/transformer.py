@@ -7,6 +7,8 @@ one. Masks may be None or tensors at run time.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -147,32 +149,23 @@ def decoder(
 
 
 def transformer(
-    tracer: Any,
-    m: nn.Transformer,
-    src: Any,
-    tgt: Any,
-    src_mask: Any = None,
-    tgt_mask: Any = None,
-    memory_mask: Any = None,
-    src_key_padding_mask: Any = None,
-    tgt_key_padding_mask: Any = None,
-    memory_key_padding_mask: Any = None,
-    src_is_causal: Any = None,
-    tgt_is_causal: Any = None,
-    memory_is_causal: Any = False,
+    tracer: Any, m: nn.Transformer, src: Any, tgt: Any, *args: Any, **named: Any
 ) -> Any:
-    """The graph of nn.Transformer."""
+    """The graph of nn.Transformer, called as its forward is."""
     call(tracer, check_batches, src, tgt, m.batch_first, m.d_model)
+    bound = inspect.signature(nn.Transformer.forward).bind(m, src, tgt, *args, **named)
+    bound.apply_defaults()
+    given = bound.arguments
     memory = m.encoder(
-        src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal
+        src,
+        mask=given["src_mask"],
+        src_key_padding_mask=given["src_key_padding_mask"],
+        is_causal=given["src_is_causal"],
     )
-    return m.decoder(
-        tgt,
-        memory,
-        tgt_mask=tgt_mask,
-        memory_mask=memory_mask,
-        tgt_key_padding_mask=tgt_key_padding_mask,
-        memory_key_padding_mask=memory_key_padding_mask,
-        tgt_is_causal=tgt_is_causal,
-        memory_is_causal=memory_is_causal,
-    )
+    of_decoder = inspect.signature(nn.TransformerDecoder.forward).parameters
+    return m.decoder(tgt, memory, **{n: v for n, v in given.items() if n in _masks(of_decoder)})
+
+
+def _masks(names: Iterable[str]) -> list[str]:
+    """Those of the arguments that are masks, or tell of one."""
+    return [name for name in names if name.endswith(("mask", "is_causal"))]
