@@ -166,10 +166,10 @@ class Effects:
             return Effect()
         if node.op in ("placeholder", "get_attr"):
             effect = Effect(keeps=True)
-        elif isinstance(node.target, type) and all(n.op == "output" for n in node.users):
-            return Effect()  # a container of results: the caller has those anyway
         elif self._is_foreign(node):
             self.foreign.add(node)
+            if isinstance(node.target, type) and all(n.op == "output" for n in node.users):
+                return Effect()  # a container of results: the caller has those anyway
             inputs = tuple(node.all_input_nodes)
             return Effect(inputs, inputs, keeps=True, opaque=True)
         else:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,6 +143,34 @@ def test_who_reads_strides_sees_row_major_order() -> None:
     assert y.is_contiguous() and y.view(-1).shape == (16 * 16 * 64,)
     islands = conversions(pair(NETS["islands"])[0])
     assert islands[:2] == [("stem_0", IN), ("before_2", OUT)]
+
+
+@dataclasses.dataclass
+class Results:
+    """What a model of somebody else's may return."""
+
+    h: Tensor
+
+
+class Returns(nn.Module):
+    """Gives the result of a sparse convolution in a container."""
+
+    def __init__(self, container: Callable[..., Any]) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
+        self.container = container
+
+    def forward(self, x: Tensor) -> Any:
+        return self.container(h=self.convs(x))
+
+
+@pytest.mark.parametrize("container", [dict, OrderedDict, Results])
+def test_results_in_a_container_are_row_major(container: Callable[..., Any]) -> None:
+    gm = pair(lambda: Returns(container))[0]
+    assert conversions(gm)[-1][1] == OUT
+    found = gm(batches(1, 16)[0])
+    h = found.h if isinstance(found, Results) else found["h"]
+    assert type(found) is container and h.is_contiguous()
 
 
 def test_layers_behind_a_linear_layer_are_left_alone() -> None:
