@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from passes.reading.aliasing import Versions
-from passes.reading.effects import storage_of, tensor_of
+from passes.reading.effects import storage_of
 from passes.reading.saving_calls import Calls
 from passes.writing.saving_leaves import Leaves
 from swatfx import meta
-from swatfx.compiled import SwatModule, all_parts, join, relative, saves, sparse_nodes
+from swatfx.compiled import SwatModule, all_parts, evaluate, join, relative, saves, sparse_nodes
 from swatfx.meta import LayerPlan
 from swatfx.passing import Context, PassResult
 
@@ -130,13 +130,13 @@ class _Rewriter:
         args = self.calls.norm(norm)
         if args is None or not self._is_alone(norm):
             return False
-        between: list[fx.Node] = []
-        while (node := (between or [norm])[-1].next) is not reader:
-            between.append(node)
         total = next(iter(norm.users))
-        return self._unchanged(args[0], norm, reader) and not any(
-            node is not total and self._meets_state(node, norm) for node in between
-        )
+        node = norm.next
+        while node is not reader:
+            if node is not total and self._meets_state(node, norm):
+                return False
+            node = node.next
+        return self._unchanged(args[0], norm, reader)
 
     def _meets_state(self, node: fx.Node, norm: fx.Node) -> bool:
         """Whether `node` may read or write parameters or statistics of `norm`, or its mode."""
@@ -158,7 +158,7 @@ class _Rewriter:
             module = self.part.get_submodule(str(node.target))
             found += [*module.parameters(), *module.buffers()]
         for source in node.all_input_nodes:
-            found += [tensor_of(self.part, n) for n in self.versions.sources(source)]
+            found += [evaluate(self.part, n) for n in self.versions.sources(source)]
         return {storage_of(t) for t in found if t is not None}
 
     def _unchanged(self, tensor: fx.Node, first: fx.Node, then: fx.Node) -> bool:

@@ -31,6 +31,7 @@ from swatfx.compiled import (
     PartClock,
     Saver,
     Threshold,
+    evaluate,
 )
 from swatfx.ops.layout import laid_out
 
@@ -157,7 +158,7 @@ class Effects:
         self._eager = eager
         self._modules: dict[str, nn.Module] = {}
         self._tensors: set[fx.Node] = set()  # those that are one tensor for sure
-        read = (tensor_of(gm, n) for n in gm.graph.nodes if n.op == "get_attr")
+        read = (evaluate(gm, n) for n in gm.graph.nodes if n.op == "get_attr")
         self._read = {storage_of(t) for t in read if t is not None}
 
     def of(self, node: fx.Node) -> Effect:
@@ -262,7 +263,7 @@ class Effects:
         """Whether the result is one tensor for sure, and no sequence of them."""
         known = any(a in self._tensors for a in node.args if isinstance(a, fx.Node))
         if node.op == "get_attr":
-            return tensor_of(self._gm, node) is not None
+            return evaluate(self._gm, node) is not None
         if node.op == "call_module":
             module = self._module(node)
             torchs = type(module).__module__.startswith("torch.nn.modules.")
@@ -289,13 +290,6 @@ class Effects:
             return known and target in _FRESH_FUNCTIONS
         one = target in _FRESH_FUNCTIONS and target is not F.max_pool2d
         return one or target is laid_out or (home.startswith("torch") and _gives_one(name))
-
-
-def tensor_of(gm: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    """The parameter or buffer that a get_attr node reads."""
-    owner, _, name = str(node.target).rpartition(".")
-    found = getattr(gm.get_submodule(owner), name, None)
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -211,9 +211,6 @@ class LayoutFlow:
         readers = list(filter(self._is_foreign, source.users))
         return sorted(readers, key=self.nodes.index) if readers[1:] else readers
 
-    def _is_python(self, node: fx.Node) -> bool:
-        return node.op != "output" and self._is_foreign(node)
-
     def _shares_by_order(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.part.get_submodule(str(node.target)), _SHARING_MODULES)
@@ -301,7 +298,7 @@ class LayoutFlow:
         with self.graph.inserting_before(reader):
             new = self._call(source, ROW_MAJOR)
         later = [reader]
-        if self._is_python(reader):  # it may write into what it gets: all see that
+        if self.versions.is_foreign(reader):  # it may write into what it gets: all see that
             old = [n for n in source.users if n in self.operands]
             later += [n for n in old if self.versions.is_before(reader, n)]
         for node in later:

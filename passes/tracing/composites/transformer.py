@@ -8,7 +8,6 @@ one. Masks may be None or tensors at run time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -162,10 +161,5 @@ def transformer(
         src_key_padding_mask=given["src_key_padding_mask"],
         is_causal=given["src_is_causal"],
     )
-    of_decoder = inspect.signature(nn.TransformerDecoder.forward).parameters
-    return m.decoder(tgt, memory, **{n: v for n, v in given.items() if n in _masks(of_decoder)})
-
-
-def _masks(names: Iterable[str]) -> list[str]:
-    """Those of the arguments that are masks, or tell of one."""
-    return [name for name in names if name.endswith(("mask", "is_causal"))]
+    _, _, _, *masks = inspect.signature(nn.TransformerDecoder.forward).parameters
+    return m.decoder(tgt, memory, **{name: given[name] for name in masks})
