@@ -58,6 +58,7 @@ class Weight:
     tensor: Tensor
     shape: tuple[int, ...]
     has_bias: bool
+    is_zeroed: bool  # outside of a held mask
 
 
 def options_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:

@@ -102,8 +102,8 @@ class Watch:
             if tensor is not None and path not in seen:
                 seen.add(path)
                 plan, bias = node.plan, node.has_bias or leaf != "weight"
-                shape = tuple(tensor.shape)
-                yield Weight(owner, leaf, plan.name, plan.state, tensor, shape, bias)
+                shape, zeroed = tuple(tensor.shape), plan.rule.zero_inactive == "always"
+                yield Weight(owner, leaf, plan.name, plan.state, tensor, shape, bias, zeroed)
 
     def _same_tensors(self) -> list[list[str]]:
         """Names of one parameter, of which a graph reads one."""
@@ -251,6 +251,16 @@ class Watch:
             tensor = None if owner is None else owner._parameters.get(weight.leaf)
             if tensor is not None:
                 yield at, weight, tensor
+
+    def mend_copies(self) -> None:
+        """Put right what loops over the entries of a copy have done to its state."""
+        for _, weight, tensor in () if self._is_sharded() else self._tensors_now():
+            self._threshold(weight).mend(tensor)
+
+    def note_copies(self) -> None:
+        """The state of a copy belongs to the weights as they are now."""
+        for _, weight, tensor in () if self._is_sharded() else self._tensors_now():
+            self._threshold(weight).note(tensor, zeroed=weight.is_zeroed)
 
     def make_room(self) -> None:
         """Give state the shape that it has for the weights as they are; its values come later."""

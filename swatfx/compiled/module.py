@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,12 @@ class Watch(Protocol):
 
     def accept_weights(self) -> None:
         """Take the weights as they are for those that the layers' state belongs to."""
+
+    def mend_copies(self) -> None:
+        """Put right what loops over the entries of a copy have done to its state."""
+
+    def note_copies(self) -> None:
+        """The state of a copy belongs to the weights as they are now."""
 
 
 _LATER = ("attachment", "pass_records", "signature", "swat_owner")  # attributes set after making it
@@ -199,9 +205,10 @@ class SwatModule(fx.GraphModule):
                 module.graph = module.__dict__.pop("pending_graph")
 
     def follow_all(self) -> None:
-        """`follow` in the root and in every part."""
+        """`follow` in the root and in every part, and bring the state of a copy up to date."""
         for _, part in all_parts(self):
             part.follow()
+        self._mend_copies()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch, once what was done to the modules since is followed."""
@@ -213,17 +220,30 @@ class SwatModule(fx.GraphModule):
     ) -> None:
         if "swat" in self._modules:  # before anything is loaded
             self.swat.check_policy(state_dict, f"{prefix}swat.")
+        for watch in self._watches():
+            watch.make_room()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _mend_copies(self) -> None:
+        for watch in self._watches():
+            watch.mend_copies()
+
+    def _note_copies(self) -> None:
+        for watch in self._watches():
+            watch.note_copies()
+
+    def _watches(self) -> Iterator[Watch]:
         for _, part in all_parts(self):
             if part.watch is not None:
-                part.watch.make_room()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                yield part.watch
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = self._kinds()
+        self._mend_copies()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for _, part in all_parts(self):
-            if part.watch is not None:
-                part.watch.accept_weights()
+        for watch in self._watches():
+            watch.accept_weights()
+        self._note_copies()
         choose = self.__dict__["choose_kernels"]
         if choose is not None and self._kinds() != before:
             choose(self)
@@ -252,6 +272,7 @@ class SwatModule(fx.GraphModule):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SwatModule:
+        self._mend_copies()
         twin = SwatModule.__new__(SwatModule)
         memo[id(self)] = twin
         for module in self.modules():  # old-style norms leave a computed weight: it does not copy
@@ -268,6 +289,8 @@ class SwatModule(fx.GraphModule):
         twin.graph = copy.deepcopy(self.graph)
         if "swat" in self._modules:
             twin.swat.clock.attached = False  # the optimizer's hook is on the original
+            twin.swat.are_copies_of(self.swat)
+            twin._note_copies()
         twin.__dict__["copied_from"] = (*self.copied_from, weakref.ref(self))
         return twin
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from swatfx import ops, selectors
-from swatfx.compiled.averages import mend
 from swatfx.density import Density
 from swatfx.ops.autocast import autocast_dtype
+from swatfx.ops.copied import Buffers, Copied, Mended
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
 from swatfx.ops.state import CALLS, check_rankable, compute_state, read_density
@@ -156,27 +156,85 @@ class WeightThreshold(Threshold):
         super().__init__(*args, **options)
         self.register_buffer("held", None)
         self.remembered = Ranked()
-        self.planned = self.density_now
-        self.is_copy = False
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.is_copy = True
 
     @property
     def density_now(self) -> Density:
         """The target as it is now."""
         return read_density(self.density, self.fraction)
 
+    @property
+    def _now(self) -> Buffers:
+        state = self.threshold
+        return Buffers(state, self.stamp, self.density, self.fraction, self.is_held)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.remembered.copied = Copied(self.density_now, self)
+
+    def is_copy_of(self, source: WeightThreshold) -> None:
+        """Say whose copy this is."""
+        if self.remembered.copied is not None:
+            self.remembered.copied.is_of(source)
+
+    def note(self, weight: Tensor, *, zeroed: bool) -> None:
+        """Take the mask of a copy for that of `weight` as it is; elsewhere nothing.
+
+        Args:
+            weight: (F, C, *kernel).
+            zeroed: whether training keeps weights outside of a held mask at zero.
+        """
+        copied = self.remembered.copied
+        if copied is not None:
+            flags = {"zeroed": zeroed, "is_ours": copied.is_ours}
+            copied.note(self.selector, weight.detach(), self._now, **flags)
+
+    def trust(self) -> None:
+        """Let the mask be changed by what trains this model from now on, and by nothing else."""
+        if self.remembered.copied is not None:
+            self.remembered.copied.trust()
+
     def mend(self, weight: Tensor) -> None:
-        """Put right what may have been broken where buffers of a copy are averaged with others'."""
-        if self.is_copy and not torch.compiler.is_compiling():
-            mend(self, weight)
+        """Put right what averaging has broken in a copy, or left behind; nothing, if nothing."""
+        if self.remembered.copied is not None and not torch.compiler.is_compiling():
+            told = self.remembered.mended(
+                self.selector, weight.detach(), self._now, self.layer, self.seed
+            )
+            if told is not None:
+                self._take(told, weight)
+
+    def mend_loaded(self, weight: Tensor) -> None:
+        """As `mend`, of any model: what was loaded may be a mean of others' entries."""
+        known = self.remembered.copied or Copied(self.density_now, self)
+        told = known.mended(self.selector, weight.detach(), self._now, self.layer, self.seed)
+        self._take(told, weight)
+
+    @torch.no_grad()
+    def _take(self, told: Mended, weight: Tensor) -> None:
+        if not told.keeps_fraction:
+            self.set_density(told.density)
+        elif self.density.item() != told.density.value:
+            self.density.fill_(told.density.value)
+        self.settle()
+        if told.mask is None:
+            return
+        self.threshold.copy_(told.mask)
+        self.seal()
+        self.history.forget()
+        copied = self.remembered.copied
+        if copied is not None:
+            flags = {"zeroed": copied.zeroed, "is_ours": True}
+            copied.note(self.selector, weight.detach(), self._now, **flags)
 
     @property
     def is_held(self) -> bool:
         """Whether the state stays as it is."""
         return False
+
+    def seal(self) -> None:
+        """Note that a held mask is whole."""
+
+    def settle(self) -> None:
+        """Make yes or no again of flags that were averaged."""
 
     def make_room(self, weight: Tensor) -> None:
         """Take the shape that the state of `weight` has."""
@@ -219,7 +277,7 @@ class WeightThreshold(Threshold):
             self.selector,
             self.layer,
             self.seed,
-            -1,
+            self.remembered.token,
             self.held,
         )
         return state

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from swatfx import selectors
 from swatfx.ops import old_masks
 from swatfx.ops.calls import CurrentCall, schema_of
+from swatfx.ops.copied import Buffers, Copied, Mended
 from swatfx.ops.memory import Memory
 from swatfx.ops.state import draw_seed, read_density
 from swatfx.selectors import Axes
@@ -27,7 +28,7 @@ _PROBES = 64  # elements that are compared, too: whole tensors are written behin
 
 @dataclass(frozen=True)
 class _Seen:
-    """A weight when it was ranked last, and what was selected then.
+    """A weight when it was looked at last, and what was found then: a state, or what to mend.
 
     As long as the weak reference lives, no other storage has its address.
     """
@@ -37,26 +38,52 @@ class _Seen:
     looks: tuple[Any, ...]
     target: tuple[Any, ...]
     probe: Tensor | None
-    state: Tensor
+    found: Any
 
 
 class Ranked(Memory):
-    """What one weight's last `swatfx::current` gave."""
+    """What one weight's last `swatfx::current` gave; and in a copy, what is known of its state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: _Seen | None = None
+        self.copied: Copied | None = None
 
     def forget(self) -> None:
-        """Rank anew at the next use, whatever the weight looks like."""
+        """Look anew at the next use, whatever the weight looks like."""
         self.seen = None
 
     def recall(self, weight: Tensor, target: tuple[Any, ...]) -> Tensor | None:
         """The state that `weight` had for `target`, if it is the one that was seen last."""
+        found = self._found(weight, target)
+        return found.clone() if isinstance(found, Tensor) else None
+
+    def mended(
+        self, selector: str, weight: Tensor, buffers: Buffers, layer: str, seed: int
+    ) -> Mended | None:
+        """What the state of a copy should be; None where this is no copy's.
+
+        Arguments are as of `swatfx.ops.copied.Copied.mended`.
+        """
+        if self.copied is None:
+            return None
+        density, *fraction = float(buffers.density.item()), *buffers.fraction.tolist()
+        mask = buffers.threshold
+        target: tuple[Any, ...] = buffers.is_held, density, *fraction
+        if buffers.is_held:
+            target = *target, mask.data_ptr(), None if mask.is_inference() else mask._version
+        found = self._found(weight, target) if buffers.is_held else None
+        if not isinstance(found, Mended):
+            found = self.copied.mended(selector, weight, buffers, layer, seed)
+            if buffers.is_held and not mask.is_inference():
+                self.seen = _look(weight, target, found)
+        return found
+
+    def _found(self, weight: Tensor, target: tuple[Any, ...]) -> Any:
         seen = self.seen
         if seen is None or seen.target != target or not _is_same(weight, seen):
             return None
-        return seen.state.clone()
+        return seen.found
 
 
 def storage_id(x: Tensor) -> int:
@@ -119,16 +146,21 @@ def _current(
         The selector's state, in the weight's precision; it aliases nothing.
     """
     call = CurrentCall(*options)
-    if old_masks.is_held(stamp, call.held):
-        return threshold.clone()
-    target = _target(stamp, iteration, density, fraction)
+    is_held = old_masks.is_held(stamp, call.held)
     memory = Ranked.find(call.token)
+    mended = None
+    if memory is not None:
+        buffers = Buffers(threshold, stamp, density, fraction, is_held)
+        mended = memory.mended(call.selector, weight, buffers, call.layer, call.seed)
+    if is_held:
+        return (threshold if mended is None or mended.mask is None else mended.mask).clone()
+    target = _target(stamp, iteration, density, fraction)
     found = None if memory is None else memory.recall(weight, target)
     if found is not None:
         return found
     state = selectors.get(call.selector).state(
         weight,
-        read_density(density, fraction),
+        read_density(density, fraction) if mended is None else mended.density,
         Axes(0, 1),
         draw_seed(call.seed, call.layer, max(int(stamp.item()), 0), True),
     )
@@ -205,7 +237,7 @@ def _probe(weight: Tensor) -> Tensor | None:
     return weight.as_strided((-(-span // step),), (step,), weight.storage_offset())
 
 
-def _look(weight: Tensor, target: tuple[Any, ...], state: Tensor) -> _Seen | None:
+def _look(weight: Tensor, target: tuple[Any, ...], found: Any) -> _Seen | None:
     if weight.is_inference():
         return None  # it counts no versions
     try:
@@ -215,7 +247,7 @@ def _look(weight: Tensor, target: tuple[Any, ...], state: Tensor) -> _Seen | Non
         return None  # no storage: nothing tells one such tensor from another
     probe = _probe(weight)
     probe = None if probe is None else probe.clone()
-    return _Seen(storage, weight._version, looks, target, probe, state)
+    return _Seen(storage, weight._version, looks, target, probe, found)
 
 
 def _is_same(weight: Tensor, seen: _Seen) -> bool:

@@ -38,6 +38,8 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
     if not module.swat.stale:  # what came along belongs to what came along
         for _, threshold in module.swat.thresholds():
             threshold.history.forget()
+        for layer in sparse_layers(module):
+            layer.weight_threshold.mend_loaded(layer.weight)
         for _, part in all_parts(module):
             if part.watch is not None:
                 part.watch.accept_weights()
@@ -113,7 +115,6 @@ def _masked_weights(gm: SwatModule) -> dict[str, Tensor]:
     """Name of each weight under a held mask, and of its aliases -> the mask."""
     masked: dict[int, Tensor] = {}
     for layer in sparse_layers(gm):
-        layer.weight_threshold.mend(layer.weight)
         rule = layer.plan.rule
         sees = rule.forward_weight or rule.zero_inactive == "always"
         if layer.weight_threshold.is_held and sees:
@@ -185,6 +186,8 @@ def attach(
     for root, attachment, mine, plan in planned:
         root.__dict__["attachment"] = attachment
         root.swat.clock.lost = ""
+        for layer in sparse_layers(root):
+            layer.weight_threshold.trust()
         parts.append((attachment, attachment.carry_out(plan, mine)))
     return Handle(parts)
 

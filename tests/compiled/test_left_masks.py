@@ -1,0 +1,278 @@
+"""Averages by loops of one's own, which leave masks out, or take the mean of their bytes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import swatfx
+from swatfx.compiled.layers import sparse_layers
+from swatfx.compiled.module import SwatModule
+from swatfx.errors import SwatWarning
+from tests.nets.any_optimizer import Outer, net, rows
+from tests.nets.held_masks import POLICIES, TIMES, TOTAL
+from tests.nets.small_nets import assert_same, loss_of, snapshot
+
+MOVING = ["set", "rigl", "snfs", "dsr", "swat-frozen"]  # masks that training changes
+DECAY = 0.6
+
+
+def entries(module: nn.Module, floats: bool) -> list[Tensor]:
+    state: dict[str, Tensor] = module.state_dict()
+    return [value for value in state.values() if value.is_floating_point() or not floats]
+
+
+def averaged(mine: Any, theirs: Any) -> None:
+    with torch.no_grad():
+        for one, other in zip(mine, theirs, strict=True):
+            one.copy_(DECAY * one + (1 - DECAY) * other)
+
+
+def behind(mine: nn.Module, model: nn.Module) -> None:
+    """Behind autograd's back."""
+    for one, other in zip(mine.parameters(), model.parameters(), strict=True):
+        one.data.mul_(DECAY).add_(other.data, alpha=1 - DECAY)
+
+
+LEFT: dict[str, Callable[[nn.Module, nn.Module], None]] = {
+    "parameters": lambda a, m: averaged(a.parameters(), m.parameters()),
+    "data of parameters": behind,
+    "floats": lambda a, m: averaged(entries(a, True), entries(m, True)),
+}
+LOOPS = LEFT | {"all": lambda a, m: averaged(entries(a, False), entries(m, False))}
+
+
+@pytest.fixture(autouse=True)
+def told_again() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SwatWarning)
+        yield
+
+
+def compiled(name: str) -> SwatModule:
+    torch.manual_seed(0)
+    return swatfx.compile(net(), replace(POLICIES[name], first_dense=False, last_dense=False))
+
+
+def trained(
+    name: str, loop: str, *, nested: bool = False, early: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """(model, its average) after all steps; `early`: copied before there was an optimizer."""
+    gm = compiled(name)
+    model: nn.Module = Outer(gm) if nested else gm
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    average = copy.deepcopy(model).eval() if early else None
+    swatfx.attach(model, optimizer, **TIMES)
+    average = copy.deepcopy(model).eval() if average is None else average
+    for x in rows(TOTAL):
+        optimizer.zero_grad()
+        loss_of(model(x)).backward()
+        optimizer.step()
+        LOOPS[loop](average, model)
+    return model.eval(), average
+
+
+def inner(model: nn.Module) -> SwatModule:
+    return next(m for m in model.modules() if isinstance(m, SwatModule))
+
+
+def as_expected(average: nn.Module, source: nn.Module | None = None) -> nn.Module:
+    """The dense net with, in each layer, the weights of the source's mask or the largest."""
+    plain: nn.Module = net()
+    root = inner(average)
+    weights = {name: p.detach().clone() for name, p in root.named_parameters()}
+    theirs = None if source is None else {x.plan.name: x for x in sparse_layers(inner(source))}
+    for layer in sparse_layers(root):
+        weight, keep = weights[layer.plan.weight], layer.keep_now()
+        if theirs is None or not torch.equal(keep, theirs[layer.plan.name].keep_now()):
+            density = layer.weight_threshold.density_now
+            counts = density.count(weight.numel()), density.count_within(weight.numel())
+            assert int(keep.sum()) in counts
+            keep = weight.abs() >= weight.abs().flatten().topk(int(keep.sum())).values[-1]
+        weight[~keep] = 0
+    plain.load_state_dict(weights, strict=True)
+    return plain
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["attached", "early"])
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", MOVING)
+def test_an_average_has_its_largest_weights(
+    name: str, loop: str, nested: bool, early: bool
+) -> None:
+    if name == "swat-frozen" and early and loop.endswith("parameters"):
+        pytest.skip("not held when copied, and nothing says that it is now: selected anew")
+    model, average = trained(name, loop, nested=nested, early=early)
+    x = rows(1, seed=5)[0]
+    root = inner(average)
+    got = root(x)
+    torch.testing.assert_close(got, as_expected(average, model)(x))
+    source = [layer.keep_now() for layer in sparse_layers(inner(model))]
+    mine = [layer.keep_now() for layer in sparse_layers(root)]
+    near = [(a == b).double().mean().item() for a, b in zip(mine, source, strict=True)]
+    # Redistributed densities are as when copied, where they are left out.
+    assert min(near) > (
+        0.6 if name == "snfs" else 0.75
+    )  # an average of all its steps; not of its mask when it was copied
+    # It is so in whatever is made of it.
+    again = compiled(name)
+    again.load_state_dict(root.state_dict())
+    torch.testing.assert_close(again.eval()(x), got)
+    torch.testing.assert_close(copy.deepcopy(root)(x), got)
+    if all(layer.weight_threshold.is_held for layer in sparse_layers(root)):
+        plain = net()
+        plain.load_state_dict(swatfx.dense_state_dict(root))
+        torch.testing.assert_close(plain(x), got)
+
+
+@pytest.mark.parametrize("how", ["state dict", "deepcopy", "save", "report", "double", "export"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_it_need_not_be_called_first(loop: str, how: str, tmp_path: Path) -> None:
+    _, average = trained("rigl", loop)
+    _, other = trained("rigl", loop)
+    x = rows(1, seed=5)[0]
+    want = average(x)
+    root = inner(other)
+    if how == "state dict":
+        gm = compiled("rigl")
+        gm.load_state_dict(root.state_dict())
+    elif how == "deepcopy":
+        gm = copy.deepcopy(root)
+    elif how == "save":
+        swatfx.save(root, tmp_path / "a.ckpt")
+        gm = swatfx.load(tmp_path / "a.ckpt", net())
+    elif how == "report":
+        realised = [r.realised_weight_density for r in swatfx.report(root, (x,)).layers]
+        swatfx.refresh(average)
+        again = [r.realised_weight_density for r in swatfx.report(average, (x,)).layers]
+        assert realised == again
+        gm = root
+    elif how == "double":
+        gm, want = root.double(), want.double()
+        torch.testing.assert_close(gm.eval()(x.double()), want, atol=1e-5, rtol=1e-5)
+        return
+    else:
+        swatfx.export(root, tmp_path / "a.pt2", (x,))
+        program = torch.export.load(tmp_path / "a.pt2").module()
+        torch.testing.assert_close(program(x), want)
+        return
+    torch.testing.assert_close(gm.eval()(x), want)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", ["rigl", "swat-frozen", "swat-m", "swat-u"])
+def test_compiled_by_torch(name: str, loop: str, fresh_dynamo: None) -> None:
+    _, average = trained(name, loop)
+    twin = copy.deepcopy(average)
+    _, other = trained(name, loop)
+    x = rows(1, seed=5)[0]
+    before = snapshot(other)
+    step = torch.compile(other, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(step(x), average(x))
+        torch.testing.assert_close(step(x), twin(x))
+        if loop != "data of parameters":
+            for model in (other, average):
+                for p in model.parameters():
+                    p.mul_(torch.linspace(0, 1, p.numel()).view_as(p))
+            torch.testing.assert_close(step(x), average(x))
+    assert before.keys() == snapshot(other).keys()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+@pytest.mark.parametrize("name", MOVING)
+def test_weights_copied_into_a_fresh_copy_keep_its_masks(name: str, alive: bool) -> None:
+    """As `copy_to` of EMA packages does: what is copied now has the masks of now."""
+    model, average = trained(name, "parameters")
+    source = inner(model)
+    twin = copy.deepcopy(source)
+    masks = [layer.keep() for layer in sparse_layers(source)]
+    with torch.no_grad():
+        for mine, theirs in zip(twin.parameters(), average.parameters(), strict=True):
+            mine.copy_(theirs)
+    if not alive:
+        del model, source
+        state = twin.state_dict()  # the source is gone: by magnitude, and said
+        assert state.keys()
+        return
+    twin(rows(1, seed=5)[0])
+    for layer, mask in zip(sparse_layers(twin), masks, strict=True):
+        assert torch.equal(layer.keep(), mask)
+
+
+def test_weights_that_went_back_keep_the_masks_they_are_given() -> None:
+    """A lottery ticket: the first weights under the last mask."""
+    gm = compiled("rigl")
+    first = {name: p.detach().clone() for name, p in gm.named_parameters()}
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    swatfx.attach(gm, optimizer, **TIMES)
+    for x in rows(TOTAL):
+        optimizer.zero_grad()
+        loss_of(gm(x)).backward()
+        optimizer.step()
+    masks = [layer.keep() for layer in sparse_layers(gm)]
+    for ticket in (gm, copy.deepcopy(gm)):
+        ticket.load_state_dict(first, strict=False)
+        swatfx.attach(ticket, torch.optim.SGD(ticket.parameters(), lr=0.05), **TIMES)
+        ticket.eval()(rows(1)[0])
+        for layer, mask in zip(sparse_layers(ticket), masks, strict=True):
+            assert torch.equal(layer.keep(), mask)
+
+
+def test_a_mean_of_state_dicts() -> None:
+    """A soup: of their entries, as numbers."""
+    states = []
+    for seed in (1, 2):
+        gm = compiled("set")
+        optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+        swatfx.attach(gm, optimizer, **TIMES)
+        for x in rows(TOTAL, seed=seed):
+            optimizer.zero_grad()
+            loss_of(gm(x)).backward()
+            optimizer.step()
+        states.append(copy.deepcopy(dict(gm.state_dict())))
+    mean = {
+        name: ((value + states[1][name]) / 2).to(value.dtype) for name, value in states[0].items()
+    }
+    gm = compiled("set")
+    gm.load_state_dict(mean)
+    x = rows(1, seed=5)[0]
+    torch.testing.assert_close(gm.eval()(x), as_expected(gm)(x))
+
+
+def test_what_is_trained_keeps_its_masks() -> None:
+    """A copy that is trained itself: nothing of it is an average."""
+    gm = compiled("swat-frozen-active")
+    twin = copy.deepcopy(gm)
+    snapshots = []
+    for model in (gm, twin):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        swatfx.attach(model, optimizer, **TIMES)
+        torch.manual_seed(1)
+        for x in rows(TOTAL):
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            optimizer.step()
+            model.eval()(x)
+            model.train()
+        snapshots.append(snapshot(model))
+    assert_same(*snapshots)
+
+
+def test_it_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    _, average = trained("rigl", "parameters")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", SwatWarning)
+        average(rows(1)[0])
+        average(rows(1)[0])
+    found = [w for w in caught if issubclass(w.category, SwatWarning)]
+    assert len(found) == 1 and "nobody wrote" in str(found[0].message)
