@@ -18,7 +18,7 @@ from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.copied import Buffers, Copied, Mended
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
-from swatfx.ops.state import CALLS, check_rankable, compute_state, read_density
+from swatfx.ops.state import CALLS, check_rankable, compute_state, draw_seed, read_density
 from swatfx.selectors import Axes, Selector
 from swatfx.tensors import layouts
 
@@ -164,8 +164,11 @@ class WeightThreshold(Threshold):
 
     @property
     def _now(self) -> Buffers:
-        state = self.threshold
-        return Buffers(state, self.stamp, self.density, self.fraction, self.is_held)
+        return Buffers(self.threshold, self.density, self.fraction, self.is_held)
+
+    @property
+    def _draw(self) -> int:
+        return draw_seed(self.seed, self.layer, self._last_refresh, True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -196,16 +199,14 @@ class WeightThreshold(Threshold):
     def mend(self, weight: Tensor) -> None:
         """Put right what averaging has broken in a copy, or left behind; nothing, if nothing."""
         if self.remembered.copied is not None and not torch.compiler.is_compiling():
-            told = self.remembered.mended(
-                self.selector, weight.detach(), self._now, self.layer, self.seed
-            )
+            told = self.remembered.mended(self.selector, weight.detach(), self._now, self._draw)
             if told is not None:
                 self._take(told, weight)
 
     def mend_loaded(self, weight: Tensor) -> None:
         """As `mend`, of any model: what was loaded may be a mean of others' entries."""
         known = self.remembered.copied or Copied(self.density_now, self)
-        told = known.mended(self.selector, weight.detach(), self._now, self.layer, self.seed)
+        told = known.mended(self.selector, weight.detach(), self._now, self._draw)
         self._take(told, weight)
 
     @torch.no_grad()

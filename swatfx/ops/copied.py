@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from swatfx import selectors
 from swatfx.density import Density
 from swatfx.errors import SwatWarning
-from swatfx.ops.state import draw_seed
 from swatfx.selectors import Axes, Held, RandomSelector
 from swatfx.selectors.topk import largest
 from swatfx.tensors import bits
@@ -38,7 +37,6 @@ class Buffers:
     """What a weight's threshold holds, as the buffers of the same names do."""
 
     threshold: Tensor
-    stamp: Tensor
     density: Tensor
     fraction: Tensor
     is_held: bool
@@ -145,9 +143,7 @@ class Copied:
         return Density(min(max(value, _NEAR), 1.0)), False
 
     @torch.no_grad()
-    def mended(
-        self, selector: str, weight: Tensor, found: Buffers, layer: str = "", seed: int = 0
-    ) -> Mended:
+    def mended(self, selector: str, weight: Tensor, found: Buffers, draw: int) -> Mended:
         """What `found` should be for `weight`; nothing changes.
 
         A held mask is whole if its digest says so. One that is not, though weights outside of it
@@ -166,8 +162,7 @@ class Copied:
             return Mended(None, density, stays) if told is None else Mended(None, told, True)
         elif not weight[~keep].any():
             return Mended(None, density, stays)
-        drawn = draw_seed(seed, layer, max(int(found.stamp.item()), 0), True)
-        return Mended(_largest(chosen, weight, density, drawn), density, stays)
+        return Mended(_largest(chosen, weight, density, draw), density, stays)
 
     def _is_whole(self, mask: Tensor) -> bool:
         owner = self._owner()

@@ -58,9 +58,7 @@ class Ranked(Memory):
         found = self._found(weight, target)
         return found.clone() if isinstance(found, Tensor) else None
 
-    def mended(
-        self, selector: str, weight: Tensor, buffers: Buffers, layer: str, seed: int
-    ) -> Mended | None:
+    def mended(self, selector: str, weight: Tensor, buffers: Buffers, draw: int) -> Mended | None:
         """What the state of a copy should be; None where this is no copy's.
 
         Arguments are as of `swatfx.ops.copied.Copied.mended`.
@@ -74,7 +72,7 @@ class Ranked(Memory):
             target = *target, mask.data_ptr(), None if mask.is_inference() else mask._version
         found = self._found(weight, target) if buffers.is_held else None
         if not isinstance(found, Mended):
-            found = self.copied.mended(selector, weight, buffers, layer, seed)
+            found = self.copied.mended(selector, weight, buffers, draw)
             if buffers.is_held and not mask.is_inference():
                 self.seen = _look(weight, target, found)
         return found
@@ -147,11 +145,12 @@ def _current(
     """
     call = CurrentCall(*options)
     is_held = old_masks.is_held(stamp, call.held)
+    draw = draw_seed(call.seed, call.layer, max(int(stamp.item()), 0), True)
     memory = Ranked.find(call.token)
     mended = None
     if memory is not None:
-        buffers = Buffers(threshold, stamp, density, fraction, is_held)
-        mended = memory.mended(call.selector, weight, buffers, call.layer, call.seed)
+        buffers = Buffers(threshold, density, fraction, is_held)
+        mended = memory.mended(call.selector, weight, buffers, draw)
     if is_held:
         return (threshold if mended is None or mended.mask is None else mended.mask).clone()
     target = _target(stamp, iteration, density, fraction)
@@ -162,7 +161,7 @@ def _current(
         weight,
         read_density(density, fraction) if mended is None else mended.density,
         Axes(0, 1),
-        draw_seed(call.seed, call.layer, max(int(stamp.item()), 0), True),
+        draw,
     )
     if memory is not None:
         memory.seen = _look(weight, target, state.clone())
