@@ -10,8 +10,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = sorted(str(path) for path in Path("swatfx/kernels/csrc").glob("*.c"))
-HEADERS = sorted(str(path) for path in Path("swatfx/kernels/csrc").glob("*.h"))
+CSRC = Path("swatfx/kernels/csrc")
+SOURCES = sorted(str(path) for path in CSRC.rglob("*.c"))
+# The files in bf16/ include those they are named after.
+HEADERS = sorted(str(path) for path in (*CSRC.rglob("*.h"), *CSRC.glob("*.c")))
 # An instruction set -> what makes the compiler use it; which one runs is chosen at run time.
 TARGETS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

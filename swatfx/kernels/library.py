@@ -111,10 +111,22 @@ def reference_only() -> Iterator[None]:
             _state["off"] -= 1
 
 
-def function(name: str, restype: Any = None) -> Callable[..., Any]:
-    """A C function by name. Pass tensors as `pointer(t)`, sizes as `size(n)`."""
+ELEMENTS = (torch.float32, torch.bfloat16)  # what typed functions read and write
+
+
+def function(
+    name: str, restype: Any = None, *, elements: torch.dtype = torch.float32
+) -> Callable[..., Any]:
+    """A C function by name. Pass tensors as `pointer(t)`, sizes as `size(n)`.
+
+    Args:
+        name: as in csrc/exports.h.
+        restype: of its result.
+        elements: of ELEMENTS, where the name is TYPED.
+    """
     library = _library()[1]
     assert library is not None, "ask available() first"
+    name += "_bf16" if elements is torch.bfloat16 else ""
     found: Callable[..., Any] = getattr(library, name)
     found.restype = restype  # type: ignore[attr-defined]
     return found

@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent / "csrc"
 def digest() -> str:
     """Sixteen hexadecimal digits over the names and contents of all files in csrc."""
     total = hashlib.sha256()
-    for path in sorted(FOLDER.glob("*.[ch]")):
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(FOLDER.rglob("*.[ch]")):
+        name = path.relative_to(FOLDER).as_posix()
+        total.update(name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]

@@ -11,7 +11,8 @@ DEFINED = re.compile(r"^(?!static|INLINE|typedef|#)\w[\w *]*?\b(\w+)\([^;{}]*\) 
 
 
 def code_of(path: Path) -> str:
-    return re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+    code = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+    return re.sub(r"TYPED\((\w+)\)", r"\1", code)
 
 
 def called() -> dict[str, set[str]]:
@@ -49,3 +50,12 @@ def test_exports_are_what_python_calls() -> None:
     assert declared == {name for name in declared if re.search(rf'["._]{name}\b', text)}
     named = set(re.findall(r'\bfunction\(\s*"(\w+)"', text))
     assert len(named) > 15 and named <= declared
+
+
+def test_bf16_is_the_same_source() -> None:
+    for path in sorted((KERNELS / "csrc" / "bf16").iterdir()):
+        lines = code_of(path).split("\n")
+        assert [line for line in lines if line] == [
+            "#define SWATFX_BF16",
+            f'#include "../{path.name}"',
+        ]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.nets.places import ROOT
 
-SOURCES = sorted(ROOT.glob("swatfx/kernels/csrc/*.c"))
+SOURCES = sorted(ROOT.glob("swatfx/kernels/csrc/**/*.c"))
 # As in setup.py, but for what optimises.
 FLAGS = ["-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 

@@ -27,7 +27,7 @@ static void clear_tail(uint8_t *bits, int64_t n) {
     if (n % LANES) memset(bits + whole, 0, (size_t)((n + 7) / 8 - whole));
 }
 
-void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int threads) {
+void TYPED(swatfx_relu)(const elem *x, elem *y, uint8_t *bits, int64_t n, int threads) {
     int past = outgrows_cache(n) && on_line(y);
     clear_tail(bits, n);
     EACH_CHUNK(n, threads, {
@@ -38,7 +38,7 @@ void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int threads
     })
 }
 
-void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *dx, int64_t n,
+void TYPED(swatfx_relu_backward)(const elem *grad, const uint8_t *bits, elem *dx, int64_t n,
                           int threads) {
     int past = outgrows_cache(n) && on_line(dx);
     EACH_CHUNK(n, threads, {
@@ -47,7 +47,7 @@ void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *dx, int
     })
 }
 
-void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale, int64_t n,
+void TYPED(swatfx_dropout)(const elem *x, elem *y, uint8_t *bits, float scale, int64_t n,
                     int threads) {
     wide factor = splat(scale);
     clear_tail(bits, n);
@@ -58,7 +58,7 @@ void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale, int64_
     })
 }
 
-void swatfx_dropout_backward(const float *grad, const uint8_t *bits, float *dx, float scale,
+void TYPED(swatfx_dropout_backward)(const elem *grad, const uint8_t *bits, elem *dx, float scale,
                              int64_t n, int threads) {
     int past = outgrows_cache(n) && on_line(dx);
     wide factor = splat(scale);

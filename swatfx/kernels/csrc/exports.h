@@ -6,6 +6,8 @@
  * For every function, unless it says otherwise:
  * - Pointers are to the host's memory, of the dtype of their type; `void *x` with `bytes` is float32 where
  *   `bytes` is 4, and bfloat16 or float16 where it is 2. No other `bytes` is defined.
+ * - `elem` is float in a function of the name that stands here; there is one more of each TYPED name with
+ *   _bf16 behind it, where it is bfloat16 (elem.h). "Floats" of such tensors are elements then.
  * - Tensors are dense: element i of n is x[i], in whatever order of dimensions. [a][b] is row-major.
  * - A pointer is aligned to its element and no more, which torch sees to. Results aligned to 64 bytes may be
  *   written past the caches: faster, the same values.
@@ -27,6 +29,7 @@
 #ifndef SWATFX_EXPORTS_H
 #define SWATFX_EXPORTS_H
 
+#include "elem.h"
 #include "problems.h"
 
 #if defined(_WIN32)
@@ -62,8 +65,8 @@ EXPORT const char *swatfx_sources(void);
  * Checked by: fitting.convolution and problems.py for convolutions, linear.py for linear layers, which are
  * pointwise convolutions. Returns 0, NO_MEMORY, or DOES_NOT_FIT
  * where a tile with its halo is too large for a scratch buffer, which C finds out. */
-EXPORT int sparse_conv(const conv_problem *p, const float *in, const float *weight, const float *bias,
-                       float *out, float threshold);
+EXPORT int TYPED(sparse_conv)(const conv_problem *p, const elem *in, const float *weight,
+    const float *bias, elem *out, float threshold);
 
 /* packed: of [groups * channels][height][width][batch] in that order, aligned to 4 bytes, `header` as said
  * above and `values` values, float or bfloat16, behind it; values >= 0, and bits behind the last element do
@@ -76,24 +79,24 @@ EXPORT int sparse_conv(const conv_problem *p, const float *in, const float *weig
  * Checked by: fitting.convolution, fitting.packed_values (that the bytes behind the header are `values`
  * whole values, aligned to 8). Returns 0, NO_MEMORY, or DOES_NOT_FIT where a strip of the gradient is too
  * large, or where the bits that are set are not `values`: C counts them before it reads values. */
-EXPORT int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header,
-                                  int64_t values, const float *grad, float *out);
+EXPORT int TYPED(sparse_weight_gradient)(const wgrad_problem *p, const uint8_t *packed, int64_t header,
+    int64_t values, const elem *grad, float *out);
 
 /* The same for a linear layer. packed: of [rows][inputs], aligned or not; grad: [rows][outputs]; out:
  * [outputs][inputs]. Checked by: linear.py, fitting.packed_values. Returns 0, NO_MEMORY, or DOES_NOT_FIT
  * where the bits that are set are not `values`. */
-EXPORT int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed, int64_t header,
-                                         int64_t values, const float *grad, float *out);
+EXPORT int TYPED(sparse_linear_weight_gradient)(const linear_problem *p, const uint8_t *packed, int64_t
+    header, int64_t values, const elem *grad, float *out);
 
 /* out[plane][y][x] = in[plane][y * step_y][x * step_x], each a run of `batch` floats.
  * in: [planes][height][width][batch]; out: [planes][ceil(height / step_y)][ceil(width / step_x)][batch].
  * Sizes are those of a convolution that fitting.convolution let through. */
-EXPORT void take_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width,
-                         int64_t step_y, int64_t step_x, int64_t batch, int threads);
+EXPORT void TYPED(take_strided)(const elem *in, elem *out, int64_t planes, int64_t height, int64_t
+    width, int64_t step_y, int64_t step_x, int64_t batch, int threads);
 
 /* Inverse of take_strided, whose sizes it takes: `in` is what that wrote; zero where nothing was taken. */
-EXPORT void put_strided(const float *in, float *out, int64_t planes, int64_t height, int64_t width,
-                        int64_t step_y, int64_t step_x, int64_t batch, int threads);
+EXPORT void TYPED(put_strided)(const elem *in, elem *out, int64_t planes, int64_t height, int64_t width,
+    int64_t step_y, int64_t step_x, int64_t batch, int threads);
 
 /* ---- Thresholds: topk.py ----
  *
@@ -183,28 +186,27 @@ EXPORT void swatfx_keep_top(
  * are read may be anything behind the last; those that are written are zero there. */
 
 /* y = x where not x <= 0 (NaN too), else 0; a bit says where. */
-EXPORT void swatfx_relu(const float *x, float *y, uint8_t *bits, int64_t n, int threads);
+EXPORT void TYPED(swatfx_relu)(const elem *x, elem *y, uint8_t *bits, int64_t n, int threads);
 
 /* dx = grad where the bit is set, else 0. */
-EXPORT void swatfx_relu_backward(const float *grad, const uint8_t *bits, float *dx, int64_t n,
-                                 int threads);
+EXPORT void TYPED(swatfx_relu_backward)(const elem *grad, const uint8_t *bits, elem *dx, int64_t n, int
+    threads);
 
 /* y comes as what was drawn, ones and zeros, and goes as x * scale or x * 0; a bit says which. */
-EXPORT void swatfx_dropout(const float *x, float *y, uint8_t *bits, float scale, int64_t n,
-                           int threads);
+EXPORT void TYPED(swatfx_dropout)(const elem *x, elem *y, uint8_t *bits, float scale, int64_t n, int
+    threads);
 
 /* dx = grad * scale where the bit is set, else grad * 0, which is NaN where grad is infinite, as in torch.
  * */
-EXPORT void swatfx_dropout_backward(const float *grad, const uint8_t *bits, float *dx, float scale,
-                                    int64_t n, int threads);
+EXPORT void TYPED(swatfx_dropout_backward)(const elem *grad, const uint8_t *bits, elem *dx, float scale,
+    int64_t n, int threads);
 
 /* ---- Memory orders: layout.py, which checks dtype and density ---- */
 
 /* out[b * out_batch + j * out_row + i] = in[b * in_batch + i * in_row + j] for b < batch, i < rows, j <
  * cols, which are at least 0. No two of these are the same place in `out`, which is all that is written. */
-EXPORT void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t rows, int64_t cols,
-                             int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
-                             int threads);
+EXPORT void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, int64_t rows, int64_t
+    cols, int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch, int threads);
 
 /* ---- Batch normalisation, with an addition and a ReLU behind it: norm.py ----
  *
@@ -226,12 +228,11 @@ EXPORT void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t
  * training, relu: 0 or 1. bits: only if relu; needed by backward if there are codes and a residual. In
  * training runs * length > 1: one element has no variance. eps and momentum may be any: they make values,
  * no addresses. Checked by: norm.py. */
-EXPORT void swatfx_norm(const float *x, const float *residual, const float *weight,
-                        const float *bias, const float *running_mean, const float *running_var,
-                        float *y, float *mean, float *invstd, float *new_mean, float *new_var,
-                        uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
-                        int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
-                        double momentum, double eps, int training, int relu, int threads);
+EXPORT void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight,
+    const float *bias, const float *running_mean, const float *running_var, elem *y, float *mean,
+    float *invstd, float *new_mean, float *new_var, uint8_t *bits, uint8_t *codes, float *header,
+    int64_t channels, int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, double momentum, double eps,
+    int training, int relu, int threads);
 
 /* grad: [n]; x: [n] or NULL; weight, bias: as forward had them; mean, invstd: [channels], from forward;
  * bits, codes, header: as forward wrote them, or NULL. dx, dresidual: [n] or NULL if not wanted; dweight,
@@ -243,12 +244,11 @@ EXPORT void swatfx_norm(const float *x, const float *residual, const float *weig
  * byte.
  *
  * `header` is aligned to 4 bytes. Checked by: norm.py, with is_complete in swatfx/ops/norm.py. */
-EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
-                                 const float *bias, const float *mean, const float *invstd,
-                                 const uint8_t *bits, const uint8_t *codes, const float *header,
-                                 float *dx, float *dresidual, float *dweight, float *dbias,
-                                 int64_t channels, int64_t runs, int64_t length, int64_t run_step,
-                                 int64_t channel_step, int training, int relu, int threads);
+EXPORT void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const float *weight, const
+    float *bias, const float *mean, const float *invstd, const uint8_t *bits, const uint8_t *codes,
+    const float *header, elem *dx, elem *dresidual, float *dweight, float *dbias, int64_t channels,
+    int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, int training, int relu, int
+    threads);
 
 /* ---- Max pooling: pool.py ----
  *
@@ -261,11 +261,11 @@ EXPORT void swatfx_norm_backward(const float *grad, const float *x, const float 
 
 /* x: [planes][height][width][inner]; y: [planes][out_height][out_width][inner]; index: as y, of bytes: the
  * winner's place in its window, counted row by row; or NULL. */
-EXPORT void swatfx_max_pool(const float *x, float *y, uint8_t *index, const int64_t *sizes,
-                            int threads);
+EXPORT void TYPED(swatfx_max_pool)(const elem *x, elem *y, uint8_t *index, const int64_t *sizes, int
+    threads);
 
 /* grad, index: as y and index of swatfx_max_pool; dx: as x. Bytes that are no place let nothing through. */
-EXPORT void swatfx_max_pool_backward(const float *grad, const uint8_t *index, float *dx,
-                                     const int64_t *sizes, int threads);
+EXPORT void TYPED(swatfx_max_pool_backward)(const elem *grad, const uint8_t *index, elem *dx, const
+    int64_t *sizes, int threads);
 
 #endif

@@ -1,12 +1,13 @@
 /* Sixteen floats in whatever registers the machine has; masks of them, bytes, partial vectors.
  *
  * `wide` is a struct and not a vector of the compiler's: one wider than the registers would be kept in
- * memory across a loop.
+ * memory across a loop. What reads and writes them takes floats or bfloat16: by the type of its pointer.
  */
 #ifndef SWATFX_LANES_H
 #define SWATFX_LANES_H
 
 #include "common.h"
+#include "elem.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -19,8 +20,8 @@ typedef struct {
 typedef __mmask16 mask;
 
 INLINE wide splat(float x) { return (wide){_mm512_set1_ps(x)}; }
-INLINE wide get(const float *p) { return (wide){_mm512_loadu_ps(p)}; }
-INLINE void put(float *p, wide v) { _mm512_storeu_ps(p, v.r); }
+INLINE wide get_float(const float *p) { return (wide){_mm512_loadu_ps(p)}; }
+INLINE void put_float(float *p, wide v) { _mm512_storeu_ps(p, v.r); }
 INLINE wide add(wide a, wide b) { return (wide){_mm512_add_ps(a.r, b.r)}; }
 INLINE wide sub(wide a, wide b) { return (wide){_mm512_sub_ps(a.r, b.r)}; }
 INLINE wide mul(wide a, wide b) { return (wide){_mm512_mul_ps(a.r, b.r)}; }
@@ -69,14 +70,31 @@ INLINE void put_bytes(uint8_t *p, wide v) {
 INLINE wide get_bytes(const uint8_t *p) {
     return (wide){_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)))};
 }
-INLINE wide get_part(const float *p, int count, float fill) {
+INLINE wide get_part_float(const float *p, int count, float fill) {
     return (wide){_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (mask)((1u << count) - 1), p)};
 }
-INLINE void put_part(float *p, wide v, int count) {
+INLINE void put_part_float(float *p, wide v, int count) {
     _mm512_mask_storeu_ps(p, (mask)((1u << count) - 1), v.r);
 }
-INLINE void put_past(float *p, wide v) { _mm512_stream_ps(p, v.r); }
+INLINE void put_past_float(float *p, wide v) { _mm512_stream_ps(p, v.r); }
 INLINE void settle(void) { _mm_sfence(); }
+INLINE wide widened(__m256i h) {
+    return (wide){_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+/* To the nearest, ties to even; NaN stays one. */
+INLINE __m256i narrowed(wide v) {
+    const __m512i x = _mm512_castps_si512(v.r), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i near = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v.r, v.r, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(near, nan, quiet), 16));
+}
+INLINE wide get_bf16(const bf16 *p) { return widened(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE void put_bf16(bf16 *p, wide v) { _mm256_storeu_si256((__m256i *)p, narrowed(v)); }
+INLINE void put_past_bf16(bf16 *p, wide v) { _mm256_stream_si256((__m256i *)p, narrowed(v)); }
+INLINE void put_part_bf16(bf16 *p, wide v, int count) {
+    _mm256_mask_storeu_epi16(p, (mask)((1u << count) - 1), narrowed(v));
+}
 #else
 #if defined(__AVX__)
 enum { REG = 8 };
@@ -103,12 +121,12 @@ INLINE wide splat(float x) {
     EACH v.r[k] = x - (reg){0};
     return v;
 }
-INLINE wide get(const float *p) {
+INLINE wide get_float(const float *p) {
     wide v;
     EACH v.r[k] = *(const reg_in_memory *)(p + REG * k);
     return v;
 }
-INLINE void put(float *p, wide v) { EACH *(reg_in_memory *)(p + REG * k) = v.r[k]; }
+INLINE void put_float(float *p, wide v) { EACH *(reg_in_memory *)(p + REG * k) = v.r[k]; }
 INLINE wide add(wide a, wide b) {
     EACH a.r[k] += b.r[k];
     return a;
@@ -232,30 +250,91 @@ INLINE mask bytes_equal(const uint8_t *p, int byte) {
     EACH m.r[k] = found.r[k] == (float)byte;
     return m;
 }
-INLINE wide get_part(const float *p, int count, float fill) {
+INLINE wide get_part_float(const float *p, int count, float fill) {
     float whole[LANES];
     for (int l = 0; l < LANES; l++) whole[l] = l < count ? p[l] : fill;
-    return get(whole);
+    return get_float(whole);
 }
-INLINE void put_part(float *p, wide v, int count) {
+INLINE void put_part_float(float *p, wide v, int count) {
     float whole[LANES];
-    put(whole, v);
+    put_float(whole, v);
     for (int l = 0; l < count; l++) p[l] = whole[l];
 }
-INLINE void put_past(float *p, wide v) { put(p, v); }
+INLINE void put_past_float(float *p, wide v) { put_float(p, v); }
 INLINE void settle(void) {}
+typedef uint32_t reg_bits __attribute__((vector_size(4 * REG)));
+typedef uint16_t reg_halves __attribute__((vector_size(2 * REG)));
+INLINE wide get_bf16(const bf16 *p) {
+    wide v;
+    EACH {
+        reg_halves h;
+        memcpy(&h, p + REG * k, sizeof h);
+        v.r[k] = (reg)(__builtin_convertvector(h, reg_bits) << 16);
+    }
+    return v;
+}
+/* To the nearest, ties to even; NaN stays one. */
+INLINE void put_bf16(bf16 *p, wide v) {
+    EACH {
+        reg_bits x = (reg_bits)v.r[k], near = x + (x >> 16 & 1) + 0x7fff;
+        reg_mask nan = v.r[k] != v.r[k];
+        x = ((x | 0x400000) & (reg_bits)nan) | (near & ~(reg_bits)nan);
+        reg_halves h = __builtin_convertvector(x >> 16, reg_halves);
+        memcpy(p + REG * k, &h, sizeof h);
+    }
+}
+INLINE void put_past_bf16(bf16 *p, wide v) { put_bf16(p, v); }
+INLINE void put_part_bf16(bf16 *p, wide v, int count) {
+    bf16 whole[LANES];
+    put_bf16(whole, v);
+    memcpy(p, whole, (size_t)count * sizeof *p);
+}
 #endif
 
-INLINE wide get_some(const float *p, int count, float fill) {
+INLINE float widen(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
+    float whole[LANES];
+    for (int l = 0; l < LANES; l++) whole[l] = l < count ? widen(p[l]) : fill;
+    return get_float(whole);
+}
+
+#define BY_TYPE(name, p)                                                                           \
+    _Generic((p), float *: name##_float, const float *: name##_float, bf16 *: name##_bf16,          \
+             const bf16 *: name##_bf16)
+#define get(p) BY_TYPE(get, p)(p)
+#define get_part(p, count, fill) BY_TYPE(get_part, p)(p, count, fill)
+#define put(p, v) _Generic((p), float *: put_float, bf16 *: put_bf16)(p, v)
+#define put_part(p, v, count) _Generic((p), float *: put_part_float, bf16 *: put_part_bf16)(p, v, count)
+#define put_past(p, v) _Generic((p), float *: put_past_float, bf16 *: put_past_bf16)(p, v)
+
+INLINE wide get_some_float(const float *p, int count, float fill) {
     return count == LANES ? get(p) : get_part(p, count, fill);
 }
-INLINE void put_some(float *p, wide v, int count) {
+INLINE wide get_some_bf16(const bf16 *p, int count, float fill) {
+    return count == LANES ? get(p) : get_part(p, count, fill);
+}
+INLINE void put_some_float(float *p, wide v, int count) {
     if (count == LANES) {
         put(p, v);
     } else {
         put_part(p, v, count);
     }
 }
+INLINE void put_some_bf16(bf16 *p, wide v, int count) {
+    if (count == LANES) {
+        put(p, v);
+    } else {
+        put_part(p, v, count);
+    }
+}
+#define get_some(p, count, fill) BY_TYPE(get_some, p)(p, count, fill)
+#define put_some(p, v, count) _Generic((p), float *: put_some_float, bf16 *: put_some_bf16)(p, v, count)
+
 INLINE wide get_some_bytes(const uint8_t *p, int count) {
     uint8_t whole[LANES] = {0};
     if (count == LANES) return get_bytes(p);

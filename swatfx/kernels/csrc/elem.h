@@ -1,0 +1,24 @@
+/* The type that an activation and its gradient lie in: float, or bfloat16 in a file that says so.
+ *
+ * A kernel is written once. The file of its name in bf16/ defines SWATFX_BF16 and includes it: functions that
+ * others call are then TYPED, `elem` is two bytes wide, and get, put and their kin (lanes.h) convert. Sums,
+ * statistics and parameters are floats either way.
+ */
+#ifndef SWATFX_ELEM_H
+#define SWATFX_ELEM_H
+
+#include <stdint.h>
+
+typedef uint16_t bf16; /* the upper half of a float */
+
+#if defined(SWATFX_BF16)
+typedef bf16 elem;
+#define TYPED(name) name##_bf16
+enum { HALF = 1 };
+#else
+typedef float elem;
+#define TYPED(name) name
+enum { HALF = 0 };
+#endif
+
+#endif
