@@ -35,6 +35,7 @@ from swatfx.compiled import (
     relative,
     sparse_nodes,
 )
+from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.layout import laid_out
@@ -185,8 +186,9 @@ def _unsuited(weight: Tensor | None, device: torch.device | None) -> str | None:
     where = device or (None if weight is None or weight.is_meta else weight.device)
     if where is not None and where.type != "cpu":
         return f"GPUs run reference kernels ({where.type})"
-    if weight is not None and weight.dtype is not torch.float32:
-        return f"weights are {weight.dtype}, sparse kernels float32".replace("torch.", "")
+    if weight is not None and weight.dtype not in ELEMENTS:
+        text = f"weights are {weight.dtype}, sparse kernels float32 and bfloat16"
+        return text.replace("torch.", "")
     return None
 
 

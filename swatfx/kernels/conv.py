@@ -1,6 +1,8 @@
 """`swatfx::conv` and its backward on CPUs: sparse C kernels in the layout "batch_innermost".
 
-Taken where the op is asked for that layout, in float32, 1d or 2d; anything else is the reference's.
+Taken where the op is asked for that layout, in float32 or bfloat16, 1d or 2d; anything else is the
+reference's. In bfloat16 (autocast, say) weights are rounded to it and sums are float32; the weight
+gradient is float32 until it takes the weight's dtype.
 What a sparse kernel cannot gain from (dense weights, a gradient without a packed activation) is
 left to torch's dense kernels, part by part.
 """
@@ -31,7 +33,6 @@ from swatfx.ops.where import active_weight
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
 
-PACKED = (torch.float32, torch.bfloat16)
 _DOES_NOT_FIT = 2
 
 
@@ -62,7 +63,9 @@ def _dense_filters(weight: Tensor) -> Tensor:
 
 
 def sparse_weight(weight: Tensor, state: Tensor, selector: str) -> tuple[Tensor, float]:
-    """(weight, threshold) whose kept elements are the Top-K weights."""
+    """(float32 weight, threshold) whose kept elements are the Top-K weights."""
+    if weight.dtype is not torch.float32:
+        return _dense_filters(active_weight(weight, state, selector, weight.dtype).float()), 0.0
     if selector == "nchw" and fitting.is_number(state):
         return _dense_filters(weight), float(state)
     return _dense_filters(active_weight(weight, state, selector, weight.dtype)), 0.0
@@ -76,7 +79,9 @@ def run_problem(
     out: Tensor,
     threshold: float,
 ) -> bool:
-    """Run one sum of shifted planes into `out`; weights below `threshold` do not count.
+    """Run one sum of shifted planes into `out`, of the input's dtype.
+
+    Weights below `threshold` do not count.
 
     Returns:
         False if a tile with its halo is too large for the kernels.
@@ -84,8 +89,8 @@ def run_problem(
     Raises:
         MemoryError: no room for its buffers.
     """
-    bias = None if bias is None else bias.contiguous()
-    failed = library.function("sparse_conv", ctypes.c_int)(
+    bias = None if bias is None else bias.contiguous().float()
+    failed = library.function("sparse_conv", ctypes.c_int, elements=input.dtype)(
         ctypes.byref(problem),
         library.pointer(input),
         library.pointer(weight),
@@ -126,9 +131,9 @@ def _forward(
 ) -> Tensor | None:
     """None if the kernels cannot run it."""
     shapes = _shapes(call, input.shape, weight) if call.where.forward_weight else None
-    if shapes is None or input.dtype is not torch.float32:
+    if shapes is None or not fitting.are_elements(input, weight):
         return None
-    if not fitting.is_vector(bias, shapes.filters):
+    if bias is not None and (bias.dtype is not input.dtype or bias.shape != weight.shape[:1]):
         return None
     spatial = weight.dim() - 2
     seen = converted(input_in_forward(call, input, spatial), call.layout)
@@ -143,7 +148,7 @@ def _forward(
 
 
 def _strided(name: str, source: Tensor, result: Tensor, shapes: Shapes) -> Tensor:
-    library.function(name)(
+    library.function(name, elements=source.dtype)(
         library.pointer(source),
         library.pointer(result),
         *map(library.size, (shapes.channels, shapes.height, shapes.width, *shapes.stride)),
@@ -173,13 +178,13 @@ def _weight_gradient(
     """Dense, in the memory order of `weight`; None if `kept` is not what the kernels read."""
     elements = shapes.batch * shapes.channels * shapes.height * shapes.width
     values = fitting.packed_values(kept, elements, stored, BATCH_INNERMOST)
-    if values is None or stored not in PACKED:
+    if values is None or stored not in library.ELEMENTS:
         return None
-    out = torch.empty_like(weight)
+    out = torch.empty_like(weight, dtype=torch.float32)
     strides = problems.weight_strides(out)
     half = stored is torch.bfloat16
     problem = _weight_problem(shapes, strides, half, torch.get_num_threads())
-    failed = library.function("sparse_weight_gradient", ctypes.c_int)(
+    failed = library.function("sparse_weight_gradient", ctypes.c_int, elements=grad.dtype)(
         ctypes.byref(problem),
         library.pointer(kept),
         library.size(bits.header_bytes(elements)),
@@ -187,7 +192,7 @@ def _weight_gradient(
         library.pointer(grad),
         library.pointer(out),
     )
-    return out if succeeded(failed, "a sparse weight gradient") else None
+    return out.to(weight.dtype) if succeeded(failed, "a sparse weight gradient") else None
 
 
 def _input_gradient(
@@ -208,7 +213,8 @@ def _input_gradient(
 def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     saved, call = Saved.split(rest, ConvCall)
     input, kept, weight, weight_state, input_shape, wants = saved
-    shapes = _shapes(call, input_shape, weight) if grad.dtype is torch.float32 else None
+    fits = fitting.are_elements(grad, weight)
+    shapes = _shapes(call, input_shape, weight) if fits else None
     spatial = weight.dim() - 2
     if shapes is None or grad.shape != (
         shapes.batch,

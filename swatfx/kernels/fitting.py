@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS, Shapes
 from swatfx.ops.pack import order_of
 from swatfx.tensors import bits
@@ -24,6 +25,14 @@ INT32 = 2**31 - 1
 def is_vector(x: Tensor | None, length: int) -> bool:
     """Whether `x` is float32 of shape (length,), or None."""
     return x is None or (x.dtype is torch.float32 and x.shape == (length,))
+
+
+def are_elements(x: Tensor, weight: Tensor) -> bool:
+    """Whether typed functions read `x`, an activation or gradient, beside `weight`.
+
+    Weights are float32, which is rounded to a narrower activation, or of the activation's dtype.
+    """
+    return x.dtype in ELEMENTS and weight.dtype in (torch.float32, x.dtype)
 
 
 def is_number(x: Tensor) -> bool:
@@ -62,7 +71,7 @@ def convolution(
     spatial = weight.dim() - 2
     kernel = weight.shape[2:]
     steps = (stride, padding, dilation)
-    if spatial not in (1, 2) or len(input_shape) != weight.dim() or weight.dtype != torch.float32:
+    if spatial not in (1, 2) or len(input_shape) != weight.dim() or weight.dtype not in ELEMENTS:
         return None
     if any(len(numbers) != spatial for numbers in steps) or groups < 1:
         return None

@@ -1,8 +1,8 @@
 """`swatfx::linear` and its backward on CPUs: the sparse kernels of pointwise convolutions.
 
 Rows are laid innermost for the two products with sparse weights, and back again; the weight
-gradient reads the packed rows as they are. Taken in float32, where the op was told to, from
-`LEAST_ROWS` rows on: with fewer, dense products are bound by reading the weight, as these are.
+gradient reads the packed rows as they are. Taken in float32 and bfloat16, where the op was told to,
+from `LEAST_ROWS` rows on: with fewer, dense products are bound by reading the weight, as these are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.conv import PACKED, run_problem, sparse_weight, succeeded
+from swatfx.kernels.conv import run_problem, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
 from swatfx.ops.calls import LinearCall, Saved
 from swatfx.ops.layout import converted
@@ -41,7 +41,7 @@ class LinearProblem(ctypes.Structure):
 
 
 def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int | None:
-    """Rows of a float32 matrix that a sparse layer reads or writes; None if that cannot run here.
+    """Rows of a matrix that a sparse layer reads or writes; None if that cannot run here.
 
     Args:
         shape: of the input or the output gradient.
@@ -49,7 +49,7 @@ def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int |
         last: which dimension of `weight` the last of `shape` has to equal.
         asked: whether the op was told to run sparse.
     """
-    if not asked or not library.available() or weight.dtype is not torch.float32:
+    if not asked or not library.available():
         return None
     if weight.dim() != 2 or not shape or not weight.numel() or shape[-1] != weight.shape[last]:
         return None
@@ -68,9 +68,9 @@ def _forward(
 ) -> Tensor | None:
     """None if the kernels cannot run it."""
     count = _rows(input.shape, weight, 1, call.sparse_kernels)
-    if count is None or input.dtype is not torch.float32 or not call.where.forward_weight:
+    if count is None or not call.where.forward_weight or not fitting.are_elements(input, weight):
         return None
-    if not fitting.is_vector(bias, len(weight)):
+    if bias is not None and (bias.dtype is not input.dtype or bias.shape != weight.shape[:1]):
         return None
     outputs, inputs = weight.shape
     rows = input_in_forward(call, input).reshape(count, inputs)
@@ -102,7 +102,7 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     input, kept, weight, weight_state, input_shape, wants = saved
     count = _rows(grad.shape, weight, 0, call.sparse_kernels)
     shape = torch.Size(input_shape)
-    fits = grad.dtype is torch.float32 and shape == (*grad.shape[:-1], weight.shape[1])
+    fits = fitting.are_elements(grad, weight) and shape == (*grad.shape[:-1], weight.shape[1])
     if count is None or not fits:
         return linear_backward_reference(grad, *rest)
     outputs = weight.shape[0]
@@ -147,13 +147,14 @@ def _weight_gradient(
     """In the memory order of `weight`; None if `kept` is not what the kernels read."""
     (count, _), (outputs, inputs) = rows.shape, weight.shape
     values = fitting.packed_values(kept, count * inputs, stored, ROW_MAJOR)
-    if values is None or stored not in PACKED:
+    if values is None or stored not in library.ELEMENTS:
         return None
     rows = rows.contiguous()
     half = stored is torch.bfloat16
     problem = LinearProblem(count, inputs, outputs, torch.get_num_threads(), int(half))
     out = torch.empty(outputs, inputs)
-    failed = library.function("sparse_linear_weight_gradient", ctypes.c_int)(
+    name = "sparse_linear_weight_gradient"
+    failed = library.function(name, ctypes.c_int, elements=rows.dtype)(
         ctypes.byref(problem),
         library.pointer(kept),
         library.size(bits.header_bytes(count * inputs)),
@@ -163,4 +164,4 @@ def _weight_gradient(
     )
     if not succeeded(failed, "a sparse weight gradient"):
         return None
-    return out if weight.is_contiguous() else torch.empty_like(weight).copy_(out)
+    return out.to(weight.dtype) if weight.is_contiguous() else torch.empty_like(weight).copy_(out)

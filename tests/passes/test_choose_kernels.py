@@ -177,11 +177,17 @@ def test_weights_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("build", [chain, Functional, parametrized])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_run_dense(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     found = choices(lambda: build().to(dtype))
-    assert set(found.values()) == {f"dense: weights are {name}, sparse kernels float32"}
+    why = f"dense: weights are {name}, sparse kernels float32 and bfloat16"
+    assert set(found.values()) == {why}
+
+
+@pytest.mark.parametrize("build", [chain, Functional, parametrized])
+def test_bfloat16_runs_sparse(build: Callable[[], nn.Module]) -> None:
+    assert SPARSE in choices(lambda: build().bfloat16()).values()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

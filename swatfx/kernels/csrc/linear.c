@@ -3,7 +3,7 @@
  * As in wgrad.c, but the activation was packed (row, feature) and the output gradient has its features
  * innermost already. The rows are cut into strips; within one, nonzeros are sorted by feature.
  *
- * Stands on plan.c and tile.c.
+ * Stands on plan.c, tile.c and tile_bf16.c.
  */
 #include "exports.h"
 #include "plan.h"
@@ -114,13 +114,13 @@ static sorted sort_nonzeros(const linear_problem *p, int64_t strip_rows, int64_t
 }
 
 /* grad[m][f0 ...] of a strip, `width` wide, zero past the last output. */
-static void fill_scratch(const linear_problem *p, const float *grad, int64_t m0, int64_t m1, int64_t f0, int64_t width,
-                         float *scratch) {
+static void fill_scratch(const linear_problem *p, const elem *grad, int64_t m0, int64_t m1, int64_t f0, int64_t width,
+                         elem *scratch) {
     const int64_t count = min64(width, p->outputs - f0);
     for (int64_t m = m0; m < m1; m++) {
-        float *to = scratch + (m - m0) * width;
-        memcpy(to, grad + m * p->outputs + f0, count * sizeof(float));
-        memset(to + count, 0, (width - count) * sizeof(float));
+        elem *to = scratch + (m - m0) * width;
+        memcpy(to, grad + m * p->outputs + f0, count * sizeof(elem));
+        memset(to + count, 0, (width - count) * sizeof(elem));
     }
 }
 
@@ -143,11 +143,11 @@ static void write_result(const linear_problem *p, const float *sums, int64_t wid
         }
 }
 
-int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed, int64_t header, int64_t values,
-                                  const float *grad, float *out) {
+int TYPED(sparse_linear_weight_gradient)(const linear_problem *p, const uint8_t *packed, int64_t header,
+                                         int64_t values, const elem *grad, float *out) {
     const int64_t vectors = ceil_div(p->outputs, LANES), most = min64(min64(vectors, 8), MAX_TILE);
     const int64_t wide = ceil_div(vectors, ceil_div(vectors, most)), width = wide * LANES;
-    const int64_t budget = cache_bytes() / 2 / (int64_t)sizeof(float);
+    const int64_t budget = cache_bytes() / 2 / (int64_t)sizeof(elem);
     const int64_t strip_rows = max64(1, min64(p->rows, budget / width)), strips = ceil_div(p->rows, strip_rows);
     sorted s = sort_nonzeros(p, strip_rows, strips, width, packed, header, values);
     if (!s.begin) return s.failed;
@@ -157,7 +157,7 @@ int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed
     int failed = 0;
 #pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
     {
-        float *scratch = aligned_alloc(64, strip_rows * width * sizeof(float));
+        elem *scratch = aligned_alloc(64, (strip_rows * width + LANES) / 32 * 32 * sizeof(elem));
         float *sums = aligned_alloc(64, share_inputs * width * sizeof(float));
         failed |= !scratch || !sums;
 #pragma omp for schedule(dynamic)
@@ -168,12 +168,20 @@ int sparse_linear_weight_gradient(const linear_problem *p, const uint8_t *packed
             for (int64_t strip = 0; strip < strips; strip++) {
                 const int64_t m0 = strip * strip_rows, m1 = min64(p->rows, m0 + strip_rows);
                 fill_scratch(p, grad, m0, m1, f0, width, scratch);
+                const int finite = all_finite(scratch, (m1 - m0) * width);
                 for (int64_t c = c0; c < c1; c++) {
                     const int64_t from = s.begin[strip * p->inputs + c], until = s.begin[strip * p->inputs + c + 1];
                     if (from == until && strip) continue;
                     const nonzeros e = {s.offset + from, s.value + from, until - from};
-                    const tile_at at = {scratch, 0, sums + (c - c0) * width, 0, LANES, 0};
+                    float *to = sums + (c - c0) * width;
+#if defined(SWATFX_BF16)
+                    const tile_at_bf16 at = {scratch, 0, NULL, 0, 0, 0, strip ? to : NULL, to, 0};
+                    tile_kernel_bf16(1, wide, finite)(e, at, 0);
+#else
+                    const tile_at at = {scratch, 0, to, 0, LANES, 0};
                     tile_kernel(1, wide)(e, at, strip == 0, 0);
+                    (void)finite;
+#endif
                 }
             }
             write_result(p, sums, width, f0, c0, c1, out);

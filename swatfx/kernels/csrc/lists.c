@@ -116,8 +116,8 @@ static inline int row_is_used(const decoder *d, int64_t y) {
     return d->at->y[(y + d->p->pad_y) % d->p->step_y].count > 0;
 }
 
-/* One block of images, stride 1 and one kind of value: cells lie as the packed values do, which serve
- * as they are. Writes the offsets of channel c, whose values are [i, end). */
+/* One block of images and stride 1: cells lie as the packed values do, which serve as they are, if they are
+ * floats. Writes the offsets of channel c, whose values are [i, end). */
 static void decode_in_order(const decoder *d, int64_t c, int64_t i, int64_t end, lists *to) {
     const wgrad_problem *p = d->p;
     const int64_t lanes = p->batch, mask_bytes = d->mask_bytes, width = p->width;
@@ -191,6 +191,19 @@ static int64_t scan(const decoder *d, int64_t c, int64_t i, int64_t *cursor, lis
     return i;
 }
 
+/* Values of bfloat16 as floats; NULL if there is no memory. */
+static float *widened(const uint8_t *values, int64_t n, int threads) {
+    float *out = malloc((n + 1) * sizeof(float));
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 14)
+    for (int64_t i = 0; i < (out ? n : 0); i++) {
+        uint16_t top;
+        memcpy(&top, values + 2 * i, 2);
+        const uint32_t bits = (uint32_t)top << 16;
+        memcpy(out + i, &bits, 4);
+    }
+    return out;
+}
+
 static column *find_columns(const wgrad_problem *p, const cut *at) {
     column *out = malloc((p->width + 1) * sizeof(column));
     for (int64_t x = 0; out && x < p->width; x++) {
@@ -203,7 +216,7 @@ static column *find_columns(const wgrad_problem *p, const cut *at) {
 lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, int64_t header, int64_t values) {
     const int64_t channels = p->groups * p->channels, positions = p->height * p->width * p->batch;
     const int threads = (int)p->threads;
-    const int in_order = p->batch <= LANES && p->step_y == 1 && p->step_x == 1 && !p->half;
+    const int in_order = p->batch <= LANES && p->step_y == 1 && p->step_x == 1;
     lists out = {.blocks = (p->batch + LANES - 1) / LANES};
     const int64_t cells = out.blocks * at->strips * p->step_y * p->step_x * channels;
     column *columns = find_columns(p, at);
@@ -222,6 +235,10 @@ lists build_lists(const wgrad_problem *p, const cut *at, const uint8_t *packed, 
     }
     if (!failed && in_order) {
         out.value = (const float *)(packed + header);
+        if (p->half) out.value = out.owned_values = widened(packed + header, values, threads);
+        failed = !out.value ? NO_MEMORY : 0;
+    }
+    if (!failed && in_order) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t c = 0; c < channels; c++) decode_in_order(&d, c, first[c], first[c + 1], &out);
     } else if (!failed) {

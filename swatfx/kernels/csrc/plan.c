@@ -26,16 +26,18 @@ static int is_one_row(const conv_problem *p) {
 
 /* Whether a pointwise product can read its input where it lies: a tile of all channels has to fit the
  * second-level cache, also if planes are so far apart that they meet in few of its sets. */
-static int fits_in_place(const conv_problem *p, const plan *at) {
+static int fits_in_place(const conv_problem *p, const plan *at, int64_t column_bytes) {
     if (!is_one_row(p) || p->batch != LANES || at->lanes != LANES) return 0;
-    const int64_t lines = at->kernel_cols, sets = cache_bytes() / sizeof(vec) / CACHE_WAYS;
-    int64_t spacing = p->width % sets;
+    const int64_t lines = ceil_div(at->kernel_cols * column_bytes, sizeof(vec));
+    const int64_t sets = cache_bytes() / sizeof(vec) / CACHE_WAYS;
+    int64_t spacing = p->width * column_bytes / (int64_t)sizeof(vec) % sets;
     for (int64_t a = sets, b = spacing; b;) spacing = b, b = a % b, a = spacing;
     const int64_t reached = spacing ? sets / spacing * min64(lines, spacing) : lines;
     return p->channels * lines <= reached * CACHE_WAYS && p->channels * p->width * LANES < INT32_MAX;
 }
 
-plan make_plan(const conv_problem *p, int64_t lanes) {
+plan make_plan(const conv_problem *p, int64_t lanes, int half) {
+    const int64_t bytes = half ? 2 : 4; /* of an element */
     plan at = {.lanes = lanes};
     int64_t max_dy = INT64_MIN, max_dx = INT64_MIN;
     at.min_dy = at.min_dx = INT64_MAX;
@@ -52,14 +54,14 @@ plan make_plan(const conv_problem *p, int64_t lanes) {
     const int64_t calls = ceil_div(p->grid_width, max64(1, most));
     at.kernel_cols = ceil_div(p->grid_width, calls);
     at.kernel_vectors = ceil_div(at.kernel_cols * lanes, LANES);
-    at.kernel_rows = min64(min64(MAX_TILE_ROWS, p->grid_height), MAX_TILE / at.kernel_vectors);
+    at.kernel_rows = min64(min64(MAX_TILE_ROWS, p->grid_height), rows_of_tile(at.kernel_vectors, half));
 
     at.tile_cols = at.kernel_cols;
     at.tile_rows = at.kernel_rows;
     /* Fewer channels make lists too short to be worth loading and storing a tile for. */
     const int64_t least = p->taps > 1 ? 32 : 256;
-    at.block = min64(p->channels, p->taps > 1 ? 128 : 512);
-    const int64_t budget = cache_bytes() * 5 / 8 / (int64_t)sizeof(float);
+    at.block = min64(p->channels, (p->taps > 1 ? 512 : 2048) / bytes);
+    const int64_t budget = cache_bytes() * 5 / 8 / bytes;
     for (;;) {
         at.line = (ceil_div(at.halo_x + 1, p->step_x) + at.tile_cols) * lanes;
         at.row = at.line * p->step_x;
@@ -80,7 +82,7 @@ plan make_plan(const conv_problem *p, int64_t lanes) {
         else
             break;
     }
-    if (fits_in_place(p, &at)) {
+    if (fits_in_place(p, &at, LANES * bytes)) {
         at.in_place = 1;
         at.block = p->channels;
         at.plane = p->width * LANES;

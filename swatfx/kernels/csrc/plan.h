@@ -13,14 +13,15 @@ typedef struct {
     int64_t tile_rows, tile_cols; /* output positions that a scratch serves */
     int64_t kernel_rows, kernel_vectors, kernel_cols; /* and a call of the inner loop */
     int64_t min_dy, min_dx, halo_y, halo_x;
-    int64_t line, row, plane; /* floats: a phase's columns, all phases, a channel */
+    int64_t line, row, plane; /* elements: a phase's columns, all phases, a channel */
     int64_t offset[MAX_TAPS];
 } plan;
 
 /* Size of the second-level cache. */
 int64_t cache_bytes(void);
 
-plan make_plan(const conv_problem *p, int64_t lanes);
+/* `half`: elements are bfloat16. */
+plan make_plan(const conv_problem *p, int64_t lanes, int half);
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -44,6 +44,17 @@ static int64_t compress(const float *w, int64_t n, float threshold, int32_t *ind
     return count;
 }
 
+/* To the nearest bfloat16, ties to even; NaN stays one. */
+static void round_values(float *value, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t x;
+        memcpy(&x, value + i, sizeof x);
+        const uint32_t near = x + (x >> 16 & 1) + 0x7fff, quiet = x | 0x400000;
+        x = (value[i] != value[i] ? quiet : near) & 0xffff0000;
+        memcpy(value + i, &x, sizeof x);
+    }
+}
+
 /* What a position within a filter, in memory order, stands for. */
 typedef struct {
     int32_t channel;
@@ -68,7 +79,7 @@ typedef struct {
     float *value;
 } compressed;
 
-static int compress_filters(compressed *c, const float *weight, float threshold, int threads) {
+static int compress_filters(compressed *c, const float *weight, float threshold, int half, int threads) {
     const int64_t padding = LANES;
     c->begin = calloc(c->filters + 1, sizeof(int64_t));
     if (!c->begin) return 1;
@@ -80,8 +91,11 @@ static int compress_filters(compressed *c, const float *weight, float threshold,
     c->value = malloc((c->begin[c->filters] + 1) * sizeof(float));
     if (!c->index || !c->value) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t f = 0; f < c->filters; f++)
-        compress(weight + f * c->size, c->size, threshold, c->index + c->begin[f], c->value + c->begin[f]);
+    for (int64_t f = 0; f < c->filters; f++) {
+        float *value = c->value + c->begin[f];
+        const int64_t count = compress(weight + f * c->size, c->size, threshold, c->index + c->begin[f], value);
+        if (half) round_values(value, count);
+    }
     return 0;
 }
 
@@ -104,7 +118,7 @@ static inline void sort_filter(const compressed *c, const position *where, int64
     }
 }
 
-sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold) {
+sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half) {
     const int by_filter = p->rows_are_filters;
     const int threads = (int)p->threads;
     const int64_t cells = at->blocks * p->rows;
@@ -113,7 +127,7 @@ sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weigh
     position *where = positions(p, at, c.channels, p->weight_channel, c.size);
     sparse_rows out = {calloc(cells + 1, sizeof(int64_t)), NULL, NULL};
     int64_t *cursor = calloc(cells + 1, sizeof(int64_t));
-    int failed = !where || !out.begin || !cursor || compress_filters(&c, weight, threshold, threads);
+    int failed = !where || !out.begin || !cursor || compress_filters(&c, weight, threshold, half, threads);
     /* Filters that share a cell go to one thread, in order: one filter, or a block of them. */
     const int64_t unit = by_filter ? 1 : at->block;
     for (int fill = 0; fill < 2 && !failed; fill++) {

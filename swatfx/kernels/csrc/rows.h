@@ -6,11 +6,12 @@
 
 typedef struct {
     int64_t *begin; /* [blocks * rows + 1]; NULL if memory ran out */
-    int32_t *offset; /* in floats, into the scratch buffer */
+    int32_t *offset; /* in elements, into the scratch buffer */
     float *value;
 } sparse_rows;
 
-sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold);
+/* `half`: values are rounded to bfloat16, to the nearest; those that are zero then stay. */
+sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half);
 void free_rows(sparse_rows *rows);
 
 #endif

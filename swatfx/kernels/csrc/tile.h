@@ -8,6 +8,7 @@
 #define SWATFX_TILE_H
 
 #include "common.h"
+#include "elem.h"
 
 /* Vectors of a tile that registers can hold, with one left for the broadcast and some to spare. */
 #if defined(__AVX512F__)
@@ -38,6 +39,39 @@ typedef void (*tile_function)(nonzeros, tile_at, int first, float start);
 
 /* The function for a tile of `rows` by `cols` vectors, rows * cols <= MAX_TILE. */
 tile_function tile_kernel(int64_t rows, int64_t cols);
+
+/* ---- Over bfloat16: tile_bf16.c ---- */
+
+/* As tile_at, in elements. Sums are floats, those of a row of the tile side by side. */
+typedef struct {
+    const bf16 *in;
+    int64_t in_row;
+    bf16 *out;
+    int64_t out_row, out_col;
+    int stream;        /* `out` is aligned to 64 bytes, and columns lie side by side */
+    const float *from; /* sums to go on with; NULL: `start` in every lane */
+    float *sums;       /* where sums go; NULL: rounded, to `out` */
+    int64_t sums_row;  /* floats between rows of sums */
+} tile_at_bf16;
+
+typedef void (*tile_function_bf16)(nonzeros, tile_at_bf16, float start);
+
+/* The function for a tile of `rows` by `cols` vectors, rows <= rows_of_tile. Values of nonzeros are such that
+ * bfloat16 holds them; `finite`: so is all that is read. */
+tile_function_bf16 tile_kernel_bf16(int64_t rows, int64_t cols, int finite);
+/* The one that needs both; NULL where the processor has no dot product. */
+tile_function_bf16 tile_kernel_dot(int64_t rows, int64_t cols);
+
+/* Rows of a tile that is `cols` vectors wide which registers can hold; at least one. */
+static inline int64_t rows_of_tile(int64_t cols, int half) {
+#if defined(__AVX512F__)
+    if (half) return MAX_TILE / 2 / ((cols + 1) / 2);
+#endif
+    (void)half;
+    return MAX_TILE / cols;
+}
+
+/* ---- Groups, over floats ---- */
 
 /* Rows of a group, which share their offsets (structured sparsity): each vector that is read serves
  * all of them. */

@@ -7,7 +7,7 @@
  * buffer, with its halo. Each part of the result belongs to one thread and is summed in one order,
  * whatever the number of threads.
  *
- * Stands on lists.c, plan.c and tile.c.
+ * Stands on lists.c, plan.c, tile.c and tile_bf16.c.
  */
 #include "exports.h"
 #include "lists.h"
@@ -41,6 +41,7 @@ static cut make_cut(const wgrad_problem *p) {
     const int64_t vectors = ceil_div(p->filters, LANES), taps = min64(MAX_TILE_ROWS, most_y) * most_x;
     /* More filters than four vectors at a time make a scratch of few positions, and lists too short. */
     int64_t wide = max64(1, min64(min64(vectors, 4), MAX_TILE / max64(1, min64(taps, MAX_TILE))));
+    if (HALF && wide == 3) wide = 2; /* a register holds two */
     /* The same width in every block; few blocks are as many for each thread. */
     int64_t blocks = ceil_div(vectors, wide);
     if (blocks > 1 && blocks < 4 * p->threads) blocks = min64(vectors, ceil_div(blocks, p->threads) * p->threads);
@@ -48,7 +49,7 @@ static cut make_cut(const wgrad_problem *p) {
 
     const int64_t lanes = min64(LANES, p->batch);
     at.columns = (p->width - 1 + p->pad_x) / p->step_x + 1 + at.left + right;
-    const int64_t budget = cache_bytes() * 3 / 4 / (int64_t)sizeof(float);
+    const int64_t budget = cache_bytes() * 3 / 4 / (int64_t)sizeof(elem);
     at.filters = wide * LANES;
     const int64_t row = lanes * at.columns * at.filters;
     int64_t strip = p->step_y;
@@ -60,38 +61,38 @@ static cut make_cut(const wgrad_problem *p) {
 }
 
 /* Planes lie far apart: has a row of sixteen of them on its way, each straight on. */
-static inline void fetch_rows(const float *from, int64_t plane, int64_t width, int64_t batch) {
+static inline void fetch_rows(const elem *from, int64_t plane, int64_t width, int64_t batch) {
     for (int64_t i = 0; i < LANES; i++)
         for (int64_t x = 0; x < width; x++) __builtin_prefetch(from + i * plane + x * batch, 0, 3);
 }
 
 /* The output gradient of a strip: filters [f0, f0 + at->filters), images of a block, zero outside. */
-static void fill_scratch(const wgrad_problem *p, const cut *at, const float *grad, int64_t f0, int64_t block,
-                         int64_t strip, float *scratch) {
+static void fill_scratch(const wgrad_problem *p, const cut *at, const elem *grad, int64_t f0, int64_t block,
+                         int64_t strip, elem *scratch) {
     const int64_t lanes = min64(LANES, p->batch), image = block * LANES, images = min64(lanes, p->batch - image);
     const int64_t plane = p->out_height * p->out_width * p->batch, top = strip_top(p, at, strip);
     const int64_t line = at->columns * at->filters;
     for (int64_t r = 0; r < at->rows; r++) {
         const int64_t y = top + r;
-        float *row = scratch + r * lanes * line;
+        elem *row = scratch + r * lanes * line;
         if (y < 0 || y >= p->out_height) {
-            memset(row, 0, lanes * line * sizeof(float));
+            memset(row, 0, lanes * line * sizeof(elem));
             continue;
         }
         /* Filters outside, so that few planes are read at a time, each straight on. */
         for (int64_t f = 0; f < at->filters; f += LANES) {
             const int64_t filters = min64(LANES, p->filters - f0 - f);
-            const float *from = grad + (f0 + f) * plane + y * p->out_width * p->batch + image;
+            const elem *from = grad + (f0 + f) * plane + y * p->out_width * p->batch + image;
             if (f + LANES < at->filters) fetch_rows(from + LANES * plane, plane, p->out_width, p->batch);
             for (int64_t c = 0; c < at->columns; c++) {
                 const int64_t x = c - at->left;
-                float *to = row + c * at->filters + f;
+                elem *to = row + c * at->filters + f;
                 if (x < 0 || x >= p->out_width) {
-                    for (int64_t n = 0; n < lanes; n++) store(to + n * line, broadcast(0));
+                    for (int64_t n = 0; n < lanes; n++) memset(to + n * line, 0, LANES * sizeof(elem));
                 } else if (filters == LANES && images == LANES) {
-                    const float *rows[LANES];
+                    const elem *rows[LANES];
                     for (int i = 0; i < LANES; i++) rows[i] = from + i * plane + x * p->batch;
-                    transpose16(rows, to, line);
+                    transpose_elements(rows, to, line);
                 } else {
                     for (int64_t n = 0; n < lanes; n++)
                         for (int64_t i = 0; i < LANES; i++)
@@ -103,8 +104,8 @@ static void fill_scratch(const wgrad_problem *p, const cut *at, const float *gra
 }
 
 /* Adds one strip to the sums [channel][phase's positions][filter] of channels [c0, c1). */
-static void run_strip(const wgrad_problem *p, const cut *at, const lists *l, const float *scratch, float *sums,
-                      int64_t group, int64_t c0, int64_t c1, int64_t block, int64_t strip, int first) {
+static void run_strip(const wgrad_problem *p, const cut *at, const lists *l, const elem *scratch, float *sums,
+                      int64_t group, int64_t c0, int64_t c1, int64_t block, int64_t strip, int first, int finite) {
     const int64_t all = p->groups * p->channels, wide = at->filters / LANES;
     const int64_t line = min64(LANES, p->batch) * at->columns * at->filters;
     int64_t position = 0;
@@ -116,7 +117,7 @@ static void run_strip(const wgrad_problem *p, const cut *at, const lists *l, con
         const int64_t gap_x = px->count > 1 ? px->shift[1] - px->shift[0] : 1;
         const int64_t gap_y = py->count > 1 ? py->shift[1] - py->shift[0] : 1;
         const int64_t run = gap_x == 1 ? min64(px->count, MAX_TILE / wide) : 1;
-        const int64_t rows = min64(min64(MAX_TILE_ROWS, py->count), MAX_TILE / (run * wide));
+        const int64_t rows = min64(min64(MAX_TILE_ROWS, py->count), rows_of_tile(run * wide, HALF));
         for (int64_t c = c0; c < c1; c++) {
             const int64_t where = cell(p, at, block, strip, ph, group * p->channels + c, all);
             const nonzeros e = {l->offset + l->begin[where], l->value + l->begin[where], l->count[where]};
@@ -125,9 +126,17 @@ static void run_strip(const wgrad_problem *p, const cut *at, const lists *l, con
             for (int64_t i = 0; i < py->count; i += rows)
                 for (int64_t j = 0; j < px->count; j += run) {
                     const int64_t high = min64(rows, py->count - i), vectors = min64(run, px->count - j) * wide;
-                    const tile_at tile = {scratch + py->shift[i] * line + px->shift[j] * at->filters, gap_y * line,
-                                          to + (i * px->count + j) * at->filters, px->count * at->filters, LANES, 0};
+                    const elem *in = scratch + py->shift[i] * line + px->shift[j] * at->filters;
+                    float *out = to + (i * px->count + j) * at->filters;
+                    const int64_t out_row = px->count * at->filters;
+#if defined(SWATFX_BF16)
+                    const tile_at_bf16 tile = {in, gap_y * line, NULL, 0, 0, 0, first ? NULL : out, out, out_row};
+                    tile_kernel_bf16(high, vectors, finite)(e, tile, 0);
+#else
+                    const tile_at tile = {in, gap_y * line, out, out_row, LANES, 0};
                     tile_kernel(high, vectors)(e, tile, first, 0);
+                    (void)finite;
+#endif
                 }
         }
         position += count;
@@ -169,8 +178,8 @@ static void write_result(const wgrad_problem *p, const cut *at, const float *sum
         }
 }
 
-int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_t header, int64_t values,
-                           const float *grad, float *out) {
+int TYPED(sparse_weight_gradient)(const wgrad_problem *p, const uint8_t *packed, int64_t header, int64_t values,
+                                  const elem *grad, float *out) {
     const cut at = make_cut(p);
     if (at.rows * min64(LANES, p->batch) * at.columns * at.filters > MAX_SCRATCH) return DOES_NOT_FIT;
     lists l = build_lists(p, &at, packed, header, values);
@@ -184,7 +193,9 @@ int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_
     {
         const int64_t share_channels = ceil_div(p->channels, shares);
         const int64_t lanes = min64(LANES, p->batch);
-        float *scratch = aligned_alloc(64, (at.rows * lanes * at.columns + 1) * at.filters * sizeof(float));
+        /* A register of the last filters reaches past them. */
+        const int64_t positions = at.rows * lanes * at.columns, held = positions * at.filters;
+        elem *scratch = aligned_alloc(64, (held + 2 * MAX_TILE * LANES) / 32 * 32 * sizeof(elem));
         float *sums = aligned_alloc(64, share_channels * taps * at.filters * sizeof(float));
         failed |= !scratch || !sums;
 #pragma omp for schedule(dynamic)
@@ -194,12 +205,12 @@ int sparse_weight_gradient(const wgrad_problem *p, const uint8_t *packed, int64_
             const int64_t group = unit / shares / blocks_f;
             const int64_t c0 = share * share_channels, c1 = min64(p->channels, c0 + share_channels);
             if (c0 >= c1) continue;
-            const float *from = grad + group * p->filters * p->out_height * p->out_width * p->batch;
+            const elem *from = grad + group * p->filters * p->out_height * p->out_width * p->batch;
             int first = 1;
             for (int64_t b = 0; b < l.blocks; b++)
                 for (int64_t s = 0; s < at.strips; s++) {
                     fill_scratch(p, &at, from, f0, b, s, scratch);
-                    run_strip(p, &at, &l, scratch, sums, group, c0, c1, b, s, first);
+                    run_strip(p, &at, &l, scratch, sums, group, c0, c1, b, s, first, all_finite(scratch, held));
                     first = 0;
                 }
             write_result(p, &at, sums, out + group * p->filters * p->weight_filter, f0, c0, c1);
