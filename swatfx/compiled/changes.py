@@ -268,15 +268,17 @@ class Watch:
             if tensor.shape != weight.shape:
                 self._threshold(weight).make_room(tensor.detach())
 
-    def accept_weights(self) -> None:
+    def accept_weights(self, has_values: bool = False) -> None:
         """Take the weights as they are for those that the layers' state belongs to.
 
-        It belongs to none that came from the meta device: those have no values yet.
+        It belongs to none that came from the meta device: those have no values yet, unless they and
+        the state were loaded (`has_values`).
         """
         if self._is_sharded():
             return
         for at, weight, tensor in self._tensors_now():
-            if tensor.shape == weight.shape and tensor.is_meta >= weight.tensor.is_meta:
+            known = has_values or tensor.is_meta >= weight.tensor.is_meta
+            if tensor.shape == weight.shape and known:
                 self._weights[at] = replace(weight, tensor=tensor)
         self.look_up()
 

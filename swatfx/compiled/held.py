@@ -43,7 +43,6 @@ class HeldThreshold(WeightThreshold):
         self.held.fill_(1)
         self.stamp.fill_(-1)
         self.seal()
-        self.trust()
 
     @torch.no_grad()
     def seal(self) -> None:

@@ -41,7 +41,7 @@ class Watch(Protocol):
     def make_room(self) -> None:
         """Give state the shape that it has for the weights as they are; its values come later."""
 
-    def accept_weights(self) -> None:
+    def accept_weights(self, has_values: bool = False) -> None:
         """Take the weights as they are for those that the layers' state belongs to."""
 
     def mend_copies(self) -> None:
@@ -228,7 +228,8 @@ class SwatModule(fx.GraphModule):
         for watch in self._watches():
             watch.mend_copies()
 
-    def _note_copies(self) -> None:
+    def note_copies(self) -> None:
+        """Of a copy: take weights and masks as they are for those that belong together."""
         for watch in self._watches():
             watch.note_copies()
 
@@ -243,7 +244,7 @@ class SwatModule(fx.GraphModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for watch in self._watches():
             watch.accept_weights()
-        self._note_copies()
+        self.note_copies()
         choose = self.__dict__["choose_kernels"]
         if choose is not None and self._kinds() != before:
             choose(self)
@@ -289,8 +290,7 @@ class SwatModule(fx.GraphModule):
         twin.graph = copy.deepcopy(self.graph)
         if "swat" in self._modules:
             twin.swat.clock.attached = False  # the optimizer's hook is on the original
-            twin.swat.are_copies_of(self.swat)
-            twin._note_copies()
+            twin.note_copies()
         twin.__dict__["copied_from"] = (*self.copied_from, weakref.ref(self))
         return twin
 

@@ -23,6 +23,11 @@ from swatfx.selectors import Axes, Selector
 from swatfx.tensors import layouts
 
 
+def is_traced() -> bool:
+    """Whether values are not there to be looked at."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
 class Threshold(nn.Module):
     """One tensor's selection state, refreshed every `period` training iterations.
 
@@ -137,9 +142,15 @@ class Threshold(nn.Module):
             held,
         )
         use, threshold, stamp = result
-        self.threshold.copy_(threshold)
+        if is_traced() or not self.is_held:
+            self.threshold.copy_(threshold)
         self.stamp.copy_(stamp)
         return use
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the state stays as it is."""
+        return False
 
 
 class WeightThreshold(Threshold):
@@ -156,6 +167,13 @@ class WeightThreshold(Threshold):
         super().__init__(*args, **options)
         self.register_buffer("held", None)
         self.remembered = Ranked()
+        self.came_along = False  # with what was loaded last
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.came_along = f"{prefix}threshold" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def density_now(self) -> Density:
@@ -172,12 +190,7 @@ class WeightThreshold(Threshold):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.remembered.copied = Copied(self.density_now, self)
-
-    def is_copy_of(self, source: WeightThreshold) -> None:
-        """Say whose copy this is."""
-        if self.remembered.copied is not None:
-            self.remembered.copied.is_of(source)
+        self.become_copy()
 
     def note(self, weight: Tensor, *, zeroed: bool) -> None:
         """Take the mask of a copy for that of `weight` as it is; elsewhere nothing.
@@ -190,24 +203,63 @@ class WeightThreshold(Threshold):
         if copied is not None:
             flags = {"zeroed": zeroed, "is_ours": copied.is_ours}
             copied.note(self.selector, weight.detach(), self._now, **flags)
+            self.remembered.forget()
+
+    def become_copy(self) -> None:
+        """What is known of a copy is known of this from now on."""
+        self.remembered.copied = Copied(self.density_now, self)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether others may write here, and have: see `swatfx.ops.copied`."""
+        return self.remembered.copied is not None
+
+    def become_own(self) -> None:
+        """Be changed by what trains this model from now on, and by nothing else."""
+        self.remembered.copied = None
 
     def trust(self) -> None:
-        """Let the mask be changed by what trains this model from now on, and by nothing else."""
+        """Of a copy: take the mask for right, which somebody wrote who knows."""
         if self.remembered.copied is not None:
             self.remembered.copied.trust()
+            self.remembered.forget()
+
+    def take_loaded(self, weight: Tensor, *, zeroed: bool, is_copy: bool) -> None:
+        """After `load_state_dict`: what came along belongs to what came along.
+
+        What was loaded may be the mean of others' entries: then as `mend`.
+
+        Args:
+            weight: (F, C, *kernel).
+            zeroed: as of `note`.
+            is_copy: whether no optimizer is attached.
+        """
+        if self.came_along:
+            self.trust()
+        known = self.remembered.copied or Copied(self.density_now, self)
+        self._take(known.mended(self.selector, weight.detach(), self._now, self._draw), weight)
+        if self.came_along and is_copy:
+            self.become_copy()
+            self.note(weight, zeroed=zeroed)
+        self.came_along = False
+
+    def take_dense(self) -> None:
+        """After `load_state_dict` of weights alone, which supplies our own state."""
+        self.came_along = False
+        if self.remembered.copied is not None:
+            self.remembered.copied.rewritten(self.threshold)
+            self.remembered.forget()
+
+    def _mended(self, weight: Tensor) -> Mended | None:
+        if is_traced():
+            return None
+        return self.remembered.mended(self.selector, weight.detach(), self._now, self._draw)
 
     def mend(self, weight: Tensor) -> None:
         """Put right what averaging has broken in a copy, or left behind; nothing, if nothing."""
-        if self.remembered.copied is not None and not torch.compiler.is_compiling():
-            told = self.remembered.mended(self.selector, weight.detach(), self._now, self._draw)
-            if told is not None:
-                self._take(told, weight)
-
-    def mend_loaded(self, weight: Tensor) -> None:
-        """As `mend`, of any model: what was loaded may be a mean of others' entries."""
-        known = self.remembered.copied or Copied(self.density_now, self)
-        told = known.mended(self.selector, weight.detach(), self._now, self._draw)
-        self._take(told, weight)
+        told = self._mended(weight)
+        if told is not None:
+            self._take(told, weight)
 
     @torch.no_grad()
     def _take(self, told: Mended, weight: Tensor) -> None:
@@ -225,11 +277,6 @@ class WeightThreshold(Threshold):
         if copied is not None:
             flags = {"zeroed": copied.zeroed, "is_ours": True}
             copied.note(self.selector, weight.detach(), self._now, **flags)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the state stays as it is."""
-        return False
 
     def seal(self) -> None:
         """Note that a held mask is whole."""
@@ -254,9 +301,11 @@ class WeightThreshold(Threshold):
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""
         if self.training:
+            if self.is_copy and not is_traced() and self.is_held:
+                with torch.no_grad():
+                    self.mend(weight)  # batch norms may be measured with an average
             return self._refresh(weight, step, self.held)
         weight = weight.detach()
-        self.mend(weight)
         decides = self.threshold, self.stamp, step, self.density, self.fraction
         if not torch.compiler.is_compiling():
             found = recall(self.remembered, self.held, weight, *decides)

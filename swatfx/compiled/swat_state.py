@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swatfx.compiled import saved_policy
 from swatfx.compiled.clock import Clock, PartClock
-from swatfx.compiled.state import Threshold, WeightThreshold
+from swatfx.compiled.state import Threshold
 from swatfx.options import CompileOptions
 from swatfx.policy import Policy
 
@@ -48,13 +48,6 @@ class SwatState(nn.Module):
         """float64 [1] of one budget, a view."""
         assert self.memory is not None
         return self.memory[budget : budget + 1]
-
-    def are_copies_of(self, source: SwatState) -> None:
-        """Tell every weight's threshold whose copy it is."""
-        pairs = zip(self.thresholds(), source.thresholds(), strict=True)
-        for (_, mine), (_, other) in pairs:
-            if isinstance(mine, WeightThreshold) and isinstance(other, WeightThreshold):
-                mine.is_copy_of(other)
 
     def thresholds(self) -> Iterator[tuple[str, Threshold]]:
         """(path below `swat`, module) of every threshold."""

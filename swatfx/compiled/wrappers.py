@@ -146,3 +146,5 @@ def _take(pairs: list[_Buffers]) -> None:
             mine.copy_(other)
         if threshold is not None:
             threshold.history.forget()
+        if isinstance(threshold, WeightThreshold):
+            threshold.trust()

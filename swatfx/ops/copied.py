@@ -2,14 +2,15 @@
 
 Averaging moves numbers that mean nothing halfway: the bits of a mask, an exact fraction. And a loop
 that averages weights alone leaves the masks of the moment of copying, which the weights outgrow.
-What can be told to be broken, or left behind, is taken anew from the weights as they are.
+What can be told to be broken, or left behind, is taken anew from the weights as they are. Copies
+are deep copies, and models that loaded a state, until an optimizer is attached.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -26,9 +27,9 @@ _NEAR = 1e-6  # what averaging one density with itself may move it by
 _PRIME = 1048573
 _LEFT_BEHIND = (
     "weights of a copied model have moved outside of its masks, which nobody wrote since: as of an"
-    " average that leaves them out. Masks of the copy are now those of its largest weights."
-    " Average with torch.optim.swa_utils.AveragedModel, or copy the buffers below swat., for those"
-    " of the source; to keep the copy's, set the weights outside of them to zero"
+    " average that leaves them out. Its largest weights are active now, in place of its masks."
+    " Average with torch.optim.swa_utils.AveragedModel, or copy the buffers below swat. at every"
+    " update, for the masks of the source; to keep the copy's, set the weights outside to zero"
 )
 
 
@@ -61,7 +62,6 @@ class Mended:
 class _Note:
     """A held mask and its weight when they were known to belong together."""
 
-    buffer: Tensor
     version: int | None
     mask: Tensor
     was_held: bool
@@ -82,7 +82,6 @@ class Copied:
     def __init__(self, planned: Density, owner: nn.Module) -> None:
         self._planned = planned
         self._owner = weakref.ref(owner)
-        self._source: weakref.ref[nn.Module] | None = None
         self._note: _Note | None = None
 
     @torch.no_grad()
@@ -101,10 +100,9 @@ class Copied:
         """
         self._note = None
         chosen = selectors.get(selector)
-        if not isinstance(chosen, Held) or weight.is_meta:
+        if not isinstance(chosen, Held) or not _has_values(weight):
             return
         self._note = _Note(
-            found.threshold,
             _version(found.threshold),
             found.threshold.clone(),
             found.is_held,
@@ -113,10 +111,6 @@ class Copied:
             zeroed,
             is_ours,
         )
-
-    def is_of(self, source: nn.Module) -> None:
-        """Say which module's copy the owner is: as long as its mask is the same, it is right."""
-        self._source = weakref.ref(source)
 
     @property
     def zeroed(self) -> bool:
@@ -129,8 +123,13 @@ class Copied:
         return self._note is not None and self._note.is_ours
 
     def trust(self) -> None:
-        """Take the mask for right from now on."""
+        """Take the mask for that of whatever weight comes, until the next note."""
         self._note = None
+
+    def rewritten(self, mask: Tensor) -> None:
+        """The mask was written with what it was: the note stays as it is."""
+        if self._note is not None:
+            self._note = replace(self._note, version=_version(mask))
 
     def density(self, density: Tensor, fraction: Tensor) -> tuple[Density, bool]:
         """The target, and whether `fraction` says so: where averaging left it what it was."""
@@ -152,7 +151,7 @@ class Copied:
         """
         chosen = selectors.get(selector)
         density, stays = self.density(found.density, found.fraction)
-        if not (found.is_held and isinstance(chosen, Held)) or weight.is_meta:
+        if not (found.is_held and isinstance(chosen, Held)) or not _has_values(weight):
             return Mended(None, density, stays)
         keep = chosen.keep(weight, found.threshold, Axes(0, 1))
         if self._is_left_behind(weight, keep, found):
@@ -169,24 +168,11 @@ class Copied:
         digest = None if owner is None else owner._buffers.get("digest")
         return digest is None or digest.item() == digest_of(mask)
 
-    def _is_as_in_source(self, mask: Tensor) -> bool:
-        source = None if self._source is None else self._source()
-        theirs = None if source is None else source._buffers.get("threshold")
-        if theirs is None or theirs.is_meta:
-            return False
-        return torch.equal(theirs.to(mask.device), mask)
-
     def _is_left_behind(self, weight: Tensor, keep: Tensor, found: Buffers) -> bool:
-        """Whether the mask is that of the moment of copying, and the weight is not."""
+        """Whether the mask is that of the note, and the weight is not."""
         note, mask = self._note, found.threshold
-        if note is None:
-            return False
-        # A compiled graph may see the buffer through an alias.
-        unwritten = note.buffer.data_ptr() == mask.data_ptr() and note.version == _version(mask)
-        if not unwritten or not torch.equal(note.mask, mask):
-            return False
-        if not note.is_ours and self._is_as_in_source(mask):
-            return False
+        if note is None or note.version != _version(mask) or not torch.equal(note.mask, mask):
+            return False  # whoever wrote it knew what for
         if not note.was_held or abs(float(found.density.item()) - note.density) > _NEAR:
             return True
         if not (note.zeroed or note.is_ours):
@@ -234,6 +220,11 @@ def _largest(chosen: Held, weight: Tensor, density: Density, seed: int) -> Tenso
 
 def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
+
+
+def _has_values(weight: Tensor) -> bool:
+    """Whether they can be looked at: not on the meta device, nor a shard."""
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
 
 
 def _sums(weight: Tensor, keep: Tensor) -> tuple[float, float]:

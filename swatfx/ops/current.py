@@ -207,6 +207,8 @@ def recall(
     if weight.is_meta:
         return None
     if old_masks.is_held(stamp, held):
+        if memory.copied is not None:
+            return None
         # The mask may change in place; a pending backward must not see that.
         return threshold.clone() if torch.is_grad_enabled() else threshold
     if memory.seen is None:

@@ -35,21 +35,27 @@ def refresh(gm: nn.Module) -> None:
 def after_load(module: nn.Module, incompatible: Any) -> None:
     """After `load_state_dict` of a dense checkpoint: thresholds belong to the new weights."""
     assert isinstance(module, SwatModule)
+    attachment = attachment_of(module)
     if not module.swat.stale:  # what came along belongs to what came along
         for _, threshold in module.swat.thresholds():
             threshold.history.forget()
         for layer in sparse_layers(module):
-            layer.weight_threshold.mend_loaded(layer.weight)
-        for _, part in all_parts(module):
-            if part.watch is not None:
-                part.watch.accept_weights()
+            zeroed = layer.plan.rule.zero_inactive == "always"
+            layer.weight_threshold.take_loaded(
+                layer.weight, zeroed=zeroed, is_copy=attachment is None
+            )
+    for _, part in all_parts(module):
+        if part.watch is not None:
+            part.watch.accept_weights(has_values=True)
     if module.swat.stale:
         module.swat.stale = False
+        for layer in sparse_layers(module):
+            layer.weight_threshold.take_dense()
         refresh(module)
         for layer in sparse_layers(module):
-            if not module.swat.clock.updates.item():  # held masks, too, were of other weights
-                layer.weight_threshold.recompute(layer.weight)
-    attachment = attachment_of(module)
+            threshold = layer.weight_threshold
+            if not (module.swat.clock.updates.item() or threshold.is_copy):
+                threshold.recompute(layer.weight)  # held masks, too, were of other weights
     if attachment is not None:
         attachment.restart()
 
@@ -187,7 +193,7 @@ def attach(
         root.__dict__["attachment"] = attachment
         root.swat.clock.lost = ""
         for layer in sparse_layers(root):
-            layer.weight_threshold.trust()
+            layer.weight_threshold.become_own()
         parts.append((attachment, attachment.carry_out(plan, mine)))
     return Handle(parts)
 

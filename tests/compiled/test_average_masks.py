@@ -72,11 +72,9 @@ def trained(
 def with_source_buffers(model: nn.Module, average: nn.Module) -> nn.Module:
     """A copy of `model`, with its buffers below `swat`, and weights and norms of `average`."""
     twin = copy.deepcopy(model)
+    state = dict(twin.state_dict())
     tensors = {**dict(average.named_parameters()), **dict(average.named_buffers())}
-    with torch.no_grad():
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            if ".swat." not in f".{name}":
-                tensor.copy_(tensors[name])
+    twin.load_state_dict({n: v if ".swat." in f".{n}" else tensors[n] for n, v in state.items()})
     return twin.eval()
 
 

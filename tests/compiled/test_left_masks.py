@@ -188,29 +188,27 @@ def test_compiled_by_torch(name: str, loop: str, fresh_dynamo: None) -> None:
     assert before.keys() == snapshot(other).keys()
 
 
-@pytest.mark.parametrize("alive", [True, False])
 @pytest.mark.parametrize("name", MOVING)
-def test_weights_copied_into_a_fresh_copy_keep_its_masks(name: str, alive: bool) -> None:
-    """As `copy_to` of EMA packages does: what is copied now has the masks of now."""
+def test_weights_copied_into_a_fresh_copy(name: str) -> None:
+    """As `copy_to` of EMA packages does: the largest, or, where all is loaded, its masks."""
     model, average = trained(name, "parameters")
-    source = inner(model)
+    source, x = inner(model), rows(1, seed=5)[0]
     twin = copy.deepcopy(source)
-    masks = [layer.keep() for layer in sparse_layers(source)]
     with torch.no_grad():
         for mine, theirs in zip(twin.parameters(), average.parameters(), strict=True):
             mine.copy_(theirs)
-    if not alive:
-        del model, source
-        state = twin.state_dict()  # the source is gone: by magnitude, and said
-        assert state.keys()
-        return
-    twin(rows(1, seed=5)[0])
-    for layer, mask in zip(sparse_layers(twin), masks, strict=True):
-        assert torch.equal(layer.keep(), mask)
+    torch.testing.assert_close(twin(x), as_expected(twin, model)(x))
+    state = dict(source.state_dict()) | dict(average.named_parameters())
+    twin = copy.deepcopy(source)
+    twin.load_state_dict(state)
+    for layer, other in zip(sparse_layers(twin), sparse_layers(source), strict=True):
+        assert torch.equal(layer.keep(), other.keep())
+        if layer.weight_threshold.is_held:
+            assert torch.equal(layer.keep_now(), other.keep())
 
 
-def test_weights_that_went_back_keep_the_masks_they_are_given() -> None:
-    """A lottery ticket: the first weights under the last mask."""
+def test_weights_that_went_back_keep_their_masks() -> None:
+    """A lottery ticket: the first weights under the last mask; of a copy, zero outside of it."""
     gm = compiled("rigl")
     first = {name: p.detach().clone() for name, p in gm.named_parameters()}
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
@@ -222,8 +220,12 @@ def test_weights_that_went_back_keep_the_masks_they_are_given() -> None:
     masks = [layer.keep() for layer in sparse_layers(gm)]
     for ticket in (gm, copy.deepcopy(gm)):
         ticket.load_state_dict(first, strict=False)
-        swatfx.attach(ticket, torch.optim.SGD(ticket.parameters(), lr=0.05), **TIMES)
+        if ticket is not gm:
+            with torch.no_grad():
+                for layer, mask in zip(sparse_layers(ticket), masks, strict=True):
+                    layer.weight.mul_(mask)
         ticket.eval()(rows(1)[0])
+        swatfx.attach(ticket, torch.optim.SGD(ticket.parameters(), lr=0.05), **TIMES)
         for layer, mask in zip(sparse_layers(ticket), masks, strict=True):
             assert torch.equal(layer.keep(), mask)
 
@@ -276,3 +278,96 @@ def test_it_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
         average(rows(1)[0])
     found = [w for w in caught if issubclass(w.category, SwatWarning)]
     assert len(found) == 1 and "nobody wrote" in str(found[0].message)
+
+
+@pytest.mark.parametrize("how", ["loaded", "resumed", "second", "params by load", "update_bn"])
+@pytest.mark.parametrize("name", ["set", "rigl", "snfs"])
+def test_averages_that_load(name: str, how: str) -> None:
+    """Loads bring masks along, and then weights may move on without them again."""
+    gm = compiled(name)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    swatfx.attach(gm, optimizer, **TIMES)
+    average: SwatModule = copy.deepcopy(gm).eval()
+    if how == "second":
+        average = compiled(name).eval()
+    if how in ("loaded", "second"):
+        average.load_state_dict(gm.state_dict())
+    for step, x in enumerate(rows(TOTAL)):
+        optimizer.zero_grad()
+        loss_of(gm(x)).backward()
+        optimizer.step()
+        if how == "params by load":
+            mine = dict(average.named_parameters())
+            mean = {n: DECAY * mine[n] + (1 - DECAY) * p for n, p in gm.named_parameters()}
+            average.load_state_dict({n: p.detach() for n, p in mean.items()}, strict=False)
+        else:
+            averaged(average.parameters(), gm.parameters())
+        if step == 3 and how == "resumed":
+            state = copy.deepcopy(average.state_dict())
+            average = copy.deepcopy(gm).eval()
+            average.load_state_dict(state)
+    if how == "update_bn":
+        with torch.no_grad():
+            average.train()(rows(1)[0])
+    x = rows(1, seed=5)[0]
+    average.eval()
+    torch.testing.assert_close(average(x), as_expected(average, gm)(x))
+
+
+@pytest.mark.parametrize("name", ["set", "snfs", "gradual-magnitude", "swat-u"])
+def test_a_second_model_of_averaged_entries(name: str) -> None:
+    """Not copied, but loaded: it is mended as a copy is, its fractions too."""
+    policy = swatfx.swat_u(0.7) if name == "swat-u" else POLICIES[name]
+    policy = replace(policy, first_dense=False, last_dense=False)
+    torch.manual_seed(0)
+    gm, average = swatfx.compile(net(), policy), swatfx.compile(net(), policy).eval()
+    average.load_state_dict(gm.state_dict())
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    swatfx.attach(gm, optimizer, **TIMES)
+    for x in rows(TOTAL):
+        optimizer.zero_grad()
+        loss_of(gm(x)).backward()
+        optimizer.step()
+        averaged(entries(average, False), entries(gm, False))
+    x = rows(1, seed=5)[0]
+    got = average(x)
+    average.state_dict()  # where what is left to mend in the buffers is mended
+    torch.testing.assert_close(got, as_expected(average, gm)(x))
+    if name == "swat-u":
+        assert {layer.weight_density.value for layer in sparse_layers(average)} == {0.3}
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty", "compiled on meta"])
+@pytest.mark.parametrize("name", ["snfs", "rigl", "swat-frozen", "dst", "swat-u"])
+def test_a_state_loaded_over_meta_is_that_state(name: str, how: str) -> None:
+    policy = swatfx.dst(0.01) if name == "dst" else POLICIES[name]
+    torch.manual_seed(0)
+    gm = swatfx.compile(net(), replace(policy, period=4) if name == "swat-u" else policy)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    swatfx.attach(gm, optimizer, **TIMES)
+    for x in rows(TOTAL):
+        optimizer.zero_grad()
+        loss_of(gm(x)).backward()
+        optimizer.step()
+    torch.manual_seed(1)
+    policy = replace(policy, period=4) if name == "swat-u" else policy
+    if how == "compiled on meta":
+        with torch.device("meta"):
+            other = swatfx.compile(net(), policy)
+    else:
+        other = swatfx.compile(net(), policy).to("meta")
+    if how == "to_empty":
+        other.to_empty(device="cpu")
+    state = copy.deepcopy(gm.state_dict())
+    other.load_state_dict(state, assign=how != "to_empty")
+    x = rows(1, seed=5)[0]
+    assert torch.equal(other.eval()(x), gm.eval()(x))
+    assert_same(dict(other.state_dict()), dict(gm.state_dict()))
+
+
+def test_evaluation_with_other_weights_changes_no_copy() -> None:
+    _, average = trained("rigl", "parameters")
+    before = copy.deepcopy(dict(average.named_buffers()))
+    others = {name: torch.randn_like(p) for name, p in average.named_parameters()}
+    torch.func.functional_call(average, others, (rows(1)[0],))
+    assert_same(dict(average.named_buffers()), before)

@@ -7,7 +7,9 @@ from tests.nets.places import ROOT
 
 KERNELS = ROOT / "swatfx" / "kernels"
 FILES = sorted((KERNELS / "csrc").glob("*.c"))
-DEFINED = re.compile(r"^(?!static|INLINE|ONE|TARGET|typedef|#)\w[\w *]*?\b(\w+)\([^;{}]*\) \{", re.M)
+DEFINED = re.compile(
+    r"^(?!static|INLINE|ONE|TARGET|typedef|#)\w[\w *]*?\b(\w+)\([^;{}]*\) \{", re.M
+)
 
 
 def code_of(path: Path) -> str:
