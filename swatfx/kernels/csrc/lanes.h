@@ -31,10 +31,8 @@ INLINE wide multiply_add(wide a, wide b, wide c) { return (wide){_mm512_fmadd_ps
 INLINE float lane_sum(wide v) { return _mm512_reduce_add_ps(v.r); }
 INLINE float lane_min(wide v) { return _mm512_reduce_min_ps(v.r); }
 INLINE float lane_max(wide v) { return _mm512_reduce_max_ps(v.r); }
-/* Where not v <= 0: also where v is NaN, as torch.relu has it. */
-INLINE mask above_zero(wide v) {
-    return _mm512_cmp_ps_mask(v.r, _mm512_setzero_ps(), _CMP_NLE_UQ);
-}
+/* Where not a <= b: also where a is NaN, as torch.relu has it. */
+INLINE mask above(wide a, wide b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_NLE_UQ); }
 INLINE mask at_least(wide a, wide b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_GE_OQ); }
 INLINE mask agree(mask a, mask b) { return (mask) ~(a ^ b); }
 /* Where a > b or a is NaN: how a maximum of torch's is passed on. */
@@ -172,9 +170,9 @@ INLINE float lane_max(wide v) {
     EACH for (int l = 0; l < REG; l++) found = v.r[k][l] > found ? v.r[k][l] : found;
     return found;
 }
-INLINE mask above_zero(wide v) {
+INLINE mask above(wide a, wide b) {
     mask m;
-    EACH m.r[k] = ~(v.r[k] <= 0.0f);
+    EACH m.r[k] = ~(a.r[k] <= b.r[k]);
     return m;
 }
 INLINE mask at_least(wide a, wide b) {
@@ -291,6 +289,8 @@ INLINE void put_part_bf16(bf16 *p, wide v, int count) {
 }
 #endif
 
+INLINE mask above_zero(wide v) { return above(v, splat(0)); }
+
 INLINE float widen(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
     float v;
@@ -303,10 +303,15 @@ INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
     return get_float(whole);
 }
 
+/* One element as a float. */
+INLINE float get_one_float(const float *p) { return *p; }
+INLINE float get_one_bf16(const bf16 *p) { return widen(*p); }
+
 #define BY_TYPE(name, p)                                                                           \
     _Generic((p), float *: name##_float, const float *: name##_float, bf16 *: name##_bf16,          \
              const bf16 *: name##_bf16)
 #define get(p) BY_TYPE(get, p)(p)
+#define get_one(p) BY_TYPE(get_one, p)(p)
 #define get_part(p, count, fill) BY_TYPE(get_part, p)(p, count, fill)
 #define put(p, v) _Generic((p), float *: put_float, bf16 *: put_bf16)(p, v)
 #define put_part(p, v, count) _Generic((p), float *: put_part_float, bf16 *: put_part_bf16)(p, v, count)

@@ -70,7 +70,7 @@ static tally new_tally(int64_t channels) {
                    floats + 4 * channels};
 }
 
-static void tally_block(const float *x, const extent *e, const tally *t, int64_t r, int64_t end,
+static void tally_block(const elem *x, const extent *e, const tally *t, int64_t r, int64_t end,
                         int64_t c, int first) {
     int64_t ahead = (end - r) * e->channels;
     if (first) {
