@@ -90,6 +90,11 @@ INLINE __m256i narrowed(wide v) {
 INLINE wide get_bf16(const bf16 *p) { return widened(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void put_bf16(bf16 *p, wide v) { _mm256_storeu_si256((__m256i *)p, narrowed(v)); }
 INLINE void put_past_bf16(bf16 *p, wide v) { _mm256_stream_si256((__m256i *)p, narrowed(v)); }
+INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
+    const mask some = (mask)((1u << count) - 1);
+    const wide v = widened(_mm256_maskz_loadu_epi16(some, p));
+    return (wide){_mm512_mask_mov_ps(_mm512_set1_ps(fill), some, v.r)};
+}
 INLINE void put_part_bf16(bf16 *p, wide v, int count) {
     _mm256_mask_storeu_epi16(p, (mask)((1u << count) - 1), narrowed(v));
 }
@@ -282,6 +287,11 @@ INLINE void put_bf16(bf16 *p, wide v) {
     }
 }
 INLINE void put_past_bf16(bf16 *p, wide v) { put_bf16(p, v); }
+INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
+    bf16 whole[LANES] = {0};
+    memcpy(whole, p, (size_t)count * sizeof *p);
+    return choose(from_bits((1u << count) - 1), get_bf16(whole), splat(fill));
+}
 INLINE void put_part_bf16(bf16 *p, wide v, int count) {
     bf16 whole[LANES];
     put_bf16(whole, v);
@@ -296,11 +306,6 @@ INLINE float widen(bf16 x) {
     float v;
     memcpy(&v, &bits, sizeof v);
     return v;
-}
-INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
-    float whole[LANES];
-    for (int l = 0; l < LANES; l++) whole[l] = l < count ? widen(p[l]) : fill;
-    return get_float(whole);
 }
 
 /* One element as a float. */
