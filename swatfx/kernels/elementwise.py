@@ -1,6 +1,7 @@
 """`swatfx::relu`, `swatfx::dropout` and their backward in C: csrc/elementwise.c.
 
-Fast are float32 tensors that are dense in some layout, whichever; all else runs the reference.
+Fast are float32 and bfloat16 tensors that are dense in some layout, whichever; all else runs the
+reference.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from swatfx.tensors import layouts
 
 def _fits(x: Tensor) -> bool:
     dense = x.is_contiguous() or layouts.layout_of(x) != layouts.ROW_MAJOR
-    return library.available() and dense and x.dtype == torch.float32
+    return library.available() and dense and x.dtype in library.ELEMENTS
 
 
 def _fits_bits(grad: Tensor, bits: Tensor) -> bool:
     """Whether C can read both."""
-    known = library.available() and grad.dtype == torch.float32
+    known = library.available() and grad.dtype in library.ELEMENTS
     return known and fitting.holds_bytes(bits, bits_size(grad.numel()))
 
 
@@ -42,7 +43,7 @@ def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
     if not _fits(x):
         return relu_reference(x)
     y, bits = torch.empty_like(x), _bits_of(x)
-    library.function("swatfx_relu")(
+    library.function("swatfx_relu", elements=x.dtype)(
         pointer(x), pointer(y), pointer(bits), size(x.numel()), library.threads()
     )
     return y, bits
@@ -54,15 +55,18 @@ def _relu_backward(grad: Tensor, bits: Tensor, layout: str) -> Tensor:
         return relu_backward_reference(grad, bits, layout)
     grad = converted(grad, layout)
     dx = new_in_layout(grad.shape, layout, grad)
-    library.function("swatfx_relu_backward")(
+    library.function("swatfx_relu_backward", elements=grad.dtype)(
         pointer(grad), pointer(bits), pointer(dx), size(grad.numel()), library.threads()
     )
     return dx
 
 
-def _noise(p: float) -> float:
-    """What an element that is kept is multiplied by, rounded as torch rounds it."""
-    return float(torch.ones((), device="cpu").div_(1 - p))
+def _noise(p: float, dtype: torch.dtype) -> float:
+    """What an element that is kept is multiplied by, rounded as torch rounds it in `dtype`.
+
+    Times an element in bfloat16 that is exact in float32: rounded once, as torch does it.
+    """
+    return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p))
 
 
 @dropout.register_kernel("cpu")
@@ -71,8 +75,13 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         return dropout_reference(x, p)
     y = new_in_layout(x.shape, layouts.layout_of(x), x).bernoulli_(1 - p)
     bits = _bits_of(x)
-    library.function("swatfx_dropout")(
-        pointer(x), pointer(y), pointer(bits), real(_noise(p)), size(x.numel()), library.threads()
+    library.function("swatfx_dropout", elements=x.dtype)(
+        pointer(x),
+        pointer(y),
+        pointer(bits),
+        real(_noise(p, x.dtype)),
+        size(x.numel()),
+        library.threads(),
     )
     return y, bits
 
@@ -83,11 +92,11 @@ def _dropout_backward(grad: Tensor, bits: Tensor, p: float, layout: str) -> Tens
         return dropout_backward_reference(grad, bits, p, layout)
     grad = converted(grad, layout)
     dx = new_in_layout(grad.shape, layout, grad)
-    library.function("swatfx_dropout_backward")(
+    library.function("swatfx_dropout_backward", elements=grad.dtype)(
         pointer(grad),
         pointer(bits),
         pointer(dx),
-        real(_noise(p)),
+        real(_noise(p, grad.dtype)),
         size(grad.numel()),
         library.threads(),
     )

@@ -1,4 +1,7 @@
-"""`swatfx::to_layout` in C: csrc/layout.c. Fast from each layout to each, in float32."""
+"""`swatfx::to_layout` in C: csrc/layout.c.
+
+Fast from each layout to each, in float32 and bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     found = layouts.layout_of(x)
     if (
         not library.available()
-        or x.dtype != torch.float32
+        or x.dtype not in library.ELEMENTS
         or x.dim() < 2
         or (found, layout) not in _TRANSPOSITIONS
         or (found == ROW_MAJOR and not x.is_contiguous())
@@ -40,7 +43,7 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     y = new_in_layout(x.shape, layout, x)
     positions = torch.Size(x.shape[2:]).numel()
     sizes = _TRANSPOSITIONS[found, layout](x.shape[0], x.shape[1], positions)
-    library.function("swatfx_transpose")(
+    library.function("swatfx_transpose", elements=x.dtype)(
         pointer(x), pointer(y), *[size(n) for n in sizes], library.threads()
     )
     return y

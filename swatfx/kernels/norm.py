@@ -1,8 +1,11 @@
 """`swatfx::batch_norm` and its backward in C: csrc/norm*.c.
 
-Fast are float32 activations in "batch_innermost", in row-major order where an image's channel fills
-a vector, and in "channels_last" (or as a matrix) where the channels fill whole ones. All else runs
-the reference.
+Fast are float32 and bfloat16 activations in "batch_innermost", in row-major order where an image's
+channel fills a vector, and in "channels_last" (or as a matrix) where the channels fill whole ones.
+All else runs the reference.
+
+Parameters and statistics are float32, as autocast has them, or with bfloat16 activations bfloat16:
+C gets them as float32, computes with what it found, and rounds what the op returns of it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swatfx.kernels import fitting, library
+from swatfx.kernels import library
 from swatfx.kernels.library import pointer, size
 from swatfx.ops import norm
 from swatfx.ops.calls import NormBackwardCall, NormCall
@@ -55,18 +58,30 @@ class _Extent(NamedTuple):
         return [size(n) for n in self]
 
 
-def _are_vectors(channels: int, *parameters: Tensor | None) -> bool:
-    """Whether C can read all: one float32 a channel."""
-    return all(fitting.is_vector(p, channels) for p in parameters)
+def _are_vectors(channels: int, elements: torch.dtype, *parameters: Tensor | None) -> bool:
+    """Whether all are one number a channel, of one dtype that torch takes to such `elements`."""
+    given = [p for p in parameters if p is not None]
+    dtypes = {p.dtype for p in given}
+    known = len(dtypes) < 2 and dtypes <= {torch.float32, elements}
+    return known and all(p.shape == (channels,) for p in given)
 
 
-def _is_alike(x: Tensor | None, shape: Sequence[int]) -> bool:
-    """Whether `x` is an activation of `shape` in float32, or None."""
-    return x is None or (x.dtype is torch.float32 and x.shape == torch.Size(shape))
+def _is_alike(x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether `x` is an activation of `shape` that C can read, or None."""
+    known = dtype in library.ELEMENTS
+    return x is None or (known and x.dtype is dtype and x.shape == torch.Size(shape))
 
 
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+def _for_c(vector: Tensor | None) -> Tensor | None:
+    """One float32 a channel, in one piece."""
+    return None if vector is None else vector.to(torch.float32).contiguous()
+
+
+def _for_torch(found: Tensor | None, owner: Tensor | None, like: Tensor) -> Tensor:
+    """What C wrote for `owner`, in its dtype; if it wrote nothing, no elements, as in `like`."""
+    if found is None or owner is None:
+        return like.new_empty(0)
+    return found.to(owner.dtype)
 
 
 @norm.batch_norm.register_kernel("cpu")
@@ -75,15 +90,15 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
     call = NormCall(*options)
     layout = layouts.layout_of(x)
     extent = _Extent.of(x.shape, layout)
-    parameters = [_dense(p) for p in (weight, bias, running_mean, running_var)]
+    given_parameters = (weight, bias, running_mean, running_var)
     if (
         not library.available()
         or extent is None
         or x.numel() == 0
         or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or not _is_alike(x, x.shape)
-        or not _is_alike(residual, x.shape)
-        or not _are_vectors(extent.channels, *parameters)
+        or not _is_alike(x, x.shape, x.dtype)
+        or not _is_alike(residual, x.shape, x.dtype)
+        or not _are_vectors(extent.channels, x.dtype, *given_parameters)
         or (running_mean is None) != (running_var is None)
         # One value a channel has no variance, and no running statistics no eval mode: let aten say.
         or (call.training and extent.runs * extent.length == 1)
@@ -93,13 +108,14 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
     if residual is not None:
         residual = converted(residual, layout)
     y = new_in_layout(x.shape, layout, x)
-    mean, invstd = x.new_empty(extent.channels), x.new_empty(extent.channels)
+    # Held by name until C has read them: a pointer keeps no tensor alive.
+    parameters = [_for_c(p) for p in given_parameters]
+    mean, invstd = (x.new_empty(extent.channels, dtype=torch.float32) for _ in range(2))
     new_mean, new_var = (
-        torch.empty_like(p) if call.training and p is not None else x.new_empty(0)
-        for p in parameters[2:]
+        torch.empty_like(p) if call.training and p is not None else None for p in parameters[2:]
     )
     bits, codes, header, code = _room(call, x, residual)
-    library.function("swatfx_norm")(
+    library.function("swatfx_norm", elements=x.dtype)(
         pointer(x),
         pointer(residual),
         *[pointer(p) for p in parameters],
@@ -118,7 +134,15 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
         ctypes.c_int(call.relu),
         library.threads(),
     )
-    return y, mean, invstd, new_mean, new_var, code
+    dtype = norm.stats_dtype(x, weight, bias, running_mean, call.training)
+    return (
+        y,
+        mean.to(dtype),
+        invstd.to(dtype),
+        _for_torch(new_mean, running_mean, x),
+        _for_torch(new_var, running_var, x),
+        code,
+    )
 
 
 def _room(
@@ -154,9 +178,10 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         not library.available()
         or extent is None
         or elements == 0
-        or not _is_alike(grad, shape)
-        or not _is_alike(x, shape)
-        or not _are_vectors(extent.channels, weight, bias, mean, invstd)
+        or not _is_alike(grad, shape, grad.dtype)
+        or not _is_alike(x, shape, grad.dtype)
+        or not _are_vectors(extent.channels, grad.dtype, weight, bias)
+        or not _are_vectors(extent.channels, grad.dtype, mean, invstd)
         or mean is None  # what the dispatcher makes of None
         or invstd is None
         or code.data_ptr() % 4  # it begins with floats
@@ -172,19 +197,14 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         start = norm.int8_header(extent.channels)
         header, codes = code[:start], code[start : start + elements]
         bits = code[start + elements :]
-    given = (None, None, weight, bias)
     # Held by name until C has read them: a pointer keeps no tensor alive.
-    statistics = [_dense(p) for p in (weight, bias, mean, invstd)]
-    room = [
-        new_in_layout(shape, layout, grad) if wanted and i < 2 else grad.new_empty(0)
-        for i, wanted in enumerate(wants)
-    ]
-    for i in (2, 3):
-        parameter = given[i]
-        if wants[i] and parameter is not None:
-            room[i] = torch.empty_like(parameter)
-    dx, dresidual, dweight, dbias = room
-    library.function("swatfx_norm_backward")(
+    statistics = [_for_c(p) for p in (weight, bias, mean, invstd)]
+    dx, dresidual = (new_in_layout(shape, layout, grad) if w else None for w in wants[:2])
+    dweight, dbias = (
+        torch.empty_like(p, dtype=torch.float32) if wanted and p is not None else None
+        for wanted, p in zip(wants[2:], (weight, bias), strict=True)
+    )
+    library.function("swatfx_norm_backward", elements=grad.dtype)(
         pointer(grad),
         pointer(x),
         *[pointer(p) for p in statistics],
@@ -200,4 +220,9 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         ctypes.c_int(call.relu),
         library.threads(),
     )
-    return dx, dresidual, dweight, dbias
+    return (
+        _for_torch(dx, grad, grad),
+        _for_torch(dresidual, grad, grad),
+        _for_torch(dweight, weight, grad),
+        _for_torch(dbias, bias, grad),
+    )

@@ -1,6 +1,6 @@
 """`swatfx::max_pool2d` and its backward in C: csrc/pool.c and csrc/pool_backward.c.
 
-Fast are float32 tensors that are dense in their layout; all else runs the reference.
+Fast are float32 and bfloat16 tensors that are dense in their layout; all else runs the reference.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _max_pool2d(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     call, layout = MaxPoolCall(*options), layouts.layout_of(x)
     if (
         not library.available()
-        or x.dtype != torch.float32
+        or x.dtype not in library.ELEMENTS
         or x.numel() == 0
         or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
         or not _fits(x.shape, call)
@@ -75,7 +75,7 @@ def _max_pool2d(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out = _out_shape(x.shape, call)
     y = new_in_layout(out, layout, x)
     index = x.new_empty(y.numel() if call.saves else 0, dtype=torch.uint8)
-    library.function("swatfx_max_pool")(
+    library.function("swatfx_max_pool", elements=x.dtype)(
         pointer(x),
         pointer(y),
         pointer(index),
@@ -96,7 +96,7 @@ def _max_pool2d_backward(
     call = MaxPoolCall(*options)
     if (
         not library.available()
-        or grad.dtype != torch.float32
+        or grad.dtype not in library.ELEMENTS
         or grad.numel() == 0
         or not _fits(shape, call)
         or not fitting.holds_bytes(index, grad.numel())
@@ -105,7 +105,7 @@ def _max_pool2d_backward(
         return max_pool2d_backward_reference(grad, index, shape, layout, *options)
     grad = converted(grad, layout)
     dx = new_in_layout(shape, layout, grad)
-    library.function("swatfx_max_pool_backward")(
+    library.function("swatfx_max_pool_backward", elements=grad.dtype)(
         pointer(grad),
         pointer(index),
         pointer(dx),

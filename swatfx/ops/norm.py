@@ -37,6 +37,7 @@ __all__ = [
     "int8_header",
     "is_complete",
     "recomputes",
+    "stats_dtype",
 ]
 EXACT, INT8, NOTHING = "exact", "int8", "nothing"
 
@@ -87,7 +88,8 @@ def batch_norm_reference(
     new_mean, new_var = x.new_empty(0), x.new_empty(0)
     if x.numel() == 0:
         y = torch.empty_like(x)
-        mean = x.new_zeros(x.shape[1], dtype=_stats_dtype(x, weight, bias, running_mean))
+        dtype = stats_dtype(x, weight, bias, running_mean, call.training)
+        mean = x.new_zeros(x.shape[1], dtype=dtype)
         invstd = mean.clone()
         if call.training and running_mean is not None and running_var is not None:
             new_mean, new_var = running_mean.clone(), running_var.clone()
@@ -162,9 +164,17 @@ def _inverse_deviation(variance: Tensor, eps: float) -> Tensor:
     return (wide + eps).sqrt().reciprocal().to(torch.promote_types(variance.dtype, torch.float32))
 
 
-def _stats_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
-    """Dtype in which aten keeps mean and invstd."""
-    mixed = any(p is not None and p.dtype != x.dtype for p in parameters)
+def stats_dtype(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    training: bool,
+) -> torch.dtype:
+    """Dtype of the mean and invstd that `batch_norm` returns: in training, that of aten's."""
+    if not training and running_mean is not None:
+        return torch.promote_types(running_mean.dtype, torch.float32)
+    mixed = any(p is not None and p.dtype != x.dtype for p in (weight, bias, running_mean))
     narrow = x.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if narrow and (mixed or x.device.type != "cpu") else x.dtype
 
@@ -174,9 +184,7 @@ def _(x: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
     residual, weight, bias, running_mean, running_var = rest[:5]
     call = NormCall(*rest[5:], **named)
     y = new_in_layout(x.shape, layouts.layout_of(x), x)
-    dtype = _stats_dtype(x, weight, bias, running_mean)
-    if not call.training and running_mean is not None:
-        dtype = torch.promote_types(running_mean.dtype, torch.float32)
+    dtype = stats_dtype(x, weight, bias, running_mean, call.training)
     mean, invstd = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
     new_mean, new_var = (
         x.new_empty(0) if s is None or not call.training else torch.empty_like(s)

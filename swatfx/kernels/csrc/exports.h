@@ -192,7 +192,8 @@ EXPORT void TYPED(swatfx_relu)(const elem *x, elem *y, uint8_t *bits, int64_t n,
 EXPORT void TYPED(swatfx_relu_backward)(const elem *grad, const uint8_t *bits, elem *dx, int64_t n, int
     threads);
 
-/* y comes as what was drawn, ones and zeros, and goes as x * scale or x * 0; a bit says which. */
+/* y comes as what was drawn, ones and zeros, and goes as x * scale or x * 0; a bit says which. `scale` is
+ * an element's value. */
 EXPORT void TYPED(swatfx_dropout)(const elem *x, elem *y, uint8_t *bits, float scale, int64_t n, int
     threads);
 
@@ -210,19 +211,20 @@ EXPORT void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, in
 
 /* ---- Batch normalisation, with an addition and a ReLU behind it: norm.py ----
  *
- * An activation has n = channels * runs * length floats, which the five sizes lay out, with no gap and no
+ * An activation has n = channels * runs * length elements, which the five sizes lay out, with no gap and no
  * overlap: element i of run r of channel c is at c * channel_step + r * run_step + i. Where length > 1 both
  * steps are multiples of length. If length = 1 and channel_step = 1, channels lie side by side: then there
  * are a multiple of 16, and run_step = channels. Of a layout, _Extent.of in norm.py makes such sizes.
- * Results with as many as 2^22 elements may be written past the caches, and those of the shape of the
- * activation are then aligned to 64 bytes, which torch's own allocations are.
+ * Results of 16 MiB or more may be written past the caches, and those of the shape of the activation are
+ * then aligned to 64 bytes, which torch's own allocations are. Parameters and statistics are floats, of
+ * activations in bfloat16 too; what is computed is rounded once, when it is written.
  * Tables are small, and a process that has no memory for them crashes. */
 
 /* x: [n]; residual: [n] or NULL; weight, bias: [channels] or NULL, each; running_mean, running_var:
  * [channels], or both NULL in training. y: [n] = relu(norm(x) + residual). mean, invstd: [channels], of the
  * batch, or in eval mode of the running statistics. new_mean, new_var: [channels], in training the running
  * statistics moved on by `momentum`; NULL if there are none, or in eval mode not written. bits: [ceil(n /
- * 8)], where the ReLU let through, or NULL. codes: [n], header: [3][channels] (step, low, first;
+ * 8)], where the ReLU let through, not y <= 0, or NULL. codes: [n], header: [3][channels] (step, low, first;
  * swatfx/ops/norm.py), or both NULL.
  *
  * training, relu: 0 or 1. bits: only if relu; needed by backward if there are codes and a residual. In
@@ -238,7 +240,7 @@ EXPORT void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float 
  * bits, codes, header: as forward wrote them, or NULL. dx, dresidual: [n] or NULL if not wanted; dweight,
  * dbias: [channels] or NULL if not wanted.
  *
- * With relu, bits say where it let through; if NULL, codes do; if NULL too, the sign of norm(x): then x is
+ * With relu, bits say where it let through; if NULL, codes do; if NULL too, the sign of y: then x is
  * given, weight and bias are forward's to the bit, and there was no residual. dx in training, and dweight,
  * need x or codes, and are wrong without; x is not read if there are codes. bits and codes may hold any
  * byte.

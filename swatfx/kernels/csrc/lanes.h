@@ -31,10 +31,8 @@ INLINE wide multiply_add(wide a, wide b, wide c) { return (wide){_mm512_fmadd_ps
 INLINE float lane_sum(wide v) { return _mm512_reduce_add_ps(v.r); }
 INLINE float lane_min(wide v) { return _mm512_reduce_min_ps(v.r); }
 INLINE float lane_max(wide v) { return _mm512_reduce_max_ps(v.r); }
-/* Where not v <= 0: also where v is NaN, as torch.relu has it. */
-INLINE mask above_zero(wide v) {
-    return _mm512_cmp_ps_mask(v.r, _mm512_setzero_ps(), _CMP_NLE_UQ);
-}
+/* Where not a <= b: also where a is NaN, as torch.relu has it. */
+INLINE mask above(wide a, wide b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_NLE_UQ); }
 INLINE mask at_least(wide a, wide b) { return _mm512_cmp_ps_mask(a.r, b.r, _CMP_GE_OQ); }
 INLINE mask agree(mask a, mask b) { return (mask) ~(a ^ b); }
 /* Where a > b or a is NaN: how a maximum of torch's is passed on. */
@@ -92,6 +90,11 @@ INLINE __m256i narrowed(wide v) {
 INLINE wide get_bf16(const bf16 *p) { return widened(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void put_bf16(bf16 *p, wide v) { _mm256_storeu_si256((__m256i *)p, narrowed(v)); }
 INLINE void put_past_bf16(bf16 *p, wide v) { _mm256_stream_si256((__m256i *)p, narrowed(v)); }
+INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
+    const mask some = (mask)((1u << count) - 1);
+    const wide v = widened(_mm256_maskz_loadu_epi16(some, p));
+    return (wide){_mm512_mask_mov_ps(_mm512_set1_ps(fill), some, v.r)};
+}
 INLINE void put_part_bf16(bf16 *p, wide v, int count) {
     _mm256_mask_storeu_epi16(p, (mask)((1u << count) - 1), narrowed(v));
 }
@@ -172,9 +175,9 @@ INLINE float lane_max(wide v) {
     EACH for (int l = 0; l < REG; l++) found = v.r[k][l] > found ? v.r[k][l] : found;
     return found;
 }
-INLINE mask above_zero(wide v) {
+INLINE mask above(wide a, wide b) {
     mask m;
-    EACH m.r[k] = ~(v.r[k] <= 0.0f);
+    EACH m.r[k] = ~(a.r[k] <= b.r[k]);
     return m;
 }
 INLINE mask at_least(wide a, wide b) {
@@ -284,6 +287,11 @@ INLINE void put_bf16(bf16 *p, wide v) {
     }
 }
 INLINE void put_past_bf16(bf16 *p, wide v) { put_bf16(p, v); }
+INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
+    bf16 whole[LANES] = {0};
+    memcpy(whole, p, (size_t)count * sizeof *p);
+    return choose(from_bits((1u << count) - 1), get_bf16(whole), splat(fill));
+}
 INLINE void put_part_bf16(bf16 *p, wide v, int count) {
     bf16 whole[LANES];
     put_bf16(whole, v);
@@ -291,22 +299,24 @@ INLINE void put_part_bf16(bf16 *p, wide v, int count) {
 }
 #endif
 
+INLINE mask above_zero(wide v) { return above(v, splat(0)); }
+
 INLINE float widen(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
     float v;
     memcpy(&v, &bits, sizeof v);
     return v;
 }
-INLINE wide get_part_bf16(const bf16 *p, int count, float fill) {
-    float whole[LANES];
-    for (int l = 0; l < LANES; l++) whole[l] = l < count ? widen(p[l]) : fill;
-    return get_float(whole);
-}
+
+/* One element as a float. */
+INLINE float get_one_float(const float *p) { return *p; }
+INLINE float get_one_bf16(const bf16 *p) { return widen(*p); }
 
 #define BY_TYPE(name, p)                                                                           \
     _Generic((p), float *: name##_float, const float *: name##_float, bf16 *: name##_bf16,          \
              const bf16 *: name##_bf16)
 #define get(p) BY_TYPE(get, p)(p)
+#define get_one(p) BY_TYPE(get_one, p)(p)
 #define get_part(p, count, fill) BY_TYPE(get_part, p)(p, count, fill)
 #define put(p, v) _Generic((p), float *: put_float, bf16 *: put_bf16)(p, v)
 #define put_part(p, v, count) _Generic((p), float *: put_part_float, bf16 *: put_part_bf16)(p, v, count)

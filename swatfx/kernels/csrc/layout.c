@@ -1,14 +1,18 @@
 /* Memory orders of an activation: transposing copies between them.
  *
- * Every change of layout is a batch of transpositions of a matrix of floats with strides of its own
- * (see kernels/layout.py). A tile is W x W and goes through W registers; a task is a run of matrices
- * by a run of columns, so that neighbouring tiles write, and read, the lines next to each other.
+ * Every change of layout is a batch of transpositions of a matrix with strides of its own (see
+ * kernels/layout.py). A tile of floats is TILE x TILE and goes through as many registers, one of bfloat16
+ * is in tiles_bf16.h; a task is a run of matrices by a run of columns, so that neighbouring tiles write,
+ * and read, the lines next to each other.
  *
  * Stands on no other .c file.
  */
 #include "exports.h"
 #include "pieces.h"
 
+#if defined(SWATFX_BF16)
+#include "tiles_bf16.h"
+#else
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -18,7 +22,7 @@
 /* A shuffle wider than the machine's registers would be taken apart element by element: the tile is
  * as wide as they are. STAGE(d, ...) exchanges the off-diagonal halves of all blocks of 2d x 2d. */
 #if defined(__AVX512F__)
-enum { W = 16 };
+enum { TILE = 16 };
 typedef int32_t tile_index __attribute__((vector_size(64)));
 typedef float tile_row __attribute__((vector_size(64)));
 typedef float tile_loaded __attribute__((vector_size(64), aligned(4), may_alias));
@@ -32,7 +36,7 @@ typedef float tile_loaded __attribute__((vector_size(64), aligned(4), may_alias)
     STAGE(1, (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),                           \
           (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
 #elif defined(__AVX__)
-enum { W = 8 };
+enum { TILE = 8 };
 typedef int32_t tile_index __attribute__((vector_size(32)));
 typedef float tile_row __attribute__((vector_size(32)));
 typedef float tile_loaded __attribute__((vector_size(32), aligned(4), may_alias));
@@ -41,7 +45,7 @@ typedef float tile_loaded __attribute__((vector_size(32), aligned(4), may_alias)
     STAGE(2, (0, 1, 8, 9, 4, 5, 12, 13), (2, 3, 10, 11, 6, 7, 14, 15))                              \
     STAGE(1, (0, 8, 2, 10, 4, 12, 6, 14), (1, 9, 3, 11, 5, 13, 7, 15))
 #else
-enum { W = 4 };
+enum { TILE = 4 };
 typedef int32_t tile_index __attribute__((vector_size(16)));
 typedef float tile_row __attribute__((vector_size(16)));
 typedef float tile_loaded __attribute__((vector_size(16), aligned(4), may_alias));
@@ -52,21 +56,19 @@ typedef float tile_loaded __attribute__((vector_size(16), aligned(4), may_alias)
 
 #define LIST(...) __VA_ARGS__
 #define STAGE(d, low, high)                                                                         \
-    _Pragma("GCC unroll 16") for (int i = 0; i < W; i++) if (!(i & d)) {                            \
+    _Pragma("GCC unroll 16") for (int i = 0; i < TILE; i++) if (!(i & d)) {                         \
         tile_row a = row[i], b = row[i + d];                                                        \
         row[i] = SHUFFLE(a, b, LIST low);                                                           \
         row[i + d] = SHUFFLE(a, b, LIST high);                                                      \
     }
 
-INLINE void transpose_tile(const float *in, int64_t in_row, float *out, int64_t out_row,
-                           int64_t ahead, int past) {
-    tile_row row[W];
-    _Pragma("GCC unroll 16") for (int i = 0; i < W; i++) {
+INLINE void transpose_tile(const float *in, int64_t in_row, float *out, int64_t out_row, int past) {
+    tile_row row[TILE];
+    _Pragma("GCC unroll 16") for (int i = 0; i < TILE; i++) {
         row[i] = *(const tile_loaded *)(in + i * in_row);
-        __builtin_prefetch(in + i * in_row + ahead, 0, 3);
     }
     STAGES
-    _Pragma("GCC unroll 16") for (int i = 0; i < W; i++) {
+    _Pragma("GCC unroll 16") for (int i = 0; i < TILE; i++) {
 #if defined(__AVX512F__)
         if (past) {
             put_past(out + i * out_row, (wide){(__m512)row[i]});
@@ -77,8 +79,9 @@ INLINE void transpose_tile(const float *in, int64_t in_row, float *out, int64_t 
     }
     (void)past; /* a narrower tile's row is no whole line */
 }
+#endif
 
-static void transpose_edge(const float *in, int64_t in_row, float *out, int64_t out_row,
+static void transpose_edge(const elem *in, int64_t in_row, elem *out, int64_t out_row,
                            int64_t rows, int64_t cols) {
     for (int64_t j = 0; j < cols; j++) {
         for (int64_t i = 0; i < rows; i++) {
@@ -87,37 +90,51 @@ static void transpose_edge(const float *in, int64_t in_row, float *out, int64_t 
     }
 }
 
-/* Columns [j, end) of one matrix of `rows` rows: out[j][i] = in[i][j]. */
-static void transpose_strip(const float *in, int64_t in_row, float *out, int64_t out_row,
-                            int64_t rows, int64_t j, int64_t end, int64_t ahead, int past) {
-    int64_t full = rows / W * W;
-    for (; j + W <= end; j += W) {
-        for (int64_t i = 0; i < full; i += W) {
-            const float *from = in + i * in_row + j;
-            float *to = out + j * out_row + i;
-            if (past) {
-                transpose_tile(from, in_row, to, out_row, ahead, 1);
-            } else {
-                transpose_tile(from, in_row, to, out_row, ahead, 0);
-            }
-        }
-        if (full < rows) {
-            transpose_edge(in + full * in_row + j, in_row, out + j * out_row + full, out_row,
-                           rows - full, W);
-        }
-    }
-    if (j < end) {
-        transpose_edge(in + j, in_row, out + j * out_row, out_row, rows, end - j);
-    }
+enum { A_LINE = 64 / sizeof(elem) };
+
+INLINE void fetch_rows(const elem *at, int64_t row, const int rows) {
+    _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) __builtin_prefetch(at + i * row, 0, 3);
 }
 
-void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t rows, int64_t cols,
-                      int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
-                      int threads) {
-    enum { COLUMNS = 256 };
+/* All whole tiles of some height, from row i on, of columns [j, end). */
+#define EACH_TILE(height, transpose)                                                                \
+    for (; i + (height) <= rows; i += (height)) {                                                   \
+        if (ahead) fetch_rows(in + i * in_row + j + ahead, in_row, height);                         \
+        for (int64_t c = j; c + TILE <= end; c += TILE) {                                           \
+            transpose(in + i * in_row + c, in_row, out + c * out_row + i, out_row, past);           \
+        }                                                                                           \
+    }
+
+/* Columns [j, end) of one matrix of `rows` rows, at most a line of them: out[j][i] = in[i][j]. `lines`:
+ * whether rows of `out` begin on lines. */
+INLINE void transpose_columns(const elem *in, int64_t in_row, elem *out, int64_t out_row,
+                              int64_t rows, int64_t j, int64_t end, int64_t ahead, int lines,
+                              const int past) {
+    int64_t i = 0, tiled = j + (end - j) / TILE * TILE;
+#if defined(SWATFX_BF16)
+#if defined(__AVX512BW__)
+    if (lines || !past) EACH_TILE(32, transpose32)
+#endif
+#if defined(__AVX2__)
+    EACH_TILE(16, transpose16)
+#endif
+    EACH_TILE(8, transpose8)
+#else
+    EACH_TILE(TILE, transpose_tile)
+#endif
+    (void)lines; /* which only the largest tile of two-byte elements asks for */
+    transpose_edge(in + i * in_row + j, in_row, out + j * out_row + i, out_row, rows - i, tiled - j);
+    transpose_edge(in + tiled, in_row, out + tiled * out_row, out_row, rows, end - tiled);
+}
+
+void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, int64_t rows, int64_t cols,
+                             int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
+                             int threads) {
+    enum { COLUMNS = 256, STEP = HALF ? A_LINE : TILE };
     /* Whole lines written past the caches: half the time from 8 MB on, and never more. */
-    int past = batch * rows * cols >= 1 << 20 && on_line(out) && out_row % LANES == 0 &&
-               out_batch % LANES == 0;
+    int past = batch * rows * cols * (int64_t)sizeof *out >= 1 << 22 && (uintptr_t)out % 64 == 0 &&
+               out_row % LANES == 0 && out_batch % LANES == 0;
+    int lines = out_row % A_LINE == 0 && out_batch % A_LINE == 0;
     /* Matrices inside each other, which have neighbouring lines, go together. And no processor
      * follows as many rows at once by itself: a tile fetches for one soon to come. */
     int64_t woven = 0 < in_batch && in_batch < in_row, matrices = woven ? 16 : 1;
@@ -127,10 +144,16 @@ void swatfx_transpose(const float *in, float *out, int64_t batch, int64_t rows, 
     for (int64_t task = 0; task < groups * strips; task++) {
         int64_t b_begin = task / strips * matrices, b_end = min64(batch, b_begin + matrices);
         int64_t j_begin = task % strips * COLUMNS, j_end = min64(cols, j_begin + COLUMNS);
-        for (int64_t j = j_begin; j < j_end; j += W) {
+        for (int64_t j = j_begin; j < j_end; j += STEP) {
             for (int64_t b = b_begin; b < b_end; b++) {
-                transpose_strip(in + b * in_batch, in_row, out + b * out_batch, out_row, rows, j,
-                                min64(j_end, j + W), ahead, past);
+                const elem *from = in + b * in_batch;
+                elem *to = out + b * out_batch;
+                int64_t end = min64(j_end, j + STEP);
+                if (past) {
+                    transpose_columns(from, in_row, to, out_row, rows, j, end, ahead, lines, 1);
+                } else {
+                    transpose_columns(from, in_row, to, out_row, rows, j, end, ahead, lines, 0);
+                }
             }
         }
         settle();

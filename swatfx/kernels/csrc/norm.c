@@ -6,12 +6,12 @@
 #include "exports.h"
 #include "norm_backward.h"
 
-void swatfx_norm(const float *x, const float *residual, const float *weight,
-                 const float *bias, const float *running_mean, const float *running_var,
-                 float *y, float *mean, float *invstd, float *new_mean, float *new_var,
-                 uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
-                 int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
-                 double momentum, double eps, int training, int relu, int threads) {
+void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight,
+                        const float *bias, const float *running_mean, const float *running_var,
+                        elem *y, float *mean, float *invstd, float *new_mean, float *new_var,
+                        uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
+                        int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
+                        double momentum, double eps, int training, int relu, int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
     forward f = {x,      residual, weight,   bias, running_mean, running_var, y,        mean,
                  invstd, new_mean, new_var,  bits, codes,        header,      momentum, eps,
@@ -23,12 +23,13 @@ void swatfx_norm(const float *x, const float *residual, const float *weight,
     }
 }
 
-void swatfx_norm_backward(const float *grad, const float *x, const float *weight,
-                          const float *bias, const float *mean, const float *invstd,
-                          const uint8_t *bits, const uint8_t *codes, const float *header,
-                          float *dx, float *dresidual, float *dweight, float *dbias,
-                          int64_t channels, int64_t runs, int64_t length, int64_t run_step,
-                          int64_t channel_step, int training, int relu, int threads) {
+void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const float *weight,
+                                 const float *bias, const float *mean, const float *invstd,
+                                 const uint8_t *bits, const uint8_t *codes, const float *header,
+                                 elem *dx, elem *dresidual, float *dweight, float *dbias,
+                                 int64_t channels, int64_t runs, int64_t length,
+                                 int64_t run_step, int64_t channel_step, int training, int relu,
+                                 int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
     enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
     backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,

@@ -1,14 +1,21 @@
 /* What forward and backward of batch normalisation share: where a channel lies, and what is done with
  * sixteen elements of it, or with one element of each of sixteen channels.
  *
- * A channel is `runs` runs of `length` floats, `run_step` apart; channel c begins at c *
- * channel_step. Where runs are one float long (norm_last.c), channels lie side by side. What both
- * forms make of a channel's sums is in norm_channel.c.
+ * A channel is `runs` runs of `length` elements, `run_step` apart; channel c begins at c *
+ * channel_step. Where runs are one element long (norm_last.c), channels lie side by side. What both
+ * forms make of a channel's sums is in norm_channel.c. Elements are float or bfloat16 (elem.h); what is
+ * kept of a channel is float, and summed in double.
  */
 #ifndef SWATFX_NORM_H
 #define SWATFX_NORM_H
 
 #include "pieces.h"
+
+#define affine_of TYPED(affine_of)
+#define combine_moments TYPED(combine_moments)
+#define finish_moments TYPED(finish_moments)
+#define norm_runs TYPED(norm_runs)
+#define norm_last TYPED(norm_last)
 
 /* PART: what a channel is cut into between threads. BLOCK: what is added up in single precision
  * before it goes into a double. */
@@ -57,8 +64,10 @@ __attribute__((noinline)) affine affine_of(float mean, float invstd, float weigh
 
 /* What a forward is given and asked for; NULL where it is not. */
 typedef struct {
-    const float *x, *residual, *weight, *bias, *running_mean, *running_var;
-    float *y, *mean, *invstd, *new_mean, *new_var;
+    const elem *x, *residual;
+    const float *weight, *bias, *running_mean, *running_var;
+    elem *y;
+    float *mean, *invstd, *new_mean, *new_var;
     uint8_t *bits, *codes;
     float *header; /* of codes */
     double momentum, eps;
@@ -86,6 +95,10 @@ typedef struct {
     mask up;
 } writer;
 
+/* Where the ReLU lets through: where what is stored of y is above zero. Up to half of the least bfloat16
+ * there is, that is zero. */
+INLINE mask lets_through(wide y) { return above(y, splat(HALF ? 0x1p-134f : 0)); }
+
 /* `count` elements at `at`. */
 INLINE void write_output(const forward *f, const writer *how, int64_t at, int count, int past,
                          const int residual, const int relu, const int bits, const int codes) {
@@ -93,7 +106,7 @@ INLINE void write_output(const forward *f, const writer *how, int64_t at, int co
     mask keep = how->up;
     if (residual) y = add(y, get_some(f->residual + at, count, 0));
     if (relu) {
-        keep = above_zero(y);
+        keep = lets_through(y);
         y = only(keep, y);
         if (bits) put_bits(f->bits, at, count, to_bits(keep));
     }

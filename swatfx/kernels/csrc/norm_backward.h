@@ -4,16 +4,22 @@
 
 #include "norm.h"
 
+#define finish_sums TYPED(finish_sums)
+#define norm_runs_backward TYPED(norm_runs_backward)
+#define norm_last_backward TYPED(norm_last_backward)
+
 /* Where the ReLU let through: everywhere, or as say bits, codes, the sign of y computed again. */
 enum mask_from { ALL, BITS, CODES, SIGN };
 /* What normalised x is to be had from. */
 enum source { NOTHING, X, CODE };
 
 typedef struct {
-    const float *grad, *x, *weight, *bias, *mean, *invstd;
+    const elem *grad, *x;
+    const float *weight, *bias, *mean, *invstd;
     const uint8_t *bits, *codes; /* x, codes or both are NULL */
     const float *header;
-    float *dx, *dresidual, *dweight, *dbias; /* NULL where not wanted */
+    elem *dx, *dresidual; /* NULL where not wanted, as the next two */
+    float *dweight, *dbias;
     int training, past;
     enum mask_from masks;
 } backward;
@@ -55,7 +61,7 @@ INLINE wide read_gradient(const backward *b, const reader *how, int64_t at, int 
         x = get_some(b->x + at, count, 0);
         *h = sub(x, how->mean);
     }
-    if (masks == SIGN) g = only(above_zero(multiply_add(x, how->scale, how->shift)), g);
+    if (masks == SIGN) g = only(lets_through(multiply_add(x, how->scale, how->shift)), g);
     if (masks == BITS) g = only(from_bits(get_bits(b->bits, at, count)), g);
     if (masks == CODES) g = only(agree(at_least(code, how->first), how->up), g);
     return g;

@@ -70,7 +70,7 @@ static tally new_tally(int64_t channels) {
                    floats + 4 * channels};
 }
 
-static void tally_block(const float *x, const extent *e, const tally *t, int64_t r, int64_t end,
+static void tally_block(const elem *x, const extent *e, const tally *t, int64_t r, int64_t end,
                         int64_t c, int first) {
     int64_t ahead = (end - r) * e->channels;
     if (first) {
@@ -134,7 +134,7 @@ INLINE void write_block(const forward *f, const extent *e, const float *table, i
     writer how = {get(at_c + SCALE * n),  get(at_c + SHIFT * n), get(at_c + MEAN * n),
                   get(at_c + INVSTD * n), get(at_c + TIE * n),   get(at_c + INVERSE * n),
                   get(at_c + FIRST * n),  upwards(f->weight, c)};
-    int past = f->past && on_line(f->y);
+    int past = !HALF && f->past && on_line(f->y);
     EACH_ROW(e, r, end, c, {
         __builtin_prefetch(f->x + at + ahead, 0, 3);
         if (residual) __builtin_prefetch(f->residual + at + ahead, 0, 3);
@@ -210,7 +210,7 @@ INLINE void gradient_block(const backward *b, const extent *e, const float *line
     int64_t n = e->channels, ahead = (end - r) * n;
     reader how = reader_at(b, lines, n, c);
     wide of_g = get(planes + c), of_h = get(planes + n + c), rest = get(planes + 2 * n + c);
-    int past = b->past && on_line(b->dx) && on_line(b->dresidual);
+    int past = !HALF && b->past && on_line(b->dx) && on_line(b->dresidual);
     EACH_ROW(e, r, end, c, {
         fetch_gradient(b, at + ahead, from_what);
         write_gradient(b, &how, of_g, of_h, rest, at, LANES, past, masks, from_what);

@@ -10,7 +10,7 @@
 
 #include <math.h>
 
-static float mean_of(const float *x, int64_t length) {
+static float mean_of(const elem *x, int64_t length) {
     wide sum = splat(0);
     for (int64_t i = 0; i < length; i += LANES) {
         sum = add(sum, get_some(x + i, (int)min64(LANES, length - i), 0));
@@ -20,7 +20,7 @@ static float mean_of(const float *x, int64_t length) {
 
 /* Parts [from, to) of a channel. Each block is taken relative to the mean of the one before: one
  * pass, and nothing cancels. */
-INLINE moments reduce_as(const float *x, const extent *e, int64_t channel, int64_t from, int64_t to,
+INLINE moments reduce_as(const elem *x, const extent *e, int64_t channel, int64_t from, int64_t to,
                          const int ends) {
     double origin = 0, count = 0, sum = 0, square = 0;
     float center = 0;
@@ -51,8 +51,8 @@ INLINE moments reduce_as(const float *x, const extent *e, int64_t channel, int64
                 int some = (int)min64(LANES, end - i);
                 wide a = get_some(x + i, some, center);
                 if (ends) {
-                    low = least(low, get_some(x + i, some, x[i]));
-                    high = most(high, get_some(x + i, some, x[i]));
+                    low = least(low, get_some(x + i, some, get_one(x + i)));
+                    high = most(high, get_some(x + i, some, get_one(x + i)));
                 }
                 a = sub(a, c);
                 s0 = add(s0, a);

@@ -9,8 +9,11 @@
 
 /* Writing past the caches (put_past; settle() before others may read) pays where a result is too
  * large to be still there when it is read: a quarter less time from 25 MB on, none at 12. */
-INLINE int outgrows_cache(int64_t elements) { return elements >= 1 << 22; }
-INLINE int on_line(const void *p) { return ((uintptr_t)p & 63) == 0; }
+INLINE int outgrows_cache(int64_t elements) {
+    return elements * (int64_t)sizeof(elem) >= 1 << 24;
+}
+/* Where a piece of sixteen may be written so: on a line, or in bfloat16 on half of one. */
+INLINE int on_line(const void *p) { return (uintptr_t)p % (LANES * sizeof(elem)) == 0; }
 
 /* `past`: whether to write past the caches, if the run begins on a line. */
 INLINE void put_result(elem *p, wide v, int count, int past) {

@@ -10,14 +10,23 @@
 /* Windows whose running maxima are kept at once: each waits for itself at every cell. */
 enum { MANY = 4 };
 
-static void part_row(const pooling *p, const float *row, float *parted) {
+enum { A_LINE = 64 / sizeof(elem) };
+
+/* What no window chooses: minus infinity. */
+#if defined(SWATFX_BF16)
+#define OUTSIDE 0xff80
+#else
+#define OUTSIDE (-INFINITY)
+#endif
+
+static void part_row(const pooling *p, const elem *row, elem *parted) {
     int64_t length = part_length(p), inner = p->inner, step = p->stride[1] * inner, shift;
     for (int64_t part = 0; part < p->stride[1]; part++) {
         places in = steps_inside(p, part, length / inner, &shift);
-        float *to = parted + part * length;
-        for (int64_t i = 0; i < in.first * inner; i++) to[i] = -INFINITY;
-        for (int64_t i = in.end * inner; i < length; i++) to[i] = -INFINITY;
-        const float *from = row + shift * inner;
+        elem *to = parted + part * length;
+        for (int64_t i = 0; i < in.first * inner; i++) to[i] = OUTSIDE;
+        for (int64_t i = in.end * inner; i < length; i++) to[i] = OUTSIDE;
+        const elem *from = row + shift * inner;
         if (step == inner) {
             memcpy(to + in.first * inner, from + in.first * inner,
                    (size_t)((in.end - in.first) * inner) * sizeof *to);
@@ -40,7 +49,7 @@ typedef struct {
 
 /* The greatest of `count` times `many` windows' cells, the first of them where none is greater than
  * -infinity: that of `columns`, or as `first` says. Vectors of windows are x_step and y_step apart. */
-INLINE void best_of(const window *w, const float *x, int64_t x_step, const float *first, float *y,
+INLINE void best_of(const window *w, const elem *x, int64_t x_step, const float *first, elem *y,
                     uint8_t *index, int64_t y_step, const int count, const int many, int past) {
     wide best[MANY], winner[MANY];
     float start = (float)(w->rows.first * w->kernel_width + w->columns.first);
@@ -51,7 +60,7 @@ INLINE void best_of(const window *w, const float *x, int64_t x_step, const float
     }
     for (int64_t i = w->rows.first; i < w->rows.end; i++) {
         for (int64_t j = w->columns.first; j < w->columns.end; j++) {
-            const float *at = x + i * w->row + w->cell[j];
+            const elem *at = x + i * w->row + w->cell[j];
             wide place = splat((float)(i * w->kernel_width + j));
             for (int m = 0; m < many; m++) {
                 wide v = get_some(at + m * x_step, count, 0);
@@ -68,7 +77,7 @@ INLINE void best_of(const window *w, const float *x, int64_t x_step, const float
 }
 
 /* `length` windows side by side, with their cells side by side. */
-static void best_along(const window *w, const float *x, const float *first, float *y,
+static void best_along(const window *w, const elem *x, const float *first, elem *y,
                        uint8_t *index, int64_t length, int past) {
     int64_t i = 0;
     for (; i + MANY * LANES <= length; i += MANY * LANES) {
@@ -91,28 +100,28 @@ typedef struct {
     pooling p;
     int64_t cell[MOST_CELLS];
     places *columns; /* of each output */
-    float *first;    /* columns.first of each float of a row, if vectors lie along the row */
+    float *first;    /* columns.first of each element of a row, if vectors lie along the row */
     int past;
 } plan;
 
 /* What the next row of outputs will read anew, below what `many` windows of this one read. Columns in
  * such an order are none that a processor fetches ahead by itself. Inlined, or it would be dropped. */
-INLINE void fetch_below(const pooling *p, const float *x, int64_t many) {
+INLINE void fetch_below(const pooling *p, const elem *x, int64_t many) {
     int64_t row = p->width * p->inner, reach = (p->kernel[0] - 1) * p->dilation[0] + 1;
     for (int64_t i = 0; i < p->stride[0]; i++) {
-        const float *at = x + (reach + i) * row;
-        for (int64_t c = 0; c < many * p->stride[1] * p->inner; c += LANES) {
+        const elem *at = x + (reach + i) * row;
+        for (int64_t c = 0; c < many * p->stride[1] * p->inner; c += A_LINE) {
             __builtin_prefetch(at + c, 0, 3);
         }
     }
 }
 
 /* A row of outputs with vectors along `inner`. */
-static void pool_inner(const plan *f, const float *plane, int64_t out, float *y, uint8_t *index) {
+static void pool_inner(const plan *f, const elem *plane, int64_t out, elem *y, uint8_t *index) {
     const pooling *p = &f->p;
     int64_t inner = p->inner, row = p->width * inner, step = p->stride[1] * inner;
     window w = {f->cell, p->dilation[0] * row, p->kernel[1], inside(p, 0, out), {0, 0}};
-    const float *x = plane + (out * p->stride[0] - p->padding[0]) * row - p->padding[1] * inner;
+    const elem *x = plane + (out * p->stride[0] - p->padding[0]) * row - p->padding[1] * inner;
     for (int64_t o = 0; o < p->out_width;) {
         int64_t many = 1;
         w.columns = f->columns[o];
@@ -134,7 +143,7 @@ static void pool_inner(const plan *f, const float *plane, int64_t out, float *y,
 }
 
 /* A row of outputs with vectors along it; `parted` has room for kernel[0] rows. */
-static void pool_parted(const plan *f, const float *plane, int64_t out, float *parted, float *y,
+static void pool_parted(const plan *f, const elem *plane, int64_t out, elem *parted, elem *y,
                         uint8_t *index) {
     const pooling *p = &f->p;
     int64_t row = p->width * p->inner, size = part_length(p) * p->stride[1];
@@ -146,8 +155,8 @@ static void pool_parted(const plan *f, const float *plane, int64_t out, float *p
     best_along(&w, parted, f->first, y, index, p->out_width * p->inner, 0);
 }
 
-void swatfx_max_pool(const float *x, float *y, uint8_t *index, const int64_t *sizes,
-                     int threads) {
+void TYPED(swatfx_max_pool)(const elem *x, elem *y, uint8_t *index, const int64_t *sizes,
+                            int threads) {
     plan f = {.first = NULL};
     pooling *p = &f.p;
     memcpy(p, sizes, sizeof *p);
@@ -169,11 +178,11 @@ void swatfx_max_pool(const float *x, float *y, uint8_t *index, const int64_t *si
     }
 #pragma omp parallel num_threads(threads) if (rows * row > 1 << 12)
     {
-        float *parted = NULL;
+        elem *parted = NULL;
         if (f.first) parted = malloc((size_t)(p->kernel[0] * length * p->stride[1]) * sizeof *parted);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            const float *from = x + r / p->out_height * plane;
+            const elem *from = x + r / p->out_height * plane;
             uint8_t *to = index ? index + r * row : NULL;
             if (parted) {
                 pool_parted(&f, from, r % p->out_height, parted, y + r * row, to);

@@ -24,7 +24,7 @@ static inline places inside(const pooling *p, int axis, int64_t out) {
                     min64(kernel, div_up(extent - origin, dilation))};
 }
 
-/* A parted row: as many parts as the stride, each of `part_length` floats; part q holds columns q, q +
+/* A parted row: as many parts as the stride, each of `part_length` elements; part q holds columns q, q +
  * stride, ..., counted from where the first window begins. */
 static inline int64_t part_length(const pooling *p) {
     int64_t seen = (p->out_width - 1) * p->stride[1] + (p->kernel[1] - 1) * p->dilation[1] + 1;

@@ -6,11 +6,11 @@
 #include "exports.h"
 #include "pool.h"
 
-/* Puts a part's floats where they belong in a row. */
-static void join_part(const pooling *p, const float *from, int64_t part, float *row) {
+/* Puts a part's elements where they belong in a row. */
+static void join_part(const pooling *p, const elem *from, int64_t part, elem *row) {
     int64_t inner = p->inner, step = p->stride[1] * inner, shift;
     places in = steps_inside(p, part, part_length(p) / inner, &shift);
-    float *to = row + shift * inner;
+    elem *to = row + shift * inner;
     if (inner == 1 && step == 2) {
         for (int64_t i = in.first; i < in.end; i++) to[2 * i] = from[i];
         return;
@@ -56,7 +56,7 @@ static void let_go(seen_by s) {
  * kernel's width. */
 typedef struct {
     int64_t count;
-    const float *grad[MOST_CELLS];
+    const elem *grad[MOST_CELLS];
     const uint8_t *winner[MOST_CELLS];
     int place[MOST_CELLS];
 } seen_rows;
@@ -82,8 +82,8 @@ INLINE wide gather(const seen_rows *rows, const seen_by *columns, int64_t column
     return sum;
 }
 
-static void gather_row(const pooling *p, const float *grad, const uint8_t *index, int64_t row,
-                       const seen_by *down, const seen_by *columns, float *dx, int past) {
+static void gather_row(const pooling *p, const elem *grad, const uint8_t *index, int64_t row,
+                       const seen_by *down, const seen_by *columns, elem *dx, int past) {
     int64_t inner = p->inner, first = down->from[row], outs = p->out_width * inner;
     seen_rows rows;
     rows.count = down->from[row + 1] - first;
@@ -93,7 +93,7 @@ static void gather_row(const pooling *p, const float *grad, const uint8_t *index
         rows.place[a] = (int)(down->place[first + a] * p->kernel[1]);
     }
     for (int64_t column = 0; column < p->width; column++) {
-        float *to = dx + column * inner;
+        elem *to = dx + column * inner;
         int64_t i = 0;
         for (; i + LANES <= inner; i += LANES) {
             put_result(to + i, gather(&rows, columns, column, inner, i, LANES), LANES, past);
@@ -107,14 +107,14 @@ static void gather_row(const pooling *p, const float *grad, const uint8_t *index
 
 /* The same with vectors along the row. `room` holds a part, and then for each row of windows that
  * sees this one its gradients and places, with as much room on both sides as a part is long. */
-static void gather_parted(const pooling *p, const float *grad, const uint8_t *index, int64_t row,
-                          const seen_by *rows, float *room, float *dx) {
+static void gather_parted(const pooling *p, const elem *grad, const uint8_t *index, int64_t row,
+                          const seen_by *rows, elem *room, elem *dx) {
     int64_t length = part_length(p), outs = p->out_width * p->inner, stride = p->stride[1];
     int64_t first = rows->from[row], count = rows->from[row + 1] - first, space = 3 * length + LANES;
-    float *part = room, *g = room + length + LANES;
+    elem *part = room, *g = room + length + LANES;
     uint8_t *winner = (uint8_t *)(g + p->kernel[0] * space);
     for (int64_t a = 0; a < count; a++) {
-        float *to = g + a * space;
+        elem *to = g + a * space;
         memset(to, 0, (size_t)space * sizeof *to);
         memcpy(to + length, grad + rows->out[first + a] * outs, (size_t)outs * sizeof *to);
         memcpy(winner + a * space + length, index + rows->out[first + a] * outs, (size_t)outs);
@@ -140,18 +140,19 @@ static void gather_parted(const pooling *p, const float *grad, const uint8_t *in
     }
 }
 
-void swatfx_max_pool_backward(const float *grad, const uint8_t *index, float *dx,
-                              const int64_t *sizes, int threads) {
+void TYPED(swatfx_max_pool_backward)(const elem *grad, const uint8_t *index, elem *dx,
+                                     const int64_t *sizes, int threads) {
     pooling p;
     memcpy(&p, sizes, sizeof p);
     int64_t row = p.width * p.inner, rows = p.planes * p.height;
     int64_t plane = p.out_height * p.out_width * p.inner, length = part_length(&p);
-    size_t room = (size_t)(length + LANES) * 4 + (size_t)(p.kernel[0] * (3 * length + LANES)) * 5;
+    size_t room = (size_t)(length + LANES) * sizeof(elem);
+    room += (size_t)(p.kernel[0] * (3 * length + LANES)) * (sizeof(elem) + 1);
     int past = outgrows_cache(rows * row) && on_line(dx) && p.inner % LANES == 0;
     seen_by down = windows_of(&p, 0), across = windows_of(&p, 1);
 #pragma omp parallel num_threads(threads) if (rows * row > 1 << 12)
     {
-        float *scratch = along_row(&p) ? calloc(room, 1) : NULL;
+        elem *scratch = along_row(&p) ? calloc(room, 1) : NULL;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             int64_t from = r / p.height * plane;

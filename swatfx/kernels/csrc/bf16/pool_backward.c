@@ -1,0 +1,2 @@
+#define SWATFX_BF16
+#include "../pool_backward.c"
