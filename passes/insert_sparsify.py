@@ -118,15 +118,15 @@ class _Rewriter:
         site = find_site(self.part, node)
         assert plan is not None and call is not None and site is not None
         with self.graph.inserting_before(node):
-            weight, state = self._weight(plan, site)
-            bias = self._attribute(site.bias) if isinstance(site.bias, str) else site.bias
+            weight, state = self._weight(plan, site, node)
+            bias = self._attribute(site.bias, node) if isinstance(site.bias, str) else site.bias
             shared = self._activation(plan, call, site, weight, version)
             source = site.input
             if call.pad:
                 source = self.graph.call_function(
                     F.pad, (source, call.pad), {"mode": call.pad_mode}
                 )
-            new = self._op(plan, call, (source, weight, bias, state), shared)
+            new = self._op(node, plan, call, (source, weight, bias, state), shared)
         new.meta.update(node.meta)
         named = replace(plan, state=self.states.layer(plan.name)[0])
         meta.write(new, replace(record, plan=named, role="op"))
@@ -134,9 +134,14 @@ class _Rewriter:
         self.graph.erase_node(node)
         new.name = node.name
 
-    def _attribute(self, path: str) -> fx.Node:
+    def _attribute(self, path: str, reader: fx.Node) -> fx.Node:
+        """What is at `path`, read before `reader`."""
         if path not in self.attributes:
             self.attributes[path] = self.graph.create_node("get_attr", path)
+        elif reader < self.attributes[path]:
+            # The model's own code reads it further on. It is the same tensor there, whoever writes
+            # into it in between, so that it may be had earlier.
+            reader.prepend(self.attributes[path])
         return self.attributes[path]
 
     def _call(self, target: str, args: tuple[Any, ...], short: str) -> fx.Node:
@@ -144,7 +149,7 @@ class _Rewriter:
         layer = target.split(".")[1]
         return self.graph.create_node("call_module", target, args, name=f"{layer}_{short}")
 
-    def _weight(self, plan: LayerPlan, site: Site) -> tuple[fx.Node, fx.Node]:
+    def _weight(self, plan: LayerPlan, site: Site, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
         """(weight node, node of its threshold); once a weight and graph."""
         key = plan.name if isinstance(site.weight, str) else site.weight
         if key in self.thresholds:
@@ -156,7 +161,7 @@ class _Rewriter:
             owner, _, leaf = site.weight.rpartition(".")
             weight = self.graph.call_module(f"{owner}.parametrizations.{leaf}")
         else:
-            weight = self._attribute(site.weight)
+            weight = self._attribute(site.weight, reader)
         target = self._weight_state(plan, site)
         threshold = self._call(target, (weight, self.step), "w_t")
         self.thresholds[key] = weight, threshold
@@ -226,12 +231,16 @@ class _Rewriter:
 
     def _op(
         self,
+        node: fx.Node,
         plan: LayerPlan,
         call: LayerCall,
         tensors: tuple[Any, ...],
         shared: _Shared | None,
     ) -> fx.Node:
-        """The sparse op; arguments at their defaults are left out, to keep the graph short."""
+        """The sparse op that takes the place of `node`.
+
+        Arguments at their defaults are left out, to keep the graph short.
+        """
         where = Where(
             plan.rule.forward_weight,
             plan.rule.forward_activation,
@@ -249,7 +258,7 @@ class _Rewriter:
             options["gradient_selector"] = plan.rule.gradient_selector
         if where.active_only and plan.rule.hold_from_epoch is not None:
             state: fx.Node = tensors[3]
-            options["open"] = self._attribute(f"{state.target}.open")
+            options["open"] = self._attribute(f"{state.target}.open", node)
         kept = shared.pack if shared is not None else None
         if kept is not None:
             options["kept_dtype"] = self.value_dtype

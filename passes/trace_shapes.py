@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -203,6 +205,13 @@ def _make_fake(twin: nn.Module, mode: FakeTensorMode) -> None:
                 table[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
+class _Saved:
+    """A tensor that autograd saved, until the run is over."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class _Run:
     """Interprets root and parts of one copy into one record."""
 
@@ -253,17 +262,29 @@ class _Run:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Watch what autograd saves, and which modules eager code calls."""
+        # Autograd holds these hooks and what they pack in C++, where the garbage collector does not
+        # look. So nothing may lead from there back to a result: not `self`, whose interpreters hold
+        # values, nor, after the run, a saved tensor, which may be the result of what saved it.
+        skip, run, current = self.skip, self.run, self.current
+        packed: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
-        def saved(tensor: Tensor) -> Tensor:
+        def saved(tensor: Tensor) -> _Saved:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self.skip and not isinstance(tensor, nn.Parameter):
-                self.run.saved[storage._cdata] = storage.nbytes()
-                if self.current:
-                    self.current[-1].saved[storage._cdata] = storage.nbytes()
-            return tensor
+            if storage._cdata not in skip and not isinstance(tensor, nn.Parameter):
+                run.saved[storage._cdata] = storage.nbytes()
+                if current:
+                    current[-1].saved[storage._cdata] = storage.nbytes()
+            holder = _Saved(tensor)
+            packed.add(holder)
+            return holder
 
-        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t), self.modules.hooked():
-            yield
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved, operator.attrgetter("tensor"))
+        try:
+            with hooks, self.modules.hooked():
+                yield
+        finally:
+            for holder in list(packed):
+                del holder.tensor
 
 
 def _caller(gm: SwatModule, runs: dict[int, _Interpreter]) -> Callable[..., Any]:

@@ -57,7 +57,6 @@ class Weight:
     state: str
     tensor: Tensor
     shape: tuple[int, ...]
-    has_bias: bool
     is_zeroed: bool  # outside of a held mask
 
 
@@ -175,10 +174,6 @@ def weight_now(weight: Weight, owner: nn.Module | None) -> Weight:
             value=_name(type(found)),
             remedy=_REMEDY,
         )
-    if not weight.has_bias and owner._parameters.get("bias") is not None:
-        raise ChangedModelError(
-            "has a bias, but was compiled without one", layer=weight.layer, remedy=_REMEDY
-        )
     shape = tuple(tensor.shape)
     if tensor is weight.tensor and shape == weight.shape:
         return weight
@@ -195,6 +190,14 @@ def weight_now(weight: Weight, owner: nn.Module | None) -> Weight:
             remedy=_REMEDY,
         )
     return replace(weight, tensor=tensor, shape=shape)
+
+
+def check_bias(module: nn.Module | None, name: str) -> None:
+    """Raise ChangedModelError if a module that had no bias has one."""
+    if module is not None and module._parameters.get("bias") is not None:
+        raise ChangedModelError(
+            "has a bias, but was compiled without one", layer=name, remedy=_REMEDY
+        )
 
 
 def _is_temporary(tensor: Tensor) -> bool:

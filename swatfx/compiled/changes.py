@@ -21,6 +21,7 @@ from swatfx.compiled.change_rules import (
     ITERATED,
     Known,
     Weight,
+    check_bias,
     children_differ,
     code_of,
     find_module,
@@ -60,6 +61,7 @@ class Watch:
         self._eager: nn.Module | None = found
         self._known = list(self._taken_over())
         self._weights = list(self._weights_read())
+        self._without_bias = list(self._bias_unread())
         self._ties = [group for group in self._same_tensors() if len(group) > 1]
         self._size = len(part._modules) if part.iterates else None
         self.look_up()
@@ -101,9 +103,21 @@ class Watch:
             tensor = self._part.get_submodule(owner)._parameters.get(leaf)
             if tensor is not None and path not in seen:
                 seen.add(path)
-                plan, bias = node.plan, node.has_bias or leaf != "weight"
-                shape, zeroed = tuple(tensor.shape), plan.rule.zero_inactive == "always"
-                yield Weight(owner, leaf, plan.name, plan.state, tensor, shape, bias, zeroed)
+                plan, shape = node.plan, tuple(tensor.shape)
+                zeroed = plan.rule.zero_inactive == "always"
+                yield Weight(owner, leaf, plan.name, plan.state, tensor, shape, zeroed)
+
+    def _bias_unread(self) -> Iterator[str]:
+        """Paths of modules without a bias, which the graph would not read if they were given one.
+
+        Whether the module has one tells, not whether a call adds one: what reads a layer's weight
+        alone leaves its bias out. And of modules that share a weight, each has a bias of its own.
+        """
+        called = {known.path for known in self._known if known.is_called}
+        owners = {weight.owner for weight in self._weights if weight.leaf == "weight"}
+        for path in sorted(called | owners):
+            if self._part.get_submodule(path)._parameters.get("bias", ()) is None:
+                yield path
 
     def _same_tensors(self) -> list[list[str]]:
         """Names of one parameter, of which a graph reads one."""
@@ -136,8 +150,7 @@ class Watch:
         self._leaves = [w.leaf for w in weights]
         self._tensors = [w.tensor for w in weights]
         self._shapes = [w.shape for w in weights]
-        bare = zip(self._parameters, weights, strict=True)
-        self._biasless = [table for table, weight in bare if not weight.has_bias]
+        self._biasless = [part.get_submodule(path)._parameters for path in self._without_bias]
         self._pairs = []
         for group in self._ties:
             places = [name.rpartition(".") for name in group]
@@ -209,6 +222,8 @@ class Watch:
             if len(places) > 1:
                 raise torn(" and ".join(k.path for k in self._known if k.module is module))
         weights = [weight_now(w, find_module(part, w.owner)) for w in self._weights]
+        for path in self._without_bias:
+            check_bias(find_module(part, path), join(self._prefix, path))
         for at, (one, leaf, other, other_leaf) in enumerate(self._pairs):
             if one.get(leaf) is not other.get(other_leaf):
                 raise torn(" and ".join(join(self._prefix, n) for n in self._ties_of(at)))

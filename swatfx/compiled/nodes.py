@@ -82,11 +82,6 @@ class LayerNode(Place):
         return self._operand(1)
 
     @property
-    def has_bias(self) -> bool:
-        """Whether the op adds one."""
-        return self.node.args[2] is not None
-
-    @property
     def pack(self) -> fx.Node | None:
         """The call that packs the activation, if anything is packed."""
         kept = self.node.args[4]

@@ -7,6 +7,7 @@ clipping, sees what the optimizer will see.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -56,15 +57,20 @@ class DenseGradients:
         if name in self._hooks or not (weight.requires_grad and weight.is_leaf and self._reach):
             return
 
+        # What hangs on a tensor is held in C++, where the garbage collector does not look: whatever
+        # leads back to the weight from there (a layer does, by way of the model) is never freed.
+        weight_here, layer_here = weakref.ref(weight), weakref.ref(layer)
+
         def forget_what_was_cleared(_: Tensor) -> None:
-            if weight.grad is None or not weight.grad.any():
+            weight = weight_here()
+            if weight is None or weight.grad is None or not weight.grad.any():
                 self._sums.pop(name, None)
 
         @torch.no_grad()
-        def put_aside(_: Tensor) -> None:
-            gradient = weight.grad
-            if gradient is None or gradient.is_sparse:
-                return
+        def put_aside(weight: Tensor) -> None:
+            layer, gradient = layer_here(), weight.grad
+            if layer is None or gradient is None or gradient.is_sparse:
+                return  # without the layer, the compiled model is gone, and its masks with it
             keep = layer.keep()
             known = self._sums.get(name)
             self._sums[name] = total = gradient.detach().clone()

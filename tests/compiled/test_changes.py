@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -606,6 +607,69 @@ def test_tied_weights_that_are_torn() -> None:
     gm.b.weight = nn.Parameter(torch.randn(16, 16))
     with pytest.raises(ChangedModelError, match=r"a\.weight and b\.weight"):
         gm(x)
+
+
+class Bare(nn.Module):
+    """Layers with a bias and without, called, read by functions, and sharing a weight."""
+
+    def __init__(self, called: bool, read: bool, bias: bool) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(16, 16), nn.Linear(16, 16, bias=bias)
+        self.conv = nn.Conv1d(16, 16, 1, bias=bias)
+        self.twin = nn.Linear(16, 16, bias=bias)
+        self.twin.weight = self.fc.weight
+        self.called, self.read = called, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.read:
+            x = F.linear(x, self.fc.weight)
+            x = F.conv1d(x.unsqueeze(-1), self.conv.weight, None).squeeze(-1)
+        if self.called:
+            x = self.twin(self.fc(x))
+            x = self.conv(x.unsqueeze(-1)).squeeze(-1)
+        return x
+
+
+USES = [(True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("called", "read"), USES)
+def test_a_bias_that_a_call_leaves_out_is_no_change(
+    called: bool, read: bool, training: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Bare(called, read, bias=True)
+    ref = copy.deepcopy(model)
+    gm = swatfx.compile(model, "swat-u:0.0000001,first_dense=False").train(training)
+    x = torch.randn(8, 16)
+    torch.testing.assert_close(gm(x), ref(x))
+    for net in (gm, ref):
+        net.fc.bias = net.conv.bias = net.twin.bias = None
+    torch.testing.assert_close(gm(x), ref(x))
+    for net in (gm, ref):
+        for module in (net.fc, net.conv, net.twin):
+            module.bias = nn.Parameter(torch.ones(16))
+    torch.testing.assert_close(gm(x), ref(x))
+
+
+@pytest.mark.parametrize("name", ["fc", "conv", "twin"])
+@pytest.mark.parametrize(("called", "read"), USES)
+def test_a_bias_that_no_graph_would_read_is_refused(name: str, called: bool, read: bool) -> None:
+    """Each of the modules that share a weight has a bias of its own."""
+    gm = swatfx.compile(Bare(called, read, bias=False), "swat-u:0.5,first_dense=False")
+    x = torch.randn(8, 16)
+    want = gm.eval()(x)
+    module = gm.get_submodule(name)
+    module.bias = nn.Parameter(torch.ones(16))
+    if name == "twin" and not called:  # of which nothing is read but the weight
+        assert torch.equal(gm(x), want)
+        return
+    with pytest.raises(ChangedModelError, match=rf"layer '{name}': has a bias"):
+        gm(x)
+    module.bias = None
+    assert torch.equal(gm(x), want)
 
 
 def test_functional_calls_are_no_change() -> None:

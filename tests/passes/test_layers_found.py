@@ -1,6 +1,7 @@
 """Which layers the report lists, and the reason for each that stays dense."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -132,6 +133,87 @@ def test_old_style_norms_stay_eager(norm: str) -> None:
             assert_matches_at_density_1(model, X)
         assert skipped(gm, X) == {names[0]: "hook on the module", names[1]: None}
         assert gm.eager == {names[0]: "hook on the module"}
+
+
+class ReadAfter(nn.Module):
+    """Calls a layer, and reads its parameters afterwards."""
+
+    def __init__(self, layer: nn.Linear, read: Callable[[nn.Linear, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.stem, self.layer, self.read = nn.Linear(12, 12), layer, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.read(self.layer, x, self.layer(x))
+
+
+class BelowEager(ReadAfter):
+    """Such a forward in a part, with a branch on values above it."""
+
+    def __init__(self, layer: nn.Linear, read: Callable[[nn.Linear, Tensor, Tensor], Tensor]):
+        super().__init__(layer, read)
+        self.inner = ReadAfter(layer, read)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.isfinite().all() else x
+
+
+def halve(fc: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+    """Write in place: the call before saw the weight as it was, those behind see it as it is."""
+    fc.weight.data.mul_(0.5)
+    return fc(y) + fc.weight.sum() + F.linear(x, fc.weight)
+
+
+READINGS: dict[str, Callable[[nn.Linear, Tensor, Tensor], Tensor]] = {
+    "penalty": lambda fc, x, y: y + fc.weight.square().sum(),
+    "dtype": lambda fc, x, y: y.to(fc.weight.dtype) * 2,
+    "tied": lambda fc, x, y: F.linear(y, fc.weight.t()),
+    "bias": lambda fc, x, y: y + fc.bias.sum(),
+    "bias of another": lambda fc, x, y: F.linear(y, fc.weight.t(), fc.bias),
+    "both": lambda fc, x, y: F.linear(F.linear(y, fc.weight) + fc.bias, fc.weight, fc.bias),
+    "product": lambda fc, x, y: y @ fc.weight,
+    "same input": lambda fc, x, y: y + F.linear(x, fc.weight.t()) + F.linear(x, fc.weight),
+    "written": halve,
+}
+
+
+@pytest.mark.parametrize("kind", [ReadAfter, BelowEager])
+@pytest.mark.parametrize("name", READINGS)
+def test_a_layer_whose_parameters_are_read_after_its_call(name: str, kind: type[ReadAfter]) -> None:
+    torch.manual_seed(0)
+    model = kind(nn.Linear(12, 12), READINGS[name]).double()
+    ref = copy.deepcopy(model)
+    gm = swatfx.compile(model, "swat-u:0.0000001,first_dense=False")
+    x = torch.randn(5, 12, dtype=torch.float64)
+    for training in (True, False, True):
+        gm.train(training)
+        ref.train(training)
+        got, want = gm(x), ref(x)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        got.square().sum().backward()
+        want.square().sum().backward()
+    for (path, p), q in zip(gm.named_parameters(), ref.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), path
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10, msg=path)
+
+
+@pytest.mark.parametrize("name", ["penalty", "product", "bias"])
+def test_what_reads_a_weight_after_its_layer_sees_it_dense(name: str) -> None:
+    torch.manual_seed(0)
+    read = READINGS[name]
+    gm = swatfx.compile(ReadAfter(nn.Linear(12, 12), read), HALF)
+    fc, x = gm.layer, torch.randn(5, 12)
+    gm.eval()
+    with torch.no_grad():
+        h = x @ _half(gm.stem.weight).t() + gm.stem.bias
+        y = h @ _half(fc.weight).t() + fc.bias
+        torch.testing.assert_close(gm(x), read(fc, h, y))
+
+
+def _half(weight: Tensor) -> Tensor:
+    """The larger half of a weight."""
+    return weight * (weight.abs() >= weight.abs().flatten().topk(weight.numel() // 2).values[-1])
 
 
 class Rest(nn.Module):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import pathlib
-from collections.abc import Callable
+import pickle
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -161,17 +163,96 @@ def test_a_copy_is_attached_by_itself() -> None:
     assert_same(snapshot(gm), snapshot(twin))
 
 
-def test_models_and_optimizers_are_let_go() -> None:
-    gm = _compiled()
+def _copied(gm: SwatModule, optimizer: torch.optim.Optimizer) -> list[Any]:
+    twin = copy.deepcopy(gm)
+    other = _sgd(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    swatfx.attach(twin, other, **TIMES)
+    _train(twin, other, rows(1))
+    return [twin, other]
+
+
+def _pickled(gm: SwatModule, optimizer: torch.optim.Optimizer) -> list[Any]:
+    again = [pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)]
+    for one in again:  # it holds parameters of its own, which hang on nothing of ours
+        assert not _hooks(one)
+        assert not any(p._backward_hooks for g in one.param_groups for p in g["params"])
+    return again
+
+
+def _reported(gm: SwatModule, optimizer: torch.optim.Optimizer) -> list[Any]:
+    swatfx.report(gm, (rows(1)[0],))
+    swatfx.report(gm, (rows(1)[0].to("meta"),))
+    return []
+
+
+def _attached_again(gm: SwatModule, optimizer: torch.optim.Optimizer) -> list[Any]:
+    swatfx.attach(gm, optimizer, **TIMES).detach()
+    other = _sgd(gm)
+    swatfx.attach(gm, other, **TIMES)
+    _train(gm, other, rows(2))  # for RigL, up to the step before the next that grows
+    return [other]
+
+
+Deed = Callable[[SwatModule, torch.optim.Optimizer], list[Any]]
+DEEDS: list[Deed] = [_copied, _pickled, _reported, _attached_again]
+
+
+def _watched(policy: swatfx.Policy | str, deeds: Sequence[Deed]) -> list[weakref.ref[Any]]:
+    """Of a model that has trained a step, all that could be freed."""
+    gm = _compiled(policy)
     optimizer = _sgd(gm)
     swatfx.attach(gm, optimizer, **TIMES)
-    _train(gm, optimizer, rows(2))
-    import weakref
+    _train(gm, optimizer, rows(1))
+    found = [gm, optimizer]
+    for deed in deeds:
+        found += deed(gm, optimizer)
+    found += [p for one in found if isinstance(one, nn.Module) for p in one.parameters()]
+    return [weakref.ref(one) for one in found]
 
+
+def _alive(watched: Sequence[weakref.ref[Any]]) -> list[str]:
+    gc.collect()
+    return [type(one()).__name__ for one in watched if one() is not None]
+
+
+@pytest.mark.parametrize("deed", [None, *DEEDS])
+@pytest.mark.parametrize("name", [*POLICIES, "dst"])
+def test_models_and_optimizers_are_let_go(name: str, deed: Deed | None) -> None:
+    """Hooks on tensors are held where no garbage collector looks."""
+    policy = swatfx.dst(0.01) if name == "dst" else replace(POLICIES[name], first_dense=False)
+    assert _alive(_watched(policy, [deed] if deed else [])) == []
+
+
+@pytest.mark.parametrize("name", ["rigl", "swat-u"])
+def test_an_exported_model_is_let_go(name: str, tmp_path: pathlib.Path) -> None:
+    def export(gm: SwatModule, optimizer: torch.optim.Optimizer) -> list[Any]:
+        gm.eval()
+        swatfx.export(gm, tmp_path / "net.pt2", (rows(1)[0],))
+        return []
+
+    assert _alive(_watched(POLICIES[name], [export])) == []
+
+
+def test_weights_outlive_the_compiled_model() -> None:
+    """Hooks that still hang on them do nothing: gradients are dense again."""
+    model = net(bias=True)
+    gm = swatfx.compile(model, RIGL)
+    optimizer = _sgd(gm)
+    swatfx.attach(gm, optimizer, **TIMES)
+    _train(gm, optimizer, rows(1))
+    assert any(p._backward_hooks for p in model.parameters())
     watched = [weakref.ref(gm), weakref.ref(optimizer)]
     del gm, optimizer
-    gc.collect()
-    assert [w() for w in watched] == [None, None]
+    assert _alive(watched) == []
+    plain = net(bias=True)
+    plain.load_state_dict(model.state_dict())
+    for one in (model, plain):
+        one.zero_grad()
+        loss_of(one(rows(1)[0])).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert torch.equal(p.grad, q.grad)
 
 
 def test_a_weight_that_was_replaced_is_found_out() -> None:
