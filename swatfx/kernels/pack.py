@@ -29,11 +29,22 @@ def _(
     chosen = selectors.get(selector)
     shape = chosen.state_shape(tuple(x.shape), Axes.of(x.dim(), spatial, False))
     fits = chosen.ranks_magnitudes and rankable(x) and plain(threshold)
+    if fits and threshold.dtype is torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+        threshold = _least_at(threshold, x.dtype)
     if fits and threshold.dtype == x.dtype and threshold.shape == shape:
         packed = _pack_top(x, threshold, dtype, layout or layouts.layout_of(x))
         if packed is not None:
             return packed
     return pack_reference(x, threshold, spatial, selector, dtype, layout)
+
+
+def _least_at(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least of `dtype` that is not below the threshold: as many elements reach the one as do
+    the other. Under autocast activations are narrower than the state of the model.
+    """
+    near = threshold.to(dtype)
+    above = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < threshold, above, near)
 
 
 def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> Tensor | None:

@@ -193,3 +193,24 @@ def test_gradients_go_through_the_reference() -> None:
     weight = draw("normal", (6, 4), torch.float32).requires_grad_()
     kept_top(weight, torch.tensor(0.5), "nchw", Axes(0, 1)).sum().backward()
     assert torch.equal(weight.grad, (weight.abs() >= 0.5).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("selector", ["nchw", "chw", "hw"])
+def test_thresholds_of_a_wider_dtype(
+    selector: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast: what reaches a float32 threshold, between two values of the narrow dtype."""
+    if not kernels.available():
+        pytest.skip("no compiled kernels")
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 5, 7).to(dtype)
+    shape = {"nchw": (), "chw": (3, 1, 1, 1), "hw": (3, 8, 1, 1)}[selector]
+    for value in (0.5, 0.50001, 0.49999, 0.0, -1.0, float("nan"), 1e-30, 7e4, float("inf")):
+        threshold = torch.full(shape, value)
+        keep = ~(x.float().abs() < threshold.clamp(min=0)) & (x != 0)
+        with monkeypatch.context() as patch:
+            patch.setattr("swatfx.kernels.pack.pack_reference", None)
+            packed = ops.pack(x, threshold, 2, selector, dtype)
+        found = unpack(packed, tuple(x.shape), dtype)
+        assert torch.equal(found, x.masked_fill(~keep, 0)), value
