@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,14 @@ class StepSide:
         policy: None for the model as it is, else the policy it is compiled with.
         options: further keywords of `swatfx.compile`.
         budget: `activation_memory_budget` of torch.compile.
+        dtype: what forward runs in under autocast; float32 for without.
     """
 
     form: str
     policy: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
+    dtype: torch.dtype = torch.float32
 
     def missing(self) -> str | None:
         """Why this side cannot be made with the swatfx that is installed, or None."""
@@ -88,6 +90,16 @@ class StepSide:
 
 
 DENSE = {f"dense {form}": StepSide(form) for form in FORMS}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def in_dtypes(sides: Mapping[str, StepSide], dtypes: Sequence[str]) -> dict[str, StepSide]:
+    """Each side in each of the dtypes, which stands behind the name of those that are not fp32."""
+    return {
+        name if dtype == "fp32" else f"{name} {dtype}": replace(side, dtype=DTYPES[dtype])
+        for dtype in dtypes
+        for name, side in sides.items()
+    }
 
 
 def policy_sides(policies: list[str], form: str) -> dict[str, StepSide]:
@@ -111,7 +123,7 @@ class Trainer:
 
     def loss(self) -> Tensor:
         """Forward and loss."""
-        with _budget(self.side.budget):
+        with _budget(self.side.budget), autocast(self.side):
             return F.cross_entropy(self.call(self.x), self.y)
 
     def step(self, phase: Callable[[str], object] = lambda name: None) -> float:
@@ -164,6 +176,7 @@ class Predictor:
     def __init__(self, network: Network, side: StepSide, model: nn.Module | None = None) -> None:
         """Set up the side; `model` (made anew if None) is copied, not changed."""
         torch.manual_seed(0)
+        self.side = side
         self.model = make_model(network, side, model).eval()
         self.call = callable_of(self.model, side)
         generator = torch.Generator().manual_seed(1)
@@ -171,7 +184,7 @@ class Predictor:
 
     def predict(self) -> Tensor:
         """Logits of the batch."""
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self.side):
             logits: Tensor = self.call(self.x)
         return logits
 
@@ -192,6 +205,14 @@ def callable_of(model: nn.Module, side: StepSide) -> Callable[[Tensor], Tensor]:
         return model
     compiled: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
     return compiled
+
+
+def autocast(side: StepSide) -> AbstractContextManager[None]:
+    """That of the side's dtype, on the host."""
+    if side.dtype is torch.float32:
+        return nullcontext()
+    found: AbstractContextManager[None] = torch.autocast("cpu", side.dtype)
+    return found
 
 
 def as_form(x: Tensor, form: str) -> Tensor:

@@ -34,21 +34,26 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     measured = run_quick(step, capsys, *words)
     (result,) = measured["networks"]
     assert result["network"] == "digits/cnn" and result["input_shape"] == [4, 1, 8, 8]
-    assert set(result["sides"]) == {"dense nchw", "dense channels_last", *step._QUICK_POLICIES}
-    assert result["fastest_dense"] in DENSE and result["unavailable"] == {}
-    assert set(result["speedups"]) == set(step._QUICK_POLICIES)
+    names = {"dense nchw", "dense channels_last", *step._QUICK_POLICIES}
+    policies = {f"{p}{d}" for p in step._QUICK_POLICIES for d in ("", " bf16")}
+    assert set(result["sides"]) == names | {f"{name} bf16" for name in names}
+    assert result["fastest_dense"].removesuffix(" bf16") in DENSE and result["unavailable"] == {}
+    assert set(result["speedups"]) == set(result["same_dtype"]) == policies
+    for name, values in result["same_dtype"].items():
+        assert values["over"].endswith("bf16") == name.endswith("bf16")
     for values in result["speedups"].values():
         check_spread(values)
         assert values["minimum"] > 0
-    assert set(result["targets"]) == {p for p in step._QUICK_POLICIES if p != "dense"}
-    assert {target["wanted"] for target in result["targets"].values()} == {2.2}
-    for name in ("dense channels_last", *step._QUICK_POLICIES):
+    assert set(result["targets"]) == {p for p in policies if not p.startswith("dense")}
+    for name, target in result["targets"].items():
+        assert target["wanted"] == (1.8 if name.endswith("bf16") else 2.2)
+    for name in ("dense channels_last", "dense channels_last bf16", *policies):
         kinds = result["time_budgets"][name]["kinds"]
         assert sum(kind["share"] for kind in kinds.values()) == pytest.approx(1)
         assert ("thresholds" in kinds) == (name in result["targets"])
     (inference,) = result["inference"]
     assert inference["input_shape"] == [1, 1, 8, 8]
-    assert set(inference["speedups"]) == {"swat-u:0.9"}
+    assert set(inference["speedups"]) == {"swat-u:0.9", "swat-u:0.9 bf16"}
 
 
 def test_sides_start_alike_and_the_dense_policy_changes_nothing() -> None:
@@ -143,17 +148,19 @@ def test_a_refresh_among_the_steps_measured_is_refused() -> None:
 @pytest.mark.parametrize(
     ("policy", "wanted"),
     [
-        ("swat-u:0.9", 2.2),
-        ("swat-u:0.95,period=1000", 3.0),
-        ("swat-u:0.5", 1 / 1.1),
-        ("swat-u:0.7,weight_selector=input-channel", 1.8),
-        ("swat-u:0.9,weight_selector=channel", None),
-        ("swat-erk:0.9", None),
-        ("dense", None),
+        ("swat-u:0.9", (2.2, 1.8)),
+        ("swat-u:0.95,period=1000", (3.0, 2.3)),
+        ("swat-u:0.5", (1 / 1.1, None)),
+        ("swat-u:0.7,weight_selector=input-channel", (1.8, None)),
+        ("swat-u:0.9,weight_selector=channel", (None, None)),
+        ("swat-erk:0.9", (None, None)),
+        ("dense", (None, None)),
+        (None, (None, None)),
     ],
 )
-def test_targets(policy: str, wanted: float | None) -> None:
-    assert step.target(policy) == wanted
+def test_targets(policy: str | None, wanted: tuple[float | None, float | None]) -> None:
+    dtypes = torch.float32, torch.bfloat16
+    assert tuple(step.target(StepSide("nchw", policy, dtype=d)) for d in dtypes) == wanted
 
 
 @pytest.mark.parametrize(
@@ -208,8 +215,9 @@ def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyP
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    args = argparse.Namespace(form="nchw", budget_steps=1, quick=False)
+    args = argparse.Namespace(form="nchw", budget_steps=1, quick=False, dtypes=["fp32", "bf16"])
     result = step.train(_DIGITS, [_SWAT], args, 1, lambda: None)
-    assert result["unavailable"] == {"dense compiled": "RuntimeError: no C++ compiler"}
-    assert result["fastest_dense"] in ("dense nchw", "dense channels_last")
+    why = "RuntimeError: no C++ compiler"
+    assert result["unavailable"] == {"dense compiled": why, "dense compiled bf16": why}
+    assert "compiled" not in result["fastest_dense"]
     assert failure(lambda: None) is None
