@@ -79,6 +79,7 @@ INLINE void transpose_tile(const float *in, int64_t in_row, float *out, int64_t 
     }
     (void)past; /* a narrower tile's row is no whole line */
 }
+enum { TALLEST = TILE };
 #endif
 
 static void transpose_edge(const elem *in, int64_t in_row, elem *out, int64_t out_row,
@@ -106,7 +107,7 @@ INLINE void fetch_rows(const elem *at, int64_t row, const int rows) {
     }
 
 /* Columns [j, end) of one matrix of `rows` rows, at most a line of them: out[j][i] = in[i][j]. `lines`:
- * whether rows of `out` begin on lines. */
+ * whether whole lines of `out` are written. */
 INLINE void transpose_columns(const elem *in, int64_t in_row, elem *out, int64_t out_row,
                               int64_t rows, int64_t j, int64_t end, int64_t ahead, int lines,
                               const int past) {
@@ -134,7 +135,7 @@ void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, int64_t r
     /* Whole lines written past the caches: half the time from 8 MB on, and never more. */
     int past = batch * rows * cols * (int64_t)sizeof *out >= 1 << 22 && (uintptr_t)out % 64 == 0 &&
                out_row % LANES == 0 && out_batch % LANES == 0;
-    int lines = out_row % A_LINE == 0 && out_batch % A_LINE == 0;
+    int lines = TALLEST * sizeof(elem) >= 64 && out_row % A_LINE == 0 && out_batch % A_LINE == 0;
     /* What is read comes by whole lines, unless half lines are written that are not side by side: of such
      * few stay open. */
     int64_t step = HALF && (!past || lines || out_row == LANES) ? A_LINE : TILE;
