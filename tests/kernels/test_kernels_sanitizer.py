@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.nets.kernel_builds import SOURCES, build, python, sanitizer_libraries
+from tests.nets.kernel_builds import build, python, sanitizer_libraries
+from tests.nets.places import ROOT
 
 pytestmark = pytest.mark.slow
 SANITIZE = [
@@ -43,7 +44,7 @@ def test_nothing_to_report(tmp_path: pathlib.Path, target: str) -> None:
     result = python(*DRIVER, kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert result.returncode == 0, result.stderr[-8000:]
     assert "runtime error" not in result.stderr and "Sanitizer" not in result.stderr
-    assert set(result.stdout.split()) == exported()
+    assert set(result.stdout.split()) == exported(library)
     wrong = python(*MALFORMED, "20", kernels=library, LD_PRELOAD=preload, **OPTIONS)
     assert wrong.returncode == 0, wrong.stdout[-4000:] + wrong.stderr[-8000:]
     assert "runtime error" not in wrong.stderr and "Sanitizer" not in wrong.stderr
@@ -51,9 +52,12 @@ def test_nothing_to_report(tmp_path: pathlib.Path, target: str) -> None:
     assert "heap-buffer-overflow" in seen.stderr  # else nobody was watching
 
 
-def exported() -> set[str]:
-    """Names of the functions that a library exports for ops to call."""
-    folder = SOURCES[0].parent
-    text = "\n".join(path.read_text() for path in [*folder.glob("*.c"), *folder.glob("*.h")])
-    found = set(re.findall(r"^EXPORT\s[^(]*?(\w+)\(", text, re.MULTILINE))
-    return found - {"swatfx_sources"}  # which is asked once, by whoever loads the library
+def exported(library: pathlib.Path) -> set[str]:
+    """Names of the functions that `library` exports for ops to call."""
+    text = (ROOT / "swatfx/kernels/csrc/exports.h").read_text()
+    found = set(re.findall(r"^EXPORT\s[^(]*?(?:TYPED\()?(\w+)[()]", text, re.MULTILINE))
+    found -= {"swatfx_sources"}  # which is asked once, by whoever loads the library
+    # Each TYPED one is two, where there is a file of it in bf16/.
+    symbols = library.read_bytes()
+    typed = {f"{name}_bf16" for name in found}
+    return found | {name for name in typed if f"\0{name}\0".encode() in symbols}

@@ -34,9 +34,9 @@ def watch() -> None:
     """Note the name of every C function that is asked for."""
     real = library.function
 
-    def function(name: str, restype: Any = None) -> Callable[..., Any]:
-        called.add(name)
-        return real(name, restype)
+    def function(name: str, restype: Any = None, **options: Any) -> Callable[..., Any]:
+        called.add(name + "_bf16" * (options.get("elements") is torch.bfloat16))
+        return real(name, restype, **options)
 
     for module in (kernels.pack, kernels.topk):
         module.__dict__["function"] = function
@@ -44,10 +44,11 @@ def watch() -> None:
 
 
 def activations(shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """In every layout: random, all zeros, nothing zero."""
+    """In every layout: random, all zeros, nothing zero; in bfloat16."""
     torch.manual_seed(0)
     for layout in LAYOUTS:
-        for x in (torch.randn(shape), torch.zeros(shape), torch.ones(shape)):
+        random = torch.randn(shape)
+        for x in (random, torch.zeros(shape), torch.ones(shape), random.bfloat16()):
             yield layouts.as_layout(x, layout)
 
 

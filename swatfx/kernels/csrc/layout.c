@@ -79,6 +79,7 @@ INLINE void transpose_tile(const float *in, int64_t in_row, float *out, int64_t 
     }
     (void)past; /* a narrower tile's row is no whole line */
 }
+enum { TALLEST = TILE };
 #endif
 
 static void transpose_edge(const elem *in, int64_t in_row, elem *out, int64_t out_row,
@@ -106,7 +107,7 @@ INLINE void fetch_rows(const elem *at, int64_t row, const int rows) {
     }
 
 /* Columns [j, end) of one matrix of `rows` rows, at most a line of them: out[j][i] = in[i][j]. `lines`:
- * whether rows of `out` begin on lines. */
+ * whether whole lines of `out` are written. */
 INLINE void transpose_columns(const elem *in, int64_t in_row, elem *out, int64_t out_row,
                               int64_t rows, int64_t j, int64_t end, int64_t ahead, int lines,
                               const int past) {
@@ -130,11 +131,14 @@ INLINE void transpose_columns(const elem *in, int64_t in_row, elem *out, int64_t
 void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, int64_t rows, int64_t cols,
                              int64_t in_row, int64_t out_row, int64_t in_batch, int64_t out_batch,
                              int threads) {
-    enum { COLUMNS = 256, STEP = HALF ? A_LINE : TILE };
+    enum { COLUMNS = 256 };
     /* Whole lines written past the caches: half the time from 8 MB on, and never more. */
     int past = batch * rows * cols * (int64_t)sizeof *out >= 1 << 22 && (uintptr_t)out % 64 == 0 &&
                out_row % LANES == 0 && out_batch % LANES == 0;
-    int lines = out_row % A_LINE == 0 && out_batch % A_LINE == 0;
+    int lines = TALLEST * sizeof(elem) >= 64 && out_row % A_LINE == 0 && out_batch % A_LINE == 0;
+    /* What is read comes by whole lines, unless half lines are written that are not side by side: of such
+     * few stay open. */
+    int64_t step = HALF && (!past || lines || out_row == LANES) ? A_LINE : TILE;
     /* Matrices inside each other, which have neighbouring lines, go together. And no processor
      * follows as many rows at once by itself: a tile fetches for one soon to come. */
     int64_t woven = 0 < in_batch && in_batch < in_row, matrices = woven ? 16 : 1;
@@ -144,11 +148,11 @@ void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, int64_t r
     for (int64_t task = 0; task < groups * strips; task++) {
         int64_t b_begin = task / strips * matrices, b_end = min64(batch, b_begin + matrices);
         int64_t j_begin = task % strips * COLUMNS, j_end = min64(cols, j_begin + COLUMNS);
-        for (int64_t j = j_begin; j < j_end; j += STEP) {
+        for (int64_t j = j_begin; j < j_end; j += step) {
             for (int64_t b = b_begin; b < b_end; b++) {
                 const elem *from = in + b * in_batch;
                 elem *to = out + b * out_batch;
-                int64_t end = min64(j_end, j + STEP);
+                int64_t end = min64(j_end, j + step);
                 if (past) {
                     transpose_columns(from, in_row, to, out_row, rows, j, end, ahead, lines, 1);
                 } else {

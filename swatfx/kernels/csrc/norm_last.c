@@ -14,6 +14,14 @@
 /* Threads' shares are multiples of ROWS, of which so many are added up in single precision. */
 enum { ROWS = 32, BLOCK_FLOATS = 2048 };
 
+/* Sixteen elements in bfloat16 are half a line. Past the caches no processor keeps many such open until
+ * their other half comes: with more, a third of the speed is left. */
+enum { OPEN_LINES = 8 };
+
+static inline int64_t rows_to_write(int past, int results) {
+    return HALF && past ? OPEN_LINES / results : ROWS;
+}
+
 /* Rows of a block: a power of two. */
 static inline int64_t block_rows(const extent *e) {
     int64_t n = 2;
@@ -21,10 +29,11 @@ static inline int64_t block_rows(const extent *e) {
     return n;
 }
 
-/* Do a statement for every block: rows [r, end) of a thread's share, channels from c on. */
-#define EACH_BLOCK(e, me, team, ...)                                                                \
+/* Do a statement for every block: at most `most` rows [r, end) of a thread's share, channels from c on. */
+#define EACH_BLOCK(e, me, team, most, ...)                                                          \
     do {                                                                                            \
-        int64_t share_end = part_begin((e)->runs, ROWS, (me) + 1, team), many = block_rows(e);      \
+        int64_t share_end = part_begin((e)->runs, ROWS, (me) + 1, team);                            \
+        int64_t many = min64(block_rows(e), most);                                                  \
         for (int64_t r = part_begin((e)->runs, ROWS, me, team), end; r < share_end; r = end) {      \
             end = min64(share_end, r + many);                                                       \
             for (int64_t c = 0; c < (e)->channels; c += LANES) {                                    \
@@ -134,7 +143,7 @@ INLINE void write_block(const forward *f, const extent *e, const float *table, i
     writer how = {get(at_c + SCALE * n),  get(at_c + SHIFT * n), get(at_c + MEAN * n),
                   get(at_c + INVSTD * n), get(at_c + TIE * n),   get(at_c + INVERSE * n),
                   get(at_c + FIRST * n),  upwards(f->weight, c)};
-    int past = !HALF && f->past && on_line(f->y);
+    int past = f->past && on_line(f->y);
     EACH_ROW(e, r, end, c, {
         __builtin_prefetch(f->x + at + ahead, 0, 3);
         if (residual) __builtin_prefetch(f->residual + at + ahead, 0, 3);
@@ -152,12 +161,13 @@ void norm_last(const forward *f, const extent *e) {
         if (reduces) {
             t[me] = new_tally(e->channels);
             int64_t start = part_begin(e->runs, ROWS, me, team);
-            EACH_BLOCK(e, me, team, tally_block(f->x, e, &t[me], r, end, c, r == start));
+            EACH_BLOCK(e, me, team, ROWS, tally_block(f->x, e, &t[me], r, end, c, r == start));
         }
 #pragma omp barrier
         if (me == 0) finish_forward(f, e, reduces ? t : NULL, team, table);
 #pragma omp barrier
-#define WRITE(...) EACH_BLOCK(e, me, team, write_block(f, e, table, r, end, c, __VA_ARGS__))
+#define WRITE(...) EACH_BLOCK(e, me, team, most, write_block(f, e, table, r, end, c, __VA_ARGS__))
+        int64_t most = rows_to_write(f->past, 1);
         EACH_OUTPUT(f, WRITE);
         settle();
         if (reduces) free(t[me].sum);
@@ -210,7 +220,7 @@ INLINE void gradient_block(const backward *b, const extent *e, const float *line
     int64_t n = e->channels, ahead = (end - r) * n;
     reader how = reader_at(b, lines, n, c);
     wide of_g = get(planes + c), of_h = get(planes + n + c), rest = get(planes + 2 * n + c);
-    int past = !HALF && b->past && on_line(b->dx) && on_line(b->dresidual);
+    int past = b->past && on_line(b->dx) && on_line(b->dresidual);
     EACH_ROW(e, r, end, c, {
         fetch_gradient(b, at + ahead, from_what);
         write_gradient(b, &how, of_g, of_h, rest, at, LANES, past, masks, from_what);
@@ -232,7 +242,7 @@ void norm_last_backward(const backward *b, const extent *e) {
         int team = omp_get_num_threads(), me = omp_get_thread_num();
         sum[me] = calloc((size_t)n, 2 * sizeof(double) + 2 * sizeof(float));
         if (wants_sums(b)) {
-#define SUM(...) EACH_BLOCK(e, me, team, sum_block(b, e, lines, sum[me], r, end, c, __VA_ARGS__))
+#define SUM(...) EACH_BLOCK(e, me, team, ROWS, sum_block(b, e, lines, sum[me], r, end, c, __VA_ARGS__))
             EACH_WAY(b, SUM)
         }
 #pragma omp barrier
@@ -250,7 +260,8 @@ void norm_last_backward(const backward *b, const extent *e) {
         }
         if (b->dx || b->dresidual) {
 #define WRITE_BACK(...)                                                                             \
-    EACH_BLOCK(e, me, team, gradient_block(b, e, lines, planes, r, end, c, __VA_ARGS__))
+    EACH_BLOCK(e, me, team, most, gradient_block(b, e, lines, planes, r, end, c, __VA_ARGS__))
+            int64_t most = rows_to_write(b->past, b->dx && b->dresidual ? 2 : 1);
             EACH_WAY(b, WRITE_BACK)
         }
         settle();

@@ -9,7 +9,14 @@
 
 #include "lanes.h"
 
-enum { TILE = 8 };
+/* Columns of a tile, and rows of the tallest. */
+#if defined(__AVX512BW__)
+enum { TILE = 8, TALLEST = 32 };
+#elif defined(__AVX2__)
+enum { TILE = 8, TALLEST = 16 };
+#else
+enum { TILE = 8, TALLEST = 8 };
+#endif
 
 typedef uint16_t piece __attribute__((vector_size(16)));
 typedef uint16_t piece_in_memory __attribute__((vector_size(16), aligned(2), may_alias));
