@@ -142,7 +142,7 @@ def random_layer(seed: int, number: int) -> LayerCase:
         before=rng.random() < 0.3,
         after=rng.choice(AFTER) if rng.random() < 0.5 else "",
         calls=rng.choices(("once", "twice", "same", "shared"), (76, 12, 6, 6))[0],
-        dtype=rng.choices(("float32", "float64", "autocast"), (84, 8, 8))[0],
+        dtype=rng.choices(("float32", "float64", "autocast"), (70, 6, 24))[0],
         value_dtype="bf16" if rng.random() < 0.12 else None,
         grid=rng.random() < 0.5,
         frozen=tuple(n for n in ("weight", "bias", "input") if rng.random() < 0.05),
