@@ -100,8 +100,9 @@ class Norm:
         saves: str = "exact",
         parameters: torch.dtype | None = torch.float32,
         spread: float = 2.0,
+        offset: float = 1.0,
     ) -> None:
-        self.x = draw(shape, layout, 1, spread) + spread
+        self.x = draw(shape, layout, 1, spread) + offset * spread
         self.layout = layouts.layout_of(self.x)
         self.residual = draw(shape, "row_major", 2) if residual else None
         self.grad = draw(shape, layout, 3)
@@ -244,6 +245,17 @@ def test_norms(layout: str, parameters: torch.dtype | None, count: int) -> None:
                 continue
             case = Norm(shape, layout, parameters=parameters, **options)
             case.check_backward(case.check_forward())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [10, -10])
+def test_codes_reach_from_the_least_to_the_greatest(offset: float, layout: str) -> None:
+    """And no further: where nothing is near zero, too, and channels end within a vector."""
+    case = Norm((3, 16, 3, 7), layout, saves="int8", offset=offset)
+    found = case.check_forward()
+    xhat = (case.x.double() - case.each(found[1], 0)) * case.each(found[2], 0)
+    reach = xhat.amax(case.others, keepdim=True) - xhat.amin(case.others, keepdim=True)
+    torch.testing.assert_close(case.decoded(found[5])[1] * 254, reach, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
