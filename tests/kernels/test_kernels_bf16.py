@@ -260,7 +260,11 @@ def test_codes_reach_from_the_least_to_the_greatest(offset: float, layout: str) 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 16, 150, 151), (32, 16, 130, 128)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 16, 150, 151), pytest.param((32, 16, 130, 128), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_norms_of_long_channels(shape: tuple[int, ...], layout: str, count: int) -> None:
     """Channels that threads share; results that are written past the caches."""
     with threads(count):
