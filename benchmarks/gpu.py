@@ -11,10 +11,9 @@ taking turns, with the device's own peak of allocated memory. `--device cpu` tri
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 import swatfx
 from benchmarks import common, options
-from benchmarks.sides import Network, as_form, failure, parse_network
+from benchmarks.sides import Network, as_form, autocast, failure, parse_network
 from swatfx import models
 from swatfx.errors import SwatError
 
@@ -154,7 +153,7 @@ class Stepper:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        with _autocast(self.device, self.side.dtype):
+        with autocast(self.side.dtype, self.device.type):
             loss = F.cross_entropy(self.call(self.x), self.y)
         if on_gpu:
             kept = torch.cuda.memory_allocated() - before
@@ -165,12 +164,6 @@ class Stepper:
             peak = torch.cuda.max_memory_allocated() - before
         seconds = time.perf_counter() - start
         return {"seconds": seconds} | ({"kept_bytes": kept, "peak_bytes": peak} if on_gpu else {})
-
-
-@contextlib.contextmanager
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        yield
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

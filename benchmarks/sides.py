@@ -73,14 +73,14 @@ class StepSide:
         policy: None for the model as it is, else the policy it is compiled with.
         options: further keywords of `swatfx.compile`.
         budget: `activation_memory_budget` of torch.compile.
-        dtype: what forward runs in under autocast; float32 for without.
+        dtype: that of autocast; None: without, in float32.
     """
 
     form: str
     policy: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     def missing(self) -> str | None:
         """Why this side cannot be made with the swatfx that is installed, or None."""
@@ -90,7 +90,7 @@ class StepSide:
 
 
 DENSE = {f"dense {form}": StepSide(form) for form in FORMS}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def in_dtypes(sides: Mapping[str, StepSide], dtypes: Sequence[str]) -> dict[str, StepSide]:
@@ -123,7 +123,7 @@ class Trainer:
 
     def loss(self) -> Tensor:
         """Forward and loss."""
-        with _budget(self.side.budget), autocast(self.side):
+        with _budget(self.side.budget), autocast(self.side.dtype):
             return F.cross_entropy(self.call(self.x), self.y)
 
     def step(self, phase: Callable[[str], object] = lambda name: None) -> float:
@@ -184,7 +184,7 @@ class Predictor:
 
     def predict(self) -> Tensor:
         """Logits of the batch."""
-        with torch.no_grad(), autocast(self.side):
+        with torch.no_grad(), autocast(self.side.dtype):
             logits: Tensor = self.call(self.x)
         return logits
 
@@ -207,11 +207,11 @@ def callable_of(model: nn.Module, side: StepSide) -> Callable[[Tensor], Tensor]:
     return compiled
 
 
-def autocast(side: StepSide) -> AbstractContextManager[None]:
-    """That of the side's dtype, on the host."""
-    if side.dtype is torch.float32:
+def autocast(dtype: torch.dtype | None, device: str = "cpu") -> AbstractContextManager[None]:
+    """That to `dtype`; none where it is None."""
+    if dtype is None:
         return nullcontext()
-    found: AbstractContextManager[None] = torch.autocast("cpu", side.dtype)
+    found: AbstractContextManager[None] = torch.autocast(device, dtype)
     return found
 
 

@@ -228,10 +228,10 @@ class SwatModule(fx.GraphModule):
         for watch in self._watches():
             watch.mend_copies()
 
-    def note_copies(self) -> None:
-        """Of a copy: take weights and masks as they are for those that belong together."""
+    def accept_weights(self, has_values: bool = False) -> None:
+        """`Watch.accept_weights` of the root and of every part."""
         for watch in self._watches():
-            watch.note_copies()
+            watch.accept_weights(has_values)
 
     def _watches(self) -> Iterator[Watch]:
         for _, part in all_parts(self):
@@ -242,9 +242,9 @@ class SwatModule(fx.GraphModule):
         before = self._kinds()
         self._mend_copies()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.accept_weights()
         for watch in self._watches():
-            watch.accept_weights()
-        self.note_copies()
+            watch.note_copies()
         choose = self.__dict__["choose_kernels"]
         if choose is not None and self._kinds() != before:
             choose(self)
@@ -290,7 +290,8 @@ class SwatModule(fx.GraphModule):
         twin.graph = copy.deepcopy(self.graph)
         if "swat" in self._modules:
             twin.swat.clock.attached = False  # the optimizer's hook is on the original
-            twin.note_copies()
+            for watch in twin._watches():
+                watch.note_copies()
         twin.__dict__["copied_from"] = (*self.copied_from, weakref.ref(self))
         return twin
 

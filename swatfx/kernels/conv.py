@@ -64,11 +64,9 @@ def _dense_filters(weight: Tensor) -> Tensor:
 
 def sparse_weight(weight: Tensor, state: Tensor, selector: str) -> tuple[Tensor, float]:
     """(float32 weight, threshold) whose kept elements are the Top-K weights."""
-    if weight.dtype is not torch.float32:
-        return _dense_filters(active_weight(weight, state, selector, weight.dtype).float()), 0.0
-    if selector == "nchw" and fitting.is_number(state):
+    if weight.dtype is torch.float32 and selector == "nchw" and fitting.is_number(state):
         return _dense_filters(weight), float(state)
-    return _dense_filters(active_weight(weight, state, selector, weight.dtype)), 0.0
+    return _dense_filters(active_weight(weight, state, selector, weight.dtype).float()), 0.0
 
 
 def run_problem(
@@ -133,7 +131,7 @@ def _forward(
     shapes = _shapes(call, input.shape, weight) if call.where.forward_weight else None
     if shapes is None or not fitting.are_elements(input, weight):
         return None
-    if bias is not None and (bias.dtype is not input.dtype or bias.shape != weight.shape[:1]):
+    if not fitting.is_bias(bias, input, weight):
         return None
     spatial = weight.dim() - 2
     seen = converted(input_in_forward(call, input, spatial), call.layout)

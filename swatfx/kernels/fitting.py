@@ -22,17 +22,17 @@ LARGEST_STEP = 2**20  # of a padding or dilation: sums of such are far from over
 INT32 = 2**31 - 1
 
 
-def is_vector(x: Tensor | None, length: int) -> bool:
-    """Whether `x` is float32 of shape (length,), or None."""
-    return x is None or (x.dtype is torch.float32 and x.shape == (length,))
-
-
 def are_elements(x: Tensor, weight: Tensor) -> bool:
     """Whether typed functions read `x`, an activation or gradient, beside `weight`.
 
     Weights are float32, which is rounded to a narrower activation, or of the activation's dtype.
     """
     return x.dtype in ELEMENTS and weight.dtype in (torch.float32, x.dtype)
+
+
+def is_bias(bias: Tensor | None, input: Tensor, weight: Tensor) -> bool:
+    """Whether `bias` is one number a filter, of the input's dtype, or None."""
+    return bias is None or (bias.dtype is input.dtype and bias.shape == weight.shape[:1])
 
 
 def is_number(x: Tensor) -> bool:

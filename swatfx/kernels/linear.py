@@ -70,7 +70,7 @@ def _forward(
     count = _rows(input.shape, weight, 1, call.sparse_kernels)
     if count is None or not call.where.forward_weight or not fitting.are_elements(input, weight):
         return None
-    if bias is not None and (bias.dtype is not input.dtype or bias.shape != weight.shape[:1]):
+    if not fitting.is_bias(bias, input, weight):
         return None
     outputs, inputs = weight.shape
     rows = input_in_forward(call, input).reshape(count, inputs)

@@ -103,7 +103,7 @@ class Copied:
         if not isinstance(chosen, Held) or not _has_values(weight):
             return
         self._note = _Note(
-            _version(found.threshold),
+            version_of(found.threshold),
             found.threshold.clone(),
             found.is_held,
             float(found.density.item()),
@@ -129,7 +129,7 @@ class Copied:
     def rewritten(self, mask: Tensor) -> None:
         """The mask was written with what it was: the note stays as it is."""
         if self._note is not None:
-            self._note = replace(self._note, version=_version(mask))
+            self._note = replace(self._note, version=version_of(mask))
 
     def density(self, density: Tensor, fraction: Tensor) -> tuple[Density, bool]:
         """The target, and whether `fraction` says so: where averaging left it what it was."""
@@ -171,7 +171,7 @@ class Copied:
     def _is_left_behind(self, weight: Tensor, keep: Tensor, found: Buffers) -> bool:
         """Whether the mask is that of the note, and the weight is not."""
         note, mask = self._note, found.threshold
-        if note is None or note.version != _version(mask) or not torch.equal(note.mask, mask):
+        if note is None or note.version != version_of(mask) or not torch.equal(note.mask, mask):
             return False  # whoever wrote it knew what for
         if not note.was_held or abs(float(found.density.item()) - note.density) > _NEAR:
             return True
@@ -218,7 +218,8 @@ def _largest(chosen: Held, weight: Tensor, density: Density, seed: int) -> Tenso
     return bits.mask_to_bits(keep)
 
 
-def _version(x: Tensor) -> int | None:
+def version_of(x: Tensor) -> int | None:
+    """How often autograd saw it written; None of inference tensors, which nobody counts."""
     return None if x.is_inference() else x._version
 
 

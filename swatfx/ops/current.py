@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from swatfx import selectors
 from swatfx.ops import old_masks
 from swatfx.ops.calls import CurrentCall, schema_of
-from swatfx.ops.copied import Buffers, Copied, Mended
+from swatfx.ops.copied import Buffers, Copied, Mended, version_of
 from swatfx.ops.memory import Memory
 from swatfx.ops.state import draw_seed, read_density
 from swatfx.selectors import Axes
@@ -69,7 +69,7 @@ class Ranked(Memory):
         mask = buffers.threshold
         target: tuple[Any, ...] = buffers.is_held, density, *fraction
         if buffers.is_held:
-            target = *target, mask.data_ptr(), None if mask.is_inference() else mask._version
+            target = *target, mask.data_ptr(), version_of(mask)
         found = self._found(weight, target) if buffers.is_held else None
         if not isinstance(found, Mended):
             found = self.copied.mended(selector, weight, buffers, draw)

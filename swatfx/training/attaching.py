@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swatfx.arguments import COUNT, checked, instance, optional
-from swatfx.compiled import SwatModule, all_parts, sparse_layers, unwrap
+from swatfx.compiled import SwatModule, sparse_layers, unwrap
 from swatfx.masks import held_by, optimizers_of
 from swatfx.ops.origin import note_load
 from swatfx.training.attachment import Attachment, Handle, attachment_of
@@ -44,9 +44,7 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
             layer.weight_threshold.take_loaded(
                 layer.weight, zeroed=zeroed, is_copy=attachment is None
             )
-    for _, part in all_parts(module):
-        if part.watch is not None:
-            part.watch.accept_weights(has_values=True)
+    module.accept_weights(has_values=True)
     if module.swat.stale:
         module.swat.stale = False
         for layer in sparse_layers(module):

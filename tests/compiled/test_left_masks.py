@@ -19,7 +19,7 @@ from swatfx.compiled.module import SwatModule
 from swatfx.errors import SwatWarning
 from tests.nets.any_optimizer import Outer, net, rows
 from tests.nets.held_masks import POLICIES, TIMES, TOTAL
-from tests.nets.small_nets import assert_same, loss_of, snapshot
+from tests.nets.small_nets import assert_same, sgd, snapshot, train
 
 MOVING = ["set", "rigl", "snfs", "dsr", "swat-frozen"]  # masks that training changes
 DECAY = 0.6
@@ -68,14 +68,12 @@ def trained(
     """(model, its average) after all steps; `early`: copied before there was an optimizer."""
     gm = compiled(name)
     model: nn.Module = Outer(gm) if nested else gm
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = sgd(model)
     average = copy.deepcopy(model).eval() if early else None
     swatfx.attach(model, optimizer, **TIMES)
     average = copy.deepcopy(model).eval() if average is None else average
     for x in rows(TOTAL):
-        optimizer.zero_grad()
-        loss_of(model(x)).backward()
-        optimizer.step()
+        train(model, optimizer, [x])
         LOOPS[loop](average, model)
     return model.eval(), average
 
@@ -211,12 +209,9 @@ def test_weights_that_went_back_keep_their_masks() -> None:
     """A lottery ticket: the first weights under the last mask; of a copy, zero outside of it."""
     gm = compiled("rigl")
     first = {name: p.detach().clone() for name, p in gm.named_parameters()}
-    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    optimizer = sgd(gm)
     swatfx.attach(gm, optimizer, **TIMES)
-    for x in rows(TOTAL):
-        optimizer.zero_grad()
-        loss_of(gm(x)).backward()
-        optimizer.step()
+    train(gm, optimizer, rows(TOTAL))
     masks = [layer.keep() for layer in sparse_layers(gm)]
     for ticket in (gm, copy.deepcopy(gm)):
         ticket.load_state_dict(first, strict=False)
@@ -235,12 +230,9 @@ def test_a_mean_of_state_dicts() -> None:
     states = []
     for seed in (1, 2):
         gm = compiled("set")
-        optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+        optimizer = sgd(gm)
         swatfx.attach(gm, optimizer, **TIMES)
-        for x in rows(TOTAL, seed=seed):
-            optimizer.zero_grad()
-            loss_of(gm(x)).backward()
-            optimizer.step()
+        train(gm, optimizer, rows(TOTAL, seed=seed))
         states.append(copy.deepcopy(dict(gm.state_dict())))
     mean = {
         name: ((value + states[1][name]) / 2).to(value.dtype) for name, value in states[0].items()
@@ -257,13 +249,11 @@ def test_what_is_trained_keeps_its_masks() -> None:
     twin = copy.deepcopy(gm)
     snapshots = []
     for model in (gm, twin):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        optimizer = sgd(model)
         swatfx.attach(model, optimizer, **TIMES)
         torch.manual_seed(1)
         for x in rows(TOTAL):
-            optimizer.zero_grad()
-            loss_of(model(x)).backward()
-            optimizer.step()
+            train(model, optimizer, [x])
             model.eval()(x)
             model.train()
         snapshots.append(snapshot(model))
@@ -285,7 +275,7 @@ def test_it_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
 def test_averages_that_load(name: str, how: str) -> None:
     """Loads bring masks along, and then weights may move on without them again."""
     gm = compiled(name)
-    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    optimizer = sgd(gm)
     swatfx.attach(gm, optimizer, **TIMES)
     average: SwatModule = copy.deepcopy(gm).eval()
     if how == "second":
@@ -293,9 +283,7 @@ def test_averages_that_load(name: str, how: str) -> None:
     if how in ("loaded", "second"):
         average.load_state_dict(gm.state_dict())
     for step, x in enumerate(rows(TOTAL)):
-        optimizer.zero_grad()
-        loss_of(gm(x)).backward()
-        optimizer.step()
+        train(gm, optimizer, [x])
         if how == "params by load":
             mine = dict(average.named_parameters())
             mean = {n: DECAY * mine[n] + (1 - DECAY) * p for n, p in gm.named_parameters()}
@@ -322,12 +310,10 @@ def test_a_second_model_of_averaged_entries(name: str) -> None:
     torch.manual_seed(0)
     gm, average = swatfx.compile(net(), policy), swatfx.compile(net(), policy).eval()
     average.load_state_dict(gm.state_dict())
-    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    optimizer = sgd(gm)
     swatfx.attach(gm, optimizer, **TIMES)
     for x in rows(TOTAL):
-        optimizer.zero_grad()
-        loss_of(gm(x)).backward()
-        optimizer.step()
+        train(gm, optimizer, [x])
         averaged(entries(average, False), entries(gm, False))
     x = rows(1, seed=5)[0]
     got = average(x)
@@ -343,12 +329,9 @@ def test_a_state_loaded_over_meta_is_that_state(name: str, how: str) -> None:
     policy = swatfx.dst(0.01) if name == "dst" else POLICIES[name]
     torch.manual_seed(0)
     gm = swatfx.compile(net(), replace(policy, period=4) if name == "swat-u" else policy)
-    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05, momentum=0.9)
+    optimizer = sgd(gm)
     swatfx.attach(gm, optimizer, **TIMES)
-    for x in rows(TOTAL):
-        optimizer.zero_grad()
-        loss_of(gm(x)).backward()
-        optimizer.step()
+    train(gm, optimizer, rows(TOTAL))
     torch.manual_seed(1)
     policy = replace(policy, period=4) if name == "swat-u" else policy
     if how == "compiled on meta":

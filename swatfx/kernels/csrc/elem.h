@@ -8,8 +8,28 @@
 #define SWATFX_ELEM_H
 
 #include <stdint.h>
+#include <string.h>
 
 typedef uint16_t bf16; /* the upper half of a float */
+
+static inline float widen(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+/* The i-th of packed values, bfloat16 if `half`, which need not be aligned. */
+static inline float value_at(const uint8_t *values, int64_t half, int64_t i) {
+    bf16 top;
+    float v;
+    if (!half) {
+        memcpy(&v, values + 4 * i, sizeof v);
+        return v;
+    }
+    memcpy(&top, values + 2 * i, sizeof top);
+    return widen(top);
+}
 
 #if defined(SWATFX_BF16)
 typedef bf16 elem;

@@ -301,13 +301,6 @@ INLINE void put_part_bf16(bf16 *p, wide v, int count) {
 
 INLINE mask above_zero(wide v) { return above(v, splat(0)); }
 
-INLINE float widen(bf16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float v;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
 /* One element as a float. */
 INLINE float get_one_float(const float *p) { return *p; }
 INLINE float get_one_bf16(const bf16 *p) { return widen(*p); }

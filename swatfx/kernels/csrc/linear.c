@@ -24,18 +24,6 @@ static void free_sorted(sorted *s) {
     free(s->value);
 }
 
-static inline float value_at(const uint8_t *values, int64_t half, int64_t i) {
-    uint32_t word = 0;
-    if (half) {
-        memcpy((uint8_t *)&word + 2, values + 2 * i, 2); /* a bfloat16 is the upper half of a float */
-    } else {
-        memcpy(&word, values + 4 * i, 4);
-    }
-    float x;
-    memcpy(&x, &word, 4);
-    return x;
-}
-
 static inline int64_t row_bits(const uint8_t *mask, int64_t at, int64_t n) {
     int64_t count = 0;
     for (int64_t i = at; i < at + n;) {

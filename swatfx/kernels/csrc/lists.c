@@ -4,6 +4,8 @@
  */
 #include "lists.h"
 
+#include "elem.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -37,25 +39,11 @@ static inline void append(uint32_t bits, source s, int64_t i, int32_t base, __m5
     _mm512_mask_storeu_ps(value, valid, x);
 }
 #else
-static inline float value_at(source s, int64_t i) {
-    if (!s.half) {
-        float x;
-        memcpy(&x, s.values + 4 * i, 4);
-        return x;
-    }
-    uint16_t top;
-    memcpy(&top, s.values + 2 * i, 2);
-    const uint32_t all = (uint32_t)top << 16;
-    float x;
-    memcpy(&x, &all, 4);
-    return x;
-}
-
 static inline void append(uint32_t bits, source s, int64_t i, int32_t base, int32_t pitch, int32_t *offset,
                           float *value) {
     for (int64_t k = 0; bits; k++, bits &= bits - 1) {
         offset[k] = base + __builtin_ctz(bits) * pitch;
-        value[k] = value_at(s, i + k);
+        value[k] = value_at(s.values, s.half, i + k);
     }
 }
 #endif
@@ -195,12 +183,7 @@ static int64_t scan(const decoder *d, int64_t c, int64_t i, int64_t *cursor, lis
 static float *widened(const uint8_t *values, int64_t n, int threads) {
     float *out = malloc((n + 1) * sizeof(float));
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1 << 14)
-    for (int64_t i = 0; i < (out ? n : 0); i++) {
-        uint16_t top;
-        memcpy(&top, values + 2 * i, 2);
-        const uint32_t bits = (uint32_t)top << 16;
-        memcpy(out + i, &bits, 4);
-    }
+    for (int64_t i = 0; i < (out ? n : 0); i++) out[i] = value_at(values, 1, i);
     return out;
 }
 
