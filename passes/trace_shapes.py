@@ -153,7 +153,7 @@ def observe_run(
             value=_shapes(inputs),
             remedy=observer.remedy,
         ) from error
-    del output  # until here it kept the saved storages, and so their identities, alive
+    del output
     observer.settle()
     if watch is not None:
         run.products, run.norm_elements = watch.products, watch.norm_elements
@@ -230,14 +230,18 @@ class _Run:
         self.frames: list[Frame] = []
         self.calling: nn.Module | None = None
         self.modules = Frames(gm, self._enter, self._leave)
-        self.skip = {t.untyped_storage()._cdata for t in (*gm.parameters(), *gm.buffers())}
+        own = [t.untyped_storage() for t in (*gm.parameters(), *gm.buffers())]
+        self.skip = {storage._cdata for storage in own}
+        # A freed storage's place may be given to another; held ones (which lead to no result) not.
+        self.alive = own
         runs = {id(part): _Interpreter(part, prefix, self) for prefix, part in all_parts(gm)}
         self.root: Callable[..., Any] = _caller(gm, runs)
         for part in gm.parts.values():
             part.__dict__["forward"] = _caller(part, runs)
 
     def settle(self) -> None:
-        """Put every storage on one account."""
+        """Put every storage on one account, and let go of them."""
+        self.alive.clear()
         settled: set[int] = set()
         for seen in (*self.layers, *self.others):
             seen.saved = {k: size for k, size in seen.saved.items() if k not in settled}
@@ -265,12 +269,13 @@ class _Run:
         # Autograd holds these hooks and what they pack in C++, where the garbage collector does not
         # look. So nothing may lead from there back to a result: not `self`, whose interpreters hold
         # values, nor, after the run, a saved tensor, which may be the result of what saved it.
-        skip, run, current = self.skip, self.run, self.current
+        skip, run, current, alive = self.skip, self.run, self.current, self.alive
         packed: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
         def saved(tensor: Tensor) -> _Saved:
             storage = tensor.untyped_storage()
             if storage._cdata not in skip and not isinstance(tensor, nn.Parameter):
+                alive.append(storage)
                 run.saved[storage._cdata] = storage.nbytes()
                 if current:
                     current[-1].saved[storage._cdata] = storage.nbytes()

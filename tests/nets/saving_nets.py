@@ -127,6 +127,29 @@ class Shapes(nn.Module):
         return self.fc(F.relu(self.bn(self.next(x)) + x.double()).float().mean((2, 3)))
 
 
+class Dropping(nn.Module):
+    """Eager: autograd keeps tensors for results that are dropped; their memory is given anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            if float(x.detach().exp().sum()) < 0:
+                return x
+            (2 * x).sin().mean()
+        return x.sigmoid()
+
+
+class DeadBranches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.next = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.second = Dropping(), Dropping()
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.next(self.first(self.conv(x))))
+        return self.fc(self.second(x).mean((2, 3)))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: plain(0.5),
     "residual": lambda: Residual(0.3),
@@ -177,15 +200,17 @@ def seeded(module: nn.Module, x: Tensor) -> Tensor:
 
 def kept_by(run: Callable[[], Any], owner: nn.Module) -> int:
     """Bytes of the distinct storages that autograd keeps, parameters and buffers excluded."""
-    own = {t.untyped_storage()._cdata for t in (*owner.parameters(), *owner.buffers())}
-    seen: dict[int, int] = {}
+    own = [t.untyped_storage() for t in (*owner.parameters(), *owner.buffers())]
+    skipped = {storage._cdata for storage in own}
+    seen: dict[int, torch.UntypedStorage] = {}  # held: a freed one's place is given away
 
     def note(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in own:
-            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        if storage._cdata not in skipped:
+            seen[storage._cdata] = storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         output = run()
     del output
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in seen.values())
