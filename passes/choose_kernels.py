@@ -9,10 +9,10 @@ nothing.
 
 A model on the meta device has no device of its own yet: it is taken for one of this machine's CPU.
 
-The rule: a layer runs sparse where all three of its products are sparse and its densities are
-at most `MOST_DENSE`, above which dense kernels on masked weights were measured to be as fast; where
-most convolutions are too dense or of the wrong kind, all stay dense, since conversions would eat
-the gain.
+The rule: a layer runs sparse where all three of its products are sparse (the weight gradient by a
+packed activation, or at active weights alone) and its densities are at most `MOST_DENSE`, above
+which dense kernels on masked weights were measured to be as fast; where most convolutions are too
+dense or of the wrong kind, all stay dense, since conversions would eat the gain.
 """
 
 from __future__ import annotations
@@ -166,16 +166,16 @@ def _why_dense(layer: LayerNode, asked: str, device: torch.device | None) -> str
         return unsuited
     if not kernels.available():
         return "no compiled kernels"
-    rule = plan.rule
-    if not (rule.forward_weight and rule.backward_weight and rule.backward_activation):
-        return _dense_product(rule)
+    dense = _dense_product(plan.rule)
+    if dense is not None:
+        return dense
     unfit = _unfit(plan, call) if layer.is_conv else None
     if unfit is not None or asked == "sparse":
         return unfit
-    for name, density in (
-        ("weight", plan.weight_density.value),
-        ("activation", plan.activation_density.value),
-    ):
+    densities = {"weight": plan.weight_density.value}
+    if plan.rule.backward_activation:
+        densities["activation"] = plan.activation_density.value
+    for name, density in densities.items():
         if density > MOST_DENSE:
             return f"{name} density {density:g} is above {MOST_DENSE}"
     return _too_few(plan, call, layer.is_conv)
@@ -192,13 +192,20 @@ def _unsuited(weight: Tensor | None, device: torch.device | None) -> str | None:
     return None
 
 
-def _dense_product(rule: Policy) -> str:
-    """Which of the three products the method leaves dense."""
+def _dense_product(rule: Policy) -> str | None:
+    """Which of the three products the method leaves dense, or None.
+
+    A weight gradient is sparse where activations are, or where only active weights receive one.
+    """
     name = _NAMES.get(rule.name, rule.name)
     if not rule.forward_weight:
         return f"{name} runs forward on dense weights"
     if not rule.backward_weight:
         return f"{name} takes input gradients from dense weights"
+    if rule.ramp != "none":
+        return f"{name} begins with dense weights"
+    if rule.backward_activation or rule.update == "active":
+        return None
     if masks.needs(rule):
         return f"masks of {name} need dense weight gradients"
     return f"{name} leaves activations dense, and so weight gradients"
@@ -249,6 +256,5 @@ def _lay_out(part: SwatModule, prefix: str, versions: _Known) -> None:
     LayoutFlow(part, versions.of(part, prefix), sparse).run()
     for layer in sparse:
         layer.tell(layout=BATCH_INNERMOST)
-        pack = layer.pack_module
-        assert pack is not None  # every product is sparse
-        pack.layout = BATCH_INNERMOST
+        if layer.pack_module is not None:  # else its weight gradient reads the dense activation
+            layer.pack_module.layout = BATCH_INNERMOST

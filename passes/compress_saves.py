@@ -1,4 +1,4 @@
-"""Let norms, ReLUs, pools and dropouts keep less for backward, where some layer's input is packed.
+"""Let norms, ReLUs, pools and dropouts keep less for backward, where weight gradients are sparse.
 
 Reads nodes, modules and LayerPlans; replaces batch norm (with the addition and the ReLU behind it,
 if nobody else reads what lies between), ReLU, 2d pooling and dropout by calls of leaves below
@@ -25,9 +25,9 @@ from swatfx.passing import Context, PassResult
 
 
 def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
-    """Rewrite the root graph and every part, if at least one layer packs its input."""
-    if not any(_packs(layer.plan) for layer in sparse_nodes(gm)):
-        return PassResult(gm, False, ("no input is packed: every op keeps what it kept",))
+    """Rewrite the root graph and every part, if at least one weight gradient is sparse."""
+    if not any(_packs(x.plan) or _samples(x.plan) for x in sparse_nodes(gm)):
+        return PassResult(gm, False, ("no weight gradient is sparse: every op keeps what it kept",))
     leaves = Leaves(gm)
     count = sum(_Rewriter(gm, part, prefix, leaves).run() for prefix, part in all_parts(gm))
     return PassResult(gm, count > 0, (f"{count} calls keep less",))
@@ -35,6 +35,14 @@ def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
 
 def _packs(plan: LayerPlan) -> bool:
     return plan.rule.backward_activation and not plan.activation_density.is_dense
+
+
+def _samples(plan: LayerPlan) -> bool:
+    """Whether active weights alone receive gradients.
+
+    Inputs stay dense then, but the layer may run sparse kernels, and norms follow their layout.
+    """
+    return plan.rule.update == "active" and not plan.weight_density.is_dense
 
 
 def _keeps_its_input(node: fx.Node) -> bool:

@@ -99,6 +99,38 @@ def run_problem(
     return succeeded(failed, "a sparse convolution")
 
 
+def run_sampled(
+    problem: problems.Problem, reached: Tensor, input: Tensor, grad: Tensor, weight: Tensor
+) -> Tensor | None:
+    """A weight gradient where a mask says, and zero elsewhere, in the dtype and order of `weight`.
+
+    Args:
+        problem: the forward convolution by a row-major weight.
+        reached: the mask, broadcastable to `weight`.
+        input: as the convolution had it.
+        grad: of its result, of the same dtype.
+        weight: that it is the gradient of.
+
+    Returns:
+        None if a tile with its halo is too large for the kernels.
+
+    Raises:
+        MemoryError: no room for its buffers.
+    """
+    out = torch.empty(weight.shape)
+    open_bits = bits.mask_to_bits(reached.expand(weight.shape))
+    failed = library.function("sampled_weight_gradient", ctypes.c_int, elements=input.dtype)(
+        ctypes.byref(problem),
+        library.pointer(open_bits),
+        library.pointer(input),
+        library.pointer(grad),
+        library.pointer(out),
+    )
+    if not succeeded(failed, "a sampled weight gradient"):
+        return None
+    return out.to(weight.dtype) if weight.is_contiguous() else torch.empty_like(weight).copy_(out)
+
+
 def succeeded(failed: int, what: str) -> bool:
     """What a product's return value says: False if it did not fit.
 
@@ -193,6 +225,18 @@ def _weight_gradient(
     return out.to(weight.dtype) if succeeded(failed, "a sparse weight gradient") else None
 
 
+def _sampled_gradient(
+    shapes: Shapes, input: Tensor, grad: Tensor, weight: Tensor, reached: Tensor
+) -> Tensor | None:
+    """Zero where it does not reach; None if the kernels cannot run it."""
+    if shapes.is_strided_pointwise:
+        input, shapes = _take_strided(input, shapes), shapes.without_stride()
+    # Row-major, as the mask is, whatever the order of the weight.
+    strides = problems.row_major_strides(weight)
+    problem = _forward_problem(shapes, strides, torch.get_num_threads())
+    return run_sampled(problem, reached, input, grad, weight)
+
+
 def _input_gradient(
     shapes: Shapes, grad: Tensor, weight: Tensor, threshold: float, input_shape: Sequence[int]
 ) -> Tensor | None:
@@ -233,6 +277,12 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         found = _weight_gradient(shapes, kept, call.stored_dtype(grad), grad, weight)
         if found is not None:
             grads[1] = call.weight_gradient(found, weight, weight_state)
+    if wants_weight and input is not None and input.dtype is grad.dtype:
+        reached = call.reached(weight, weight_state)
+        if reached is not None:
+            grads[1] = _sampled_gradient(
+                shapes, converted(input, call.layout), grad, weight, reached
+            )
     left = [wanted and found is None for wanted, found in zip(wants, grads, strict=True)]
     others = [grad.new_empty(0) for _ in left]
     if any(left):

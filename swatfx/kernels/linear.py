@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.conv import run_problem, sparse_weight, succeeded
+from swatfx.kernels.conv import run_problem, run_sampled, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
 from swatfx.ops.calls import LinearCall, Saved
 from swatfx.ops.layout import converted
@@ -117,6 +117,10 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         weight_grad = _weight_gradient(rows, kept, weight, call.stored_dtype(grad))
         if weight_grad is not None:
             weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
+    if wants[1] and input is not None and input.dtype is grad.dtype:
+        reached = call.reached(weight, weight_state)
+        if reached is not None:
+            weight_grad = _sampled_gradient(rows, input.reshape(count, -1), weight, reached)
     left = wants[0] and input_grad is None, wants[1] and weight_grad is None, False
     rest = (grad.new_empty(0), grad.new_empty(0))
     if any(left):
@@ -139,6 +143,14 @@ def _input_gradient(
         if not run_problem(problem, turned, weight, None, out, threshold):
             return None
     return not_a_view(_transposed(out).view(shape))
+
+
+def _sampled_gradient(
+    rows: Tensor, input: Tensor, weight: Tensor, reached: Tensor
+) -> Tensor | None:
+    """Zero where it does not reach; None if the kernels cannot run it."""
+    problem = forward_problem(_shapes(input, weight), (weight.shape[1], 1, 1, 1))
+    return run_sampled(problem, reached, _transposed(input), _transposed(rows), weight)
 
 
 def _weight_gradient(

@@ -174,8 +174,13 @@ def _(bits: Tensor, elements: int) -> Tensor | None:
 
 @kept_top.register_kernel
 def _(x: Tensor, state: Tensor, selector: str, axes: Axes) -> Tensor | None:
-    fits = selectors.get(selector).ranks_magnitudes and rankable(x) and plain(state)
-    if not fits or state.dim() or state.dtype != x.dtype or matrices(x, ()) is None:
+    chosen = selectors.get(selector)
+    if not rankable(x) or not plain(state):
+        return None
+    if chosen.holds_mask:
+        return _kept_by_mask(x, state)
+    fits = chosen.ranks_magnitudes and not state.dim() and state.dtype == x.dtype
+    if not fits or matrices(x, ()) is None:
         return None
     out = torch.empty_like(x)
     function("swatfx_keep_top")(
@@ -186,5 +191,17 @@ def _(x: Tensor, state: Tensor, selector: str, axes: Axes) -> Tensor | None:
         NAN_FROM[x.dtype],
         pointer(out),
         threads(),
+    )
+    return out
+
+
+def _kept_by_mask(x: Tensor, state: Tensor) -> Tensor | None:
+    """Where the bits of `state`, of `x` in row-major order, are set."""
+    read = state[: (x.numel() + 7) // 8]
+    if not x.is_contiguous() or not fitting.holds_bytes(read, (x.numel() + 7) // 8):
+        return None
+    out = torch.empty_like(x)
+    function("swatfx_keep_bits")(
+        pointer(x), x.element_size(), size(x.numel()), pointer(read), pointer(out), threads()
     )
     return out

@@ -118,6 +118,11 @@ def weight_strides(weight: Tensor) -> tuple[int, ...]:
     return (weight.unsqueeze(2) if weight.dim() == 3 else weight).stride()
 
 
+def row_major_strides(weight: Tensor) -> tuple[int, ...]:
+    """Likewise, were the weight row-major."""
+    return weight_strides(torch.empty(weight.shape, device="meta"))
+
+
 def _problem(threads: int, taps: list[tuple[int, int, int]], **sizes: int) -> Problem:
     problem = Problem(threads=threads, taps=len(taps), **sizes)
     for i, one in enumerate(taps):

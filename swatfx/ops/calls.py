@@ -106,11 +106,16 @@ class SparseCall(Call):
             return grad
         return sparse_gradient(grad, self.gradient_density, self.gradient_selector, spatial)
 
-    def weight_gradient(self, grad: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-        """What of a weight gradient reaches the weight (figure 7): if not all, the active part."""
+    def reached(self, weight: Tensor, state: Tensor) -> Tensor | None:
+        """Mask of the weights that receive a gradient (figure 7), broadcastable; None: all do."""
         if not self.where.active_only or old_masks.is_open(state, weight.numel(), self.open):
-            return grad
-        return kept_only(grad, weight_keep(weight, state, self.weight_selector))
+            return None
+        return weight_keep(weight, state, self.weight_selector)
+
+    def weight_gradient(self, grad: Tensor, weight: Tensor, state: Tensor) -> Tensor:
+        """What of a weight gradient reaches the weight."""
+        keep = self.reached(weight, state)
+        return grad if keep is None else kept_only(grad, keep)
 
 
 @dataclass(frozen=True)

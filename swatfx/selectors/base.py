@@ -96,6 +96,11 @@ class Selector:
         return dtype
 
     @property
+    def holds_mask(self) -> bool:
+        """Whether the state begins with the mask itself, a bit an element in row-major order."""
+        return False
+
+    @property
     def ranks_magnitudes(self) -> bool:
         """Whether an element is kept by its own magnitude and nothing else: kernels know that."""
         own = type(self)

@@ -50,6 +50,11 @@ class RandomSelector(Selector):
 class _Mask(Selector):
     """A selector whose state is the mask itself, uint8 [ceil(n / 8)]."""
 
+    @property
+    def holds_mask(self) -> bool:
+        """It does."""
+        return True
+
     def state_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
         """A bit a weight."""
         return ((torch.Size(shape).numel() + 7) // 8,)

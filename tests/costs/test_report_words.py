@@ -60,11 +60,11 @@ def test_natural_zeros_are_no_bytes() -> None:
 
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 def test_compare_tells_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["compare", "cifar/resnet20", "--policies", "swat-u:0.9,rigl:0.9"]
+    arguments = ["compare", "cifar/resnet20", "--policies", "swat-u:0.9,snfs:0.9"]
     assert main(arguments) == 0
     told = capsys.readouterr().out
-    assert "kernels on cpu, rigl:0.9: 0 of" in told
-    assert "masks of RigL need dense weight gradients (" in told
+    assert "kernels on cpu, snfs:0.9: 0 of" in told
+    assert "masks of SNFS need dense weight gradients (" in told
     assert main([*arguments, "--device", "cuda"]) == 0
     there = capsys.readouterr().out
     assert "GPUs run reference kernels (cuda)" in there and " on cpu" not in there

@@ -189,10 +189,33 @@ def test_top_weights_under_odd_thresholds(dtype: torch.dtype, threshold: float) 
     check(lambda: kept_top(weight, state, "nchw", Axes(0, 1)))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 63, 64, 65, 1000, 70_001])
+def test_weights_under_a_mask(size: int, dtype: torch.dtype) -> None:
+    """NaN outside of it is zero; what lies behind the mask, as of old, is not read."""
+    weight = draw("wild", (size, 1), dtype) if size else torch.empty(0, 1, dtype=dtype)
+    weight[: size // 2] = torch.nan
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(size)) < 0.3
+    for state in (
+        bits.mask_to_bits(keep),
+        torch.cat([bits.mask_to_bits(keep), torch.ones(1).byte()]),
+    ):
+        found = check(lambda: kept_top(weight, state, "held:nchw", Axes(0, 1)))  # noqa: B023
+        expected = torch.where(keep, weight, torch.zeros_like(weight))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    turned = weight.expand(size, 3).t()
+    mask = bits.mask_to_bits(torch.ones(turned.shape, dtype=torch.bool))
+    check(lambda: kept_top(turned, mask, "held:nchw", Axes(0, 1)))
+
+
 def test_gradients_go_through_the_reference() -> None:
     weight = draw("normal", (6, 4), torch.float32).requires_grad_()
     kept_top(weight, torch.tensor(0.5), "nchw", Axes(0, 1)).sum().backward()
     assert torch.equal(weight.grad, (weight.abs() >= 0.5).float())
+    weight.grad = None
+    keep = torch.rand(6, 4) < 0.5
+    kept_top(weight, bits.mask_to_bits(keep), "held:nchw", Axes(0, 1)).sum().backward()
+    assert torch.equal(weight.grad, keep.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,6 +17,7 @@ from torch import Tensor
 from swatfx import kernels, selectors
 from swatfx.density import Density
 from swatfx.kernels import library
+from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import active_weight
 from swatfx.selectors import Axes, topk
 from swatfx.tensors import bits, layouts
@@ -24,6 +25,7 @@ from tests.nets.kernel_calls import SAMPLES, Sample, random_sample, run_linear
 from tests.nets.topk_data import KINDS, draw
 
 OPS = torch.ops.swatfx
+BATCH = layouts.BATCH_INNERMOST
 LAYOUTS = (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST)
 BATCHES = (0, 1, 5, 17, 40)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +78,33 @@ def convolutions() -> None:
     Sample((16, 2, 64, 66), (64, 2, 1, 1)).run()
     Sample((16, 530, 2, 3), (16, 530, 1, 1)).run()
     Sample((20, 140, 3, 4), (33, 140, 3, 3), padding=(1, 1)).run()
+
+
+def sampled() -> None:
+    """Weight gradients at active weights, and weights by their masks."""
+    for batch, dtype, density in itertools.product(BATCHES[1:], DTYPES[:2], (0.0, 0.2, 1.0)):
+        for size, shape, steps in (
+            ((7, 9), (1, 1, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+            ((3, 5), (35, 19, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
+            ((9, 7), (18, 2, 3, 2), ((2, 3), (1, 2), (1, 2), 3)),
+            ((8, 6), (17, 5, 1, 1), ((2, 3), (0, 0), (1, 1), 1)),
+            ((4, 150), (5, 70, 4, 4), ((1, 1), (2, 2), (1, 1), 1)),
+        ):
+            weight, groups = torch.randn(shape), steps[-1]
+            state = bits.mask_to_bits(torch.rand(shape) < density)
+            x = torch.randn(batch, shape[1] * groups, *size).to(dtype)
+            x = layouts.as_layout(x, BATCH)
+            call = ConvCall(*steps, sparse="w/w!", weight_selector="held:nchw", layout=BATCH)
+            y = OPS.conv(x, weight, None, state, None, *call.options)
+            saved = (y, x, None, weight, state, list(x.shape), [True] * 3)
+            OPS.conv_backward(*saved, *call.options)
+        for rows in (1, 16, 40):
+            x, weight = torch.randn(rows * batch, 19).to(dtype), torch.randn(33, 19)
+            state = bits.mask_to_bits(torch.rand(weight.shape) < density)
+            record = LinearCall(sparse="w/w!", weight_selector="held:nchw", sparse_kernels=True)
+            y = OPS.linear(x, weight, None, state, None, *record.options)
+            saved = (y, x, None, weight, state, list(x.shape), [True] * 3)
+            OPS.linear_backward(*saved, *record.options)
 
 
 def linear() -> None:
@@ -168,6 +197,7 @@ def threshold_and_pack(x: Tensor, selector: str, density: Density, spatial: int)
     bits.pack(x.reshape(-1), flat, x.dtype)
     bits.bits_to_mask(bits.mask_to_bits(flat), flat.numel())
     active_weight(x, state, selector, x.dtype)
+    active_weight(x, bits.mask_to_bits(flat), "held:nchw", x.dtype)
 
 
 def main() -> None:
@@ -175,7 +205,7 @@ def main() -> None:
     watch()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        for part in (convolutions, linear, leaves, pools, top_k):
+        for part in (convolutions, sampled, linear, leaves, pools, top_k):
             part()
     print(*sorted(called))
 

@@ -117,22 +117,26 @@ def test_densities_decide() -> None:
 
 def test_methods_that_are_not_sparse_in_every_product_run_dense() -> None:
     only_forward = Policy("only-forward", 0.9, backward_weight=False, first_dense=True)
-    held = {"hold_from_epoch": 0, "update": "active"}
+    held = {"hold_from_epoch": 0}
     for policy, reason in (
         ("saw:0.9", "SAW runs forward on dense weights"),
         ("meprop:0.9", "meProp runs forward on dense weights"),
         (only_forward, "only-forward takes input gradients from dense weights"),
-        ("rigl:0.9", "masks of RigL need dense weight gradients"),
         ("snfs:0.9", "masks of SNFS need dense weight gradients"),
-        ("set:0.9", "SET leaves activations dense, and so weight gradients"),
-        ("static:0.9", "static leaves activations dense, and so weight gradients"),
+        ("gradual-magnitude:0.9", "gradual-magnitude begins with dense weights"),
+        ("dst", "DST leaves activations dense, and so weight gradients"),
         ("swat-u:0.9,backward_activation=False", "swat-u leaves activations dense, and so weight"),
-        (swatfx.per_layer({"*": "rigl:0.9"}, default="swat-u:0.9"), "masks of RigL need dense"),
+        (swatfx.per_layer({"*": "snfs:0.9"}, default="swat-u:0.9"), "masks of SNFS need dense"),
         (Policy("mine", 0.9, backward_activation=False, **held), "mine leaves activations dense"),
     ):
         found = choices(chain, policy, kernels="sparse")
         assert all(kind.startswith(f"dense: {reason}") for kind in found.values()), (policy, found)
-    for policy in ("swat-u:0.9,forward_activation=True", "swat-u:0.9,gradient_sparsity=0.5"):
+    active = Policy("mine", 0.9, backward_activation=False, update="active", **held)
+    for policy in (
+        "swat-u:0.9,forward_activation=True",
+        "swat-u:0.9,gradient_sparsity=0.5",
+        *("rigl:0.9", "set:0.9", "static:0.9", "dsr:0.9", active),
+    ):
         assert choices(chain, policy)["1.0"] == SPARSE
 
 

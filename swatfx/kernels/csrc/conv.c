@@ -5,55 +5,13 @@
  * that stays in the second-level cache (padding, stride and batch tail are settled by the copy), and the
  * nonzeros of all output rows run over it.
  *
- * Stands on plan.c, rows.c, tile.c and tile_bf16.c.
+ * Stands on plan.c, rows.c, scratch.c, tile.c and tile_bf16.c.
  */
 #include "exports.h"
 #include "plan.h"
 #include "rows.h"
+#include "scratch.h"
 #include "tile.h"
-
-/* Columns [from, until) of an image row, a block of lanes each. */
-static inline __attribute__((always_inline)) void copy_columns(
-    elem *to, const elem *line, int64_t from, int64_t until, int64_t step, int64_t lanes) {
-    for (int64_t c = from; c < until; c++) memcpy(to + c * lanes, line + c * step, lanes * sizeof(elem));
-}
-
-/* Channels [k0, k1) of the input under the tile at (y0, x0), zero where there is no input. */
-static void fill_scratch(const conv_problem *p, const plan *at, const elem *in, int64_t image, int64_t y0,
-                         int64_t x0, int64_t channels, elem *scratch) {
-    const int64_t rows = at->plane / at->row, columns = at->line / at->lanes;
-    const int64_t top = y0 * p->step_y + at->min_dy, left = x0 * p->step_x + at->min_dx;
-    for (int64_t k = 0; k < channels; k++)
-        for (int64_t r = 0; r < rows; r++) {
-            elem *to = scratch + k * at->plane + r * at->row;
-            const int64_t y = top + r;
-            if (y < 0 || y >= p->height) {
-                memset(to, 0, at->row * sizeof(elem));
-                continue;
-            }
-            const elem *line = in + ((k * p->height + y) * p->width) * p->batch + image;
-            for (int64_t phase = 0; phase < p->step_x; phase++, to += at->line) {
-                const int64_t x = left + phase;
-                /* Columns c for which x + c * step lies within the input. */
-                const int64_t from = x >= 0 ? 0 : min64(columns, ceil_div(-x, p->step_x));
-                const int64_t until =
-                    max64(from, min64(columns, p->width > x ? ceil_div(p->width - x, p->step_x) : 0));
-                memset(to, 0, from * at->lanes * sizeof(elem));
-                const elem *first = line + x * p->batch;
-                if (k + 1 < channels) /* planes lie far apart: have the next one's row on its way */
-                    for (int64_t c = from; c < until; c++)
-                        __builtin_prefetch(first + p->height * p->width * p->batch + c * p->step_x * p->batch, 0, 2);
-                if (p->step_x == 1 && p->batch == at->lanes)
-                    memcpy(to + from * at->lanes, first + from * at->lanes,
-                           (until - from) * at->lanes * sizeof(elem));
-                else if (at->lanes == LANES)
-                    copy_columns(to, first, from, until, p->step_x * p->batch, LANES);
-                else
-                    copy_columns(to, first, from, until, p->step_x * p->batch, at->lanes);
-                memset(to + until * at->lanes, 0, (columns - until) * at->lanes * sizeof(elem));
-            }
-        }
-}
 
 /* Where a tile's vectors do not lie in the result as they do in registers: by way of a buffer. */
 static void move_columns(const conv_problem *p, const plan *at, elem *buffer, elem *out, int64_t rows,
@@ -271,7 +229,7 @@ static int run_lanes(const conv_problem *p, const elem *in, const float *weight,
                 for (int64_t b = 0; b < at.blocks; b++) {
                     const int64_t k = b * at.block, channels = min64(at.block, p->channels - k);
                     const elem *planes = from + k * p->height * p->width * p->batch;
-                    if (!at.in_place) fill_scratch(p, &at, planes, image, y0, x0, channels, own.scratch);
+                    if (!at.in_place) TYPED(copy_tile)(p, &at, planes, image, y0, x0, channels, own.scratch);
                     const elem *read = at.in_place ? planes + x0 * LANES : own.scratch;
                     const int finite = reads_finite(p, &at, read, x0, channels);
                     run_tile(p, &at, &w, start, read, &own, to, image, y0, x0, o0, o1, b,

@@ -68,6 +68,16 @@ EXPORT const char *swatfx_sources(void);
 EXPORT int TYPED(sparse_conv)(const conv_problem *p, const elem *in, const float *weight,
     const float *bias, elem *out, float threshold);
 
+/* The weight gradient where a bit of `open` is set. p and in: as those of a sparse_conv that is a forward
+ * convolution of row-major weights: rows are filters, grid_height is out_height and grid_width out_width,
+ * step_out_y and step_out_x are 1, at_y and at_x 0. open: bits of the weights. grad: [groups *
+ * rows][out_height][out_width][batch]. out: of the weights' shape, row-major; zero where no bit is set,
+ * whatever stands in `in` and `grad`.
+ *
+ * Sums do not depend on `threads`. Checked by: as sparse_conv, pack.py the bits. Returns what that does. */
+EXPORT int TYPED(sampled_weight_gradient)(const conv_problem *p, const uint8_t *open, const elem *in,
+    const elem *grad, float *out);
+
 /* packed: of [groups * channels][height][width][batch] in that order, aligned to 4 bytes, `header` as said
  * above and `values` values, float or bfloat16, behind it; values >= 0, and bits behind the last element do
  * not count. grad: [groups * filters][out_height][out_width][batch]. out: the weight gradient, every float
@@ -178,6 +188,11 @@ EXPORT void swatfx_mask_of_bits(const uint8_t *bits, int64_t n, uint8_t *mask, i
 /* out[n] = x where its key is not below that of the one threshold, else 0; both of x's dtype. */
 EXPORT void swatfx_keep_top(
     const void *x, int bytes, int64_t n, const void *threshold, int32_t nan, void *out, int threads
+);
+
+/* out[n] = x where its bit is set in bits[ceil(n / 8)], else 0; bits behind the last may be anything. */
+EXPORT void swatfx_keep_bits(
+    const void *x, int bytes, int64_t n, const uint8_t *bits, void *out, int threads
 );
 
 /* ---- ReLU and dropout: elementwise.py, which checks dtype, density and the size of bits ----

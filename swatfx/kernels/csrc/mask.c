@@ -54,3 +54,21 @@ void swatfx_keep_top(
         for (int64_t i = 0; i < n; i++) kept[i] = (in[i] & 0x7fff) >= bound ? in[i] : 0;
     }
 }
+
+void swatfx_keep_bits(const void *x, int bytes, int64_t n, const uint8_t *bits, void *out, int threads) {
+    threads = threads_for(n, threads);
+    /* All ones where the bit is set: eight elements a byte. */
+#define KEEP(type)                                                                                     \
+    const type *in = x;                                                                                \
+    type *kept = out;                                                                                  \
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1)") for (int64_t i = 0; i < n / 8; i++) { \
+        for (int j = 0; j < 8; j++) kept[8 * i + j] = in[8 * i + j] & (type)-(bits[i] >> j & 1);       \
+    }                                                                                                  \
+    for (int64_t i = n / 8 * 8; i < n; i++) kept[i] = in[i] & (type)-(bits[i / 8] >> i % 8 & 1);
+    if (bytes == 4) {
+        KEEP(int32_t)
+    } else {
+        KEEP(int16_t)
+    }
+#undef KEEP
+}

@@ -8,7 +8,11 @@
 
 #include <unistd.h>
 
-enum { CACHE_WAYS = 16 };
+enum {
+    CACHE_WAYS = 16,
+    TILE_BYTES = 8192,
+    LONG_LIST = 64, /* channels of a block that make a list worth an output gradient's copy */
+};
 
 int64_t cache_bytes(void) {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -36,8 +40,8 @@ static int fits_in_place(const conv_problem *p, const plan *at, int64_t column_b
     return p->channels * lines <= reached * CACHE_WAYS && p->channels * p->width * LANES < INT32_MAX;
 }
 
-plan make_plan(const conv_problem *p, int64_t lanes, int half) {
-    const int64_t bytes = half ? 2 : 4; /* of an element */
+/* How far taps reach. */
+static plan reach(const conv_problem *p, int64_t lanes) {
     plan at = {.lanes = lanes};
     int64_t max_dy = INT64_MIN, max_dx = INT64_MIN;
     at.min_dy = at.min_dx = INT64_MAX;
@@ -48,7 +52,28 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
     if (!p->taps) at.min_dy = at.min_dx = max_dy = max_dx = 0;
     at.halo_y = max_dy - at.min_dy;
     at.halo_x = max_dx - at.min_dx;
+    return at;
+}
 
+/* What follows from the size of a tile. */
+static void measure(const conv_problem *p, plan *at) {
+    at->line = (ceil_div(at->halo_x + 1, p->step_x) + at->tile_cols) * at->lanes;
+    at->row = at->line * p->step_x;
+    at->plane = at->row * (at->halo_y + 1 + (at->tile_rows - 1) * p->step_y);
+}
+
+/* What follows from the rest. */
+static void finish(const conv_problem *p, plan *at) {
+    at->blocks = ceil_div(p->channels, at->block);
+    for (int64_t t = 0; t < p->taps; t++) {
+        const int64_t y = p->tap[t].dy - at->min_dy, x = p->tap[t].dx - at->min_dx;
+        at->offset[t] = y * at->row + x % p->step_x * at->line + x / p->step_x * at->lanes;
+    }
+}
+
+plan make_plan(const conv_problem *p, int64_t lanes, int half) {
+    const int64_t bytes = half ? 2 : 4; /* of an element */
+    plan at = reach(p, lanes);
     /* As many whole columns as registers hold, the same number in every call of a row. */
     const int64_t most = MAX_TILE * LANES / lanes;
     const int64_t calls = ceil_div(p->grid_width, max64(1, most));
@@ -63,9 +88,7 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
     at.block = min64(p->channels, (p->taps > 1 ? 512 : 2048) / bytes);
     const int64_t budget = cache_bytes() * 5 / 8 / bytes;
     for (;;) {
-        at.line = (ceil_div(at.halo_x + 1, p->step_x) + at.tile_cols) * lanes;
-        at.row = at.line * p->step_x;
-        at.plane = at.row * (at.halo_y + 1 + (at.tile_rows - 1) * p->step_y);
+        measure(p, &at);
         if (at.block * at.plane > budget && at.block > 16) {
             at.block = max64(16, ceil_div(at.block, 2));
             continue;
@@ -87,10 +110,42 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
         at.block = p->channels;
         at.plane = p->width * LANES;
     }
-    at.blocks = ceil_div(p->channels, at.block);
-    for (int64_t t = 0; t < p->taps; t++) {
-        const int64_t y = p->tap[t].dy - at.min_dy, x = p->tap[t].dx - at.min_dx;
-        at.offset[t] = y * at.row + x % p->step_x * at.line + x / p->step_x * lanes;
+    finish(p, &at);
+    return at;
+}
+
+plan make_sampled_plan(const conv_problem *p, int64_t lanes, int half) {
+    const int64_t bytes = half ? 2 : 4;
+    plan at = reach(p, lanes);
+    /* So many columns of the output gradient stay in the first-level cache beside what streams by. */
+    const int64_t most = max64(1, TILE_BYTES / (lanes * bytes));
+    at.tile_cols = ceil_div(p->grid_width, ceil_div(p->grid_width, most));
+    at.tile_rows = min64(p->grid_height, max64(1, most / at.tile_cols));
+    at.stack = min64(ceil_div(p->batch, lanes), max64(1, most / (at.tile_cols * at.tile_rows)));
+    at.kernel_cols = at.tile_cols;
+    at.block = p->channels;
+    const int64_t budget = cache_bytes() * 5 / 8 / bytes;
+    for (;;) {
+        measure(p, &at);
+        if (at.block * at.stack * at.plane <= budget) break;
+        if (at.block > LONG_LIST)
+            at.block = max64(LONG_LIST, ceil_div(at.block, 2));
+        else if (at.stack > 1)
+            at.stack /= 2;
+        else if (at.tile_rows > 1)
+            at.tile_rows = ceil_div(at.tile_rows, 2);
+        else if (at.block > 16)
+            at.block = max64(16, ceil_div(at.block, 2));
+        else
+            break;
     }
+    at.plane *= at.stack;
+    at.block = ceil_div(p->channels, ceil_div(p->channels, at.block));
+    if (fits_in_place(p, &at, LANES * bytes)) {
+        at.in_place = at.stack = 1;
+        at.block = p->channels;
+        at.plane = p->width * LANES;
+    }
+    finish(p, &at);
     return at;
 }

@@ -9,6 +9,7 @@
 typedef struct {
     int in_place;               /* the input serves as the scratch: nothing to pad, and no conflicts */
     int64_t lanes;              /* images of a block, at most LANES */
+    int64_t stack;              /* blocks of images in the scratch, of a sampled product; else 0 */
     int64_t block, blocks;      /* input channels that are in the scratch at a time */
     int64_t tile_rows, tile_cols; /* output positions that a scratch serves */
     int64_t kernel_rows, kernel_vectors, kernel_cols; /* and a call of the inner loop */
@@ -22,6 +23,8 @@ int64_t cache_bytes(void);
 
 /* `half`: elements are bfloat16. */
 plan make_plan(const conv_problem *p, int64_t lanes, int half);
+/* Of a sampled product: scratch is [channel of a block][block of images][row][phase of x][column][lane]. */
+plan make_sampled_plan(const conv_problem *p, int64_t lanes, int half);
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }

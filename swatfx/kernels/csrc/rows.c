@@ -44,6 +44,20 @@ static int64_t compress(const float *w, int64_t n, float threshold, int32_t *ind
     return count;
 }
 
+/* Which of n bits from `first` on are set: how many; written to `index` unless that is NULL. */
+static int64_t compress_bits(const uint8_t *bits, int64_t first, int64_t n, int32_t *index) {
+    int64_t count = 0;
+    for (int64_t byte = first / 8; byte <= (first + n - 1) / 8; byte++) {
+        const int64_t at = byte * 8 - first; /* of its lowest bit */
+        uint32_t set = bits[byte];
+        if (at < 0) set &= 0xffu << -at;
+        if (n - at < 8) set &= 0xffu >> (8 - (n - at));
+        for (; index && set; set &= set - 1) index[count++] = (int32_t)at + __builtin_ctz(set);
+        count += __builtin_popcount(set);
+    }
+    return count;
+}
+
 /* To the nearest bfloat16, ties to even; NaN stays one. */
 static void round_values(float *value, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
@@ -79,22 +93,37 @@ typedef struct {
     float *value;
 } compressed;
 
-static int compress_filters(compressed *c, const float *weight, float threshold, int half, int threads) {
+/* What is there to be compressed: weights that are not below a threshold, or places whose bit is set. */
+typedef struct {
+    const float *weight;
+    float threshold;
+    int half;
+    const uint8_t *bits; /* or NULL */
+    int64_t first;       /* bit */
+} source;
+
+static int64_t compress_filter(const compressed *c, const source *from, int64_t f, int32_t *index, float *value) {
+    if (from->bits) return compress_bits(from->bits, from->first + f * c->size, c->size, index);
+    const int64_t count = compress(from->weight + f * c->size, c->size, from->threshold, index, value);
+    if (value && from->half) round_values(value, count);
+    return count;
+}
+
+static int compress_filters(compressed *c, const source *from, int threads) {
     const int64_t padding = LANES;
     c->begin = calloc(c->filters + 1, sizeof(int64_t));
     if (!c->begin) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t f = 0; f < c->filters; f++)
-        c->begin[f + 1] = compress(weight + f * c->size, c->size, threshold, NULL, NULL) + padding;
+        c->begin[f + 1] = compress_filter(c, from, f, NULL, NULL) + padding;
     for (int64_t f = 0; f < c->filters; f++) c->begin[f + 1] += c->begin[f];
     c->index = malloc((c->begin[c->filters] + 1) * sizeof(int32_t));
-    c->value = malloc((c->begin[c->filters] + 1) * sizeof(float));
-    if (!c->index || !c->value) return 1;
+    c->value = from->bits ? NULL : malloc((c->begin[c->filters] + 1) * sizeof(float));
+    if (!c->index || !(from->bits || c->value)) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t f = 0; f < c->filters; f++) {
-        float *value = c->value + c->begin[f];
-        const int64_t count = compress(weight + f * c->size, c->size, threshold, c->index + c->begin[f], value);
-        if (half) round_values(value, count);
+        const int64_t begin = c->begin[f];
+        compress_filter(c, from, f, c->index + begin, c->value ? c->value + begin : NULL);
     }
     return 0;
 }
@@ -103,7 +132,7 @@ static int compress_filters(compressed *c, const float *weight, float threshold,
 static inline void sort_filter(const compressed *c, const position *where, int64_t f, int64_t count, int by_filter,
                                const plan *at, int64_t rows, int64_t *cursor, sparse_rows *out, int fill) {
     const int32_t *index = c->index + c->begin[f];
-    const float *value = c->value + c->begin[f];
+    const float *value = out->value ? c->value + c->begin[f] : NULL;
     for (int64_t i = 0; i < count; i++) {
         const position q = where[index[i]];
         if (q.offset < 0) continue;
@@ -112,22 +141,25 @@ static inline void sort_filter(const compressed *c, const position *where, int64
         int64_t *const to = cursor + block * rows + row;
         if (fill) {
             out->offset[*to] = (int32_t)((channel - block * at->block) * at->plane) + q.offset;
-            out->value[*to] = value[i];
+            if (value)
+                out->value[*to] = value[i];
+            else
+                out->place[*to] = index[i];
         }
         ++*to;
     }
 }
 
-sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half) {
+static sparse_rows build(const conv_problem *p, const plan *at, source from) {
     const int by_filter = p->rows_are_filters;
     const int threads = (int)p->threads;
     const int64_t cells = at->blocks * p->rows;
     compressed c = {by_filter ? p->rows : p->channels, by_filter ? p->channels : p->rows, 0, NULL, NULL, NULL};
     c.size = c.channels * p->weight_taps;
     position *where = positions(p, at, c.channels, p->weight_channel, c.size);
-    sparse_rows out = {calloc(cells + 1, sizeof(int64_t)), NULL, NULL};
+    sparse_rows out = {.begin = calloc(cells + 1, sizeof(int64_t))};
     int64_t *cursor = calloc(cells + 1, sizeof(int64_t));
-    int failed = !where || !out.begin || !cursor || compress_filters(&c, weight, threshold, half, threads);
+    int failed = !where || !out.begin || !cursor || compress_filters(&c, &from, threads);
     /* Filters that share a cell go to one thread, in order: one filter, or a block of them. */
     const int64_t unit = by_filter ? 1 : at->block;
     for (int fill = 0; fill < 2 && !failed; fill++) {
@@ -140,8 +172,11 @@ sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weigh
         for (int64_t i = 0; i < cells; i++) out.begin[i + 1] += out.begin[i];
         memcpy(cursor, out.begin, cells * sizeof(int64_t));
         out.offset = malloc((out.begin[cells] + 1) * sizeof(int32_t));
-        out.value = malloc((out.begin[cells] + 1) * sizeof(float));
-        failed = !out.offset || !out.value;
+        if (from.bits)
+            out.place = malloc((out.begin[cells] + 1) * sizeof(int32_t));
+        else
+            out.value = malloc((out.begin[cells] + 1) * sizeof(float));
+        failed = !out.offset || !(from.bits ? (void *)out.place : (void *)out.value);
     }
     free(where);
     free(cursor);
@@ -152,9 +187,18 @@ sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weigh
     return out;
 }
 
+sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half) {
+    return build(p, at, (source){.weight = weight, .threshold = threshold, .half = half});
+}
+
+sparse_rows build_places(const conv_problem *p, const plan *at, const uint8_t *bits, int64_t first) {
+    return build(p, at, (source){.bits = bits, .first = first});
+}
+
 void free_rows(sparse_rows *rows) {
     free(rows->begin);
     free(rows->offset);
     free(rows->value);
-    *rows = (sparse_rows){NULL, NULL, NULL};
+    free(rows->place);
+    *rows = (sparse_rows){NULL, NULL, NULL, NULL};
 }

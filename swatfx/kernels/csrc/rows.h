@@ -7,11 +7,14 @@
 typedef struct {
     int64_t *begin; /* [blocks * rows + 1]; NULL if memory ran out */
     int32_t *offset; /* in elements, into the scratch buffer */
-    float *value;
+    float *value;   /* of a weight; NULL of places */
+    int32_t *place; /* in the filter, in memory order; NULL of weights */
 } sparse_rows;
 
 /* `half`: values are rounded to bfloat16, to the nearest; those that are zero then stay. */
 sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half);
+/* The places of forward's weights whose bits are set, from that of the first weight's, `first`, on. */
+sparse_rows build_places(const conv_problem *p, const plan *at, const uint8_t *bits, int64_t first);
 void free_rows(sparse_rows *rows);
 
 #endif
