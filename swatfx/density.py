@@ -10,6 +10,7 @@ from swatfx.errors import PolicyError
 
 _SLACK = 1e-6  # a computed density of 0.2 * n may land a rounding error above an integer
 _INT64 = 2**62
+SAME = 1e-6  # what averaging one density with itself may move it by
 
 
 @dataclass(frozen=True)

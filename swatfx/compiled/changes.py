@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
 
 from swatfx.compiled.change_rules import (
@@ -227,15 +228,18 @@ class Watch:
         for at, (one, leaf, other, other_leaf) in enumerate(self._pairs):
             if one.get(leaf) is not other.get(other_leaf):
                 raise torn(" and ".join(join(self._prefix, n) for n in self._ties_of(at)))
-        changed = [w for w, before in zip(weights, self._weights, strict=True) if w is not before]
-        thresholds = [(self._threshold(w), w.tensor.detach()) for w in changed]
-        for threshold, tensor in thresholds:
-            threshold.check(tensor)
+        pairs = zip(weights, self._weights, strict=True)
+        replaced = [(now, before) for now, before in pairs if now is not before]
+        changed = [now for now, _ in replaced]
+        for weight in changed:
+            self._threshold(weight).check(weight.tensor.detach())
         for at, before in enumerate(self._known):
             if isinstance(before.forward, SwatModule) and known[at].module is not before.module:
                 _move_part(before.forward, known[at].module)
-        for threshold, tensor in thresholds:
-            threshold.renew(tensor)
+        for weight, former_weight in replaced:
+            tensor, former = weight.tensor.detach(), former_weight.tensor.detach()
+            same = tensor.device == former.device and torch.equal(tensor, former)
+            self._threshold(weight).renew(tensor, zeroed=weight.is_zeroed, same=same)
         for weight in changed:
             self._write_shape(weight)
         attachment = self._gm.__dict__.pop("attachment", None) if changed else None

@@ -21,6 +21,7 @@ from torch import fx, nn
 from swatfx.compiled.mirror import TABLES, copied_mirror, write_forwards
 from swatfx.compiled.parts import all_parts, is_root
 from swatfx.compiled.reaching import reach
+from swatfx.compiled.state import ActivationThreshold
 from swatfx.compiled.swat_state import SwatState
 from swatfx.compiled.ways import Ways
 from swatfx.errors import CheckpointError, InputError
@@ -227,6 +228,9 @@ class SwatModule(fx.GraphModule):
     def _mend_copies(self) -> None:
         for watch in self._watches():
             watch.mend_copies()
+        for _, threshold in self.swat.thresholds() if "swat" in self._modules else ():
+            if isinstance(threshold, ActivationThreshold):
+                threshold.settle()
 
     def accept_weights(self, has_values: bool = False) -> None:
         """`Watch.accept_weights` of the root and of every part."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swatfx import ops, selectors
 from swatfx.density import Density
 from swatfx.ops.autocast import autocast_dtype
-from swatfx.ops.copied import Buffers, Copied, Mended
+from swatfx.ops.copied import Buffers, Copied, Mended, share_outside
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
 from swatfx.ops.state import CALLS, check_rankable, compute_state, draw_seed, read_density
@@ -224,7 +224,7 @@ class WeightThreshold(Threshold):
             self.remembered.copied.trust()
             self.remembered.forget()
 
-    def take_loaded(self, weight: Tensor, *, zeroed: bool, is_copy: bool) -> None:
+    def take_loaded(self, weight: Tensor, *, zeroed: bool, is_copy: bool) -> float:
         """After `load_state_dict`: what came along belongs to what came along.
 
         What was loaded may be the mean of others' entries: then as `mend`.
@@ -233,15 +233,22 @@ class WeightThreshold(Threshold):
             weight: (F, C, *kernel).
             zeroed: as of `note`.
             is_copy: whether no optimizer is attached.
+
+        Returns:
+            How much of the weight lies outside of a mask outside of which training leaves nothing.
         """
         if self.came_along:
             self.trust()
         known = self.remembered.copied or Copied(self.density_now, self)
         self._take(known.mended(self.selector, weight.detach(), self._now, self._draw), weight)
+        share = 0.0
+        if self.came_along and zeroed and self.is_held:
+            share = share_outside(self.selector, weight.detach(), self.threshold)
         if self.came_along and is_copy:
             self.become_copy()
             self.note(weight, zeroed=zeroed)
         self.came_along = False
+        return share
 
     def take_dense(self) -> None:
         """After `load_state_dict` of weights alone, which supplies our own state."""
@@ -292,11 +299,42 @@ class WeightThreshold(Threshold):
         self.remembered.forget()
 
     @torch.no_grad()
-    def renew(self, weight: Tensor) -> None:
-        """Serve `weight`, which took another's place: selected at the density as it is now."""
+    def renew(self, weight: Tensor, *, zeroed: bool, same: bool) -> None:
+        """Serve `weight`, which took another's place.
+
+        A held mask stays if nothing lies outside of it. Otherwise weights are selected anew, at the
+        density as it is now: in a copy, where a mask would be drawn, the largest.
+
+        Args:
+            weight: (F, C, *kernel).
+            zeroed: as of `note`.
+            same: whether its values are those of the other.
+        """
+        if self._stays(weight, zeroed, same):
+            self.history.forget()
+            self.remembered.forget()
+            self.note(weight, zeroed=zeroed)
+            return
         self.make_room(weight)
         self.stamp.fill_(-1)
         self.recompute(weight)
+
+    def _stays(self, weight: Tensor, zeroed: bool, same: bool) -> bool:
+        """Whether the held mask serves `weight`, too; in a copy it is made to."""
+        shape = initial_state(weight, weight, self.selector, self.spatial, True).shape
+        if not self.is_held or shape != self.threshold.shape or weight.is_meta:
+            return False
+        if same:
+            return True
+        known = self.remembered.copied
+        if known is None or self.threshold.device != weight.device:
+            return False
+        told = None
+        if zeroed:
+            told = known.of_other(self.selector, weight.detach(), self._now, self._draw)
+        if told is not None:
+            self._take(told, weight)
+        return True
 
     def forward(self, weight: Tensor, step: Tensor) -> Tensor:
         """Return the state to use now."""
@@ -345,6 +383,13 @@ class WeightThreshold(Threshold):
 
 class ActivationThreshold(Threshold):
     """State of an input activation; None where no pass will use it."""
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let density and fraction say the same: an average may have parted them."""
+        told = read_density(self.density, self.fraction)
+        if told.value != self.density.item() or (told.exact is None and self.fraction.any()):
+            self.set_density(told)
 
     def __init__(self, *args: Any, in_forward: bool, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -17,19 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from swatfx import selectors
-from swatfx.density import Density
+from swatfx.density import SAME, Density
 from swatfx.errors import SwatWarning
 from swatfx.selectors import Axes, Held, RandomSelector
 from swatfx.selectors.topk import largest
 from swatfx.tensors import bits
 
-_NEAR = 1e-6  # what averaging one density with itself may move it by
 _PRIME = 1048573
+_MUCH = 0.1  # of the weights' magnitude: averages of one training had up to 0.06, of several 0.2
 _LEFT_BEHIND = (
     "weights of a copied model have moved outside of its masks, which nobody wrote since: as of an"
     " average that leaves them out. Its largest weights are active now, in place of its masks."
     " Average with torch.optim.swa_utils.AveragedModel, or copy the buffers below swat. at every"
     " update, for the masks of the source; to keep the copy's, set the weights outside to zero"
+)
+
+_REPLACED = (
+    "a parameter of a copied model was replaced by one with weights outside of its mask. Its"
+    " largest weights are active now. To keep the mask, set the weights outside to zero first"
+)
+_LOADED = (
+    "of layer {layer!r}, {share:.0%} of the magnitude of the weights that were loaded lies outside"
+    " of the mask that came with them, where nothing is active. If this is a mean of several"
+    " models, load the mean of every entry, integers too: the largest weights are then taken"
 )
 
 
@@ -137,9 +147,9 @@ class Copied:
         numerator, denominator = (int(v) for v in fraction.tolist())
         if denominator > 0 and abs(numerator / denominator - value) < 1e-15:
             return Density(value, Fraction(numerator, denominator)), True
-        if abs(value - self._planned.value) < _NEAR:
+        if abs(value - self._planned.value) < SAME:
             return self._planned, False
-        return Density(min(max(value, _NEAR), 1.0)), False
+        return Density(min(max(value, SAME), 1.0)), False
 
     @torch.no_grad()
     def mended(self, selector: str, weight: Tensor, found: Buffers, draw: int) -> Mended:
@@ -163,6 +173,18 @@ class Copied:
             return Mended(None, density, stays)
         return Mended(_largest(chosen, weight, density, draw), density, stays)
 
+    @torch.no_grad()
+    def of_other(self, selector: str, weight: Tensor, found: Buffers, draw: int) -> Mended | None:
+        """What a held `found` should be for a weight that took another's place; None if it fits."""
+        chosen = selectors.get(selector)
+        if not isinstance(chosen, Held) or not _has_values(weight):
+            return None
+        if not weight[~chosen.keep(weight, found.threshold, Axes(0, 1))].any():
+            return None
+        warnings.warn(_REPLACED, SwatWarning, stacklevel=2)
+        density, stays = self.density(found.density, found.fraction)
+        return Mended(_largest(chosen, weight, density, draw), density, stays)
+
     def _is_whole(self, mask: Tensor) -> bool:
         owner = self._owner()
         digest = None if owner is None else owner._buffers.get("digest")
@@ -173,12 +195,31 @@ class Copied:
         note, mask = self._note, found.threshold
         if note is None or note.version != version_of(mask) or not torch.equal(note.mask, mask):
             return False  # whoever wrote it knew what for
-        if not note.was_held or abs(float(found.density.item()) - note.density) > _NEAR:
+        if not note.was_held or abs(float(found.density.item()) - note.density) > SAME:
             return True
         if not (note.zeroed or note.is_ours):
             return False
         sums = _sums(weight, keep)
         return sums[0] != 0 and not all(map(_is_close, sums, note.sums))
+
+
+def share_outside(selector: str, weight: Tensor, mask: Tensor) -> float:
+    """Of the weights' magnitude, what lies outside of a held mask; 0 where none can be."""
+    chosen = selectors.get(selector)
+    if not isinstance(chosen, Held) or not _has_values(weight):
+        return 0.0
+    outside, inside = _sums(weight, chosen.keep(weight, mask, Axes(0, 1)))
+    return outside / (outside + inside) if outside > 0 else 0.0
+
+
+def tell_loaded(shares: dict[str, float]) -> None:
+    """Warn if much of a layer's loaded weights lies outside of the mask that came with them.
+
+    A little does in averages of one training's models under its last masks.
+    """
+    layer, share = max(shares.items(), key=lambda item: item[1], default=("", 0.0))
+    if share > _MUCH:
+        warnings.warn(_LOADED.format(layer=layer, share=share), SwatWarning, stacklevel=2)
 
 
 def digest_of(mask: Tensor) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from swatfx import selectors
-from swatfx.density import DENSE, Density
+from swatfx.density import DENSE, SAME, Density
 from swatfx.errors import InputError
 from swatfx.ops import old_masks
 from swatfx.ops.calls import OF_ACTIVATION, RefreshCall, schema_of
@@ -350,7 +350,12 @@ def _refreshed(
 
 
 def read_density(density: Tensor, fraction: Tensor) -> Density:
-    """The density that the buffers `density` (float64 0-dim) and `fraction` (int64 [2]) hold."""
+    """The density that the buffers `density` (float64 0-dim) and `fraction` (int64 [2]) hold.
+
+    A fraction that is another's counts for nothing: the mean of models has that of one of them.
+    """
+    value = float(density.item())
     numerator, denominator = (int(v) for v in fraction.tolist())
-    exact = Fraction(numerator, denominator) if denominator else None
-    return Density(float(density.item()), exact)
+    if denominator > 0 and abs(numerator / denominator - value) < SAME:
+        return Density(numerator / denominator, Fraction(numerator, denominator))
+    return Density(value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from swatfx.arguments import COUNT, checked, instance, optional
 from swatfx.compiled import SwatModule, sparse_layers, unwrap
 from swatfx.masks import held_by, optimizers_of
+from swatfx.ops.copied import tell_loaded
 from swatfx.ops.origin import note_load
 from swatfx.training.attachment import Attachment, Handle, attachment_of
 
@@ -39,11 +40,14 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
     if not module.swat.stale:  # what came along belongs to what came along
         for _, threshold in module.swat.thresholds():
             threshold.history.forget()
+        shares = {}
         for layer in sparse_layers(module):
             zeroed = layer.plan.rule.zero_inactive == "always"
-            layer.weight_threshold.take_loaded(
+            shares[layer.plan.name] = layer.weight_threshold.take_loaded(
                 layer.weight, zeroed=zeroed, is_copy=attachment is None
             )
+        if module.swat.clock.updates.item():  # before the first, nothing is set to zero
+            tell_loaded(shares)
     module.accept_weights(has_values=True)
     if module.swat.stale:
         module.swat.stale = False

@@ -354,3 +354,92 @@ def test_evaluation_with_other_weights_changes_no_copy() -> None:
     others = {name: torch.randn_like(p) for name, p in average.named_parameters()}
     torch.func.functional_call(average, others, (rows(1)[0],))
     assert_same(dict(average.named_buffers()), before)
+
+
+# ---- Other parameters, other models' masks -------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_copy", [False, True])
+@pytest.mark.parametrize("how", ["parameter", "layer"])
+@pytest.mark.parametrize("name", MOVING)
+def test_another_parameter_of_the_same_values_keeps_its_mask(
+    name: str, how: str, of_copy: bool
+) -> None:
+    """A mask that was drawn anew left out weights that training had grown."""
+    gm = compiled(name)
+    optimizer = sgd(gm)
+    swatfx.attach(gm, optimizer, **TIMES)
+    train(gm, optimizer, rows(TOTAL))
+    model = copy.deepcopy(gm) if of_copy else gm
+    model.eval()
+    x = rows(1, seed=5)[0]
+    before, masks = model(x), [layer.keep_now() for layer in sparse_layers(model)]
+    path = next(sparse_layers(model)).plan.name
+    layer = model.get_submodule(path)
+    if how == "parameter":
+        assert isinstance(layer.weight, Tensor)
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    else:
+        owner, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, copy.deepcopy(layer))
+    assert torch.equal(model(x), before)
+    for layer_now, mask in zip(sparse_layers(model), masks, strict=True):
+        assert torch.equal(layer_now.keep_now(), mask)
+
+
+@pytest.mark.parametrize("name", ["set", "rigl", "snfs", "static"])
+def test_a_copy_whose_parameter_is_replaced_takes_its_largest_weights(name: str) -> None:
+    gm = compiled(name)
+    optimizer = sgd(gm)
+    swatfx.attach(gm, optimizer, **TIMES)
+    train(gm, optimizer, rows(TOTAL))
+    average = copy.deepcopy(gm).eval()
+    first = next(sparse_layers(average))
+    other, kept = torch.randn_like(first.weight), int(first.keep_now().sum())
+    owner = average.get_submodule(first.plan.name)
+    owner.weight = nn.Parameter(other)
+    with pytest.warns(SwatWarning, match="was replaced"):
+        average(rows(1)[0])
+    largest = other.abs() >= other.abs().flatten().topk(kept).values[-1]
+    assert torch.equal(next(sparse_layers(average)).keep_now(), largest)
+
+
+@pytest.mark.parametrize("loop", ["floats", "parameters", "all"])
+def test_an_averaged_model_of_moving_densities_is_saved_and_loaded(
+    loop: str, tmp_path: Path
+) -> None:
+    """Means of densities are none of the exact fractions that they had."""
+    torch.manual_seed(0)
+    gm = swatfx.compile(net(), "swat-m:0.8")
+    optimizer = sgd(gm)
+    average = copy.deepcopy(gm).eval()
+    swatfx.attach(gm, optimizer, **TIMES)
+    for x in rows(TOTAL):
+        train(gm, optimizer, [x])
+        LOOPS[loop](average, gm)
+    swatfx.save(average, tmp_path / "average.ckpt")
+    torch.manual_seed(0)
+    loaded = swatfx.load(tmp_path / "average.ckpt", net()).eval()
+    x = rows(1, seed=5)[0]
+    assert torch.equal(loaded(x), average(x))
+    for one, other in zip(loaded.swat.thresholds(), average.swat.thresholds(), strict=True):
+        assert one[1].density.item() == other[1].density.item()
+
+
+@pytest.mark.parametrize("name", ["set", "rigl"])
+def test_a_mean_of_floats_under_one_models_masks_is_told(name: str) -> None:
+    states = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        gm = swatfx.compile(net(), POLICIES[name])
+        optimizer = sgd(gm)
+        swatfx.attach(gm, optimizer, **TIMES)
+        train(gm, optimizer, rows(TOTAL, seed=seed))
+        states.append(copy.deepcopy(gm.state_dict()))
+    floats = {k: (v + states[1][k]) / 2 for k, v in states[0].items() if v.is_floating_point()}
+    with pytest.warns(SwatWarning, match="lies outside of the mask") as told:
+        swatfx.compile(net(), POLICIES[name]).load_state_dict(states[0] | floats)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SwatWarning)
+        swatfx.compile(net(), POLICIES[name]).load_state_dict(states[0])
