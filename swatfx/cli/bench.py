@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from swatfx import models, timing
+from swatfx import models
 from swatfx.cli.arguments import (
-    LARGEST,
     MOST_THREADS,
     add_compile_options,
     compile_options,
@@ -24,10 +23,10 @@ from swatfx.cli.arguments import (
     whole,
 )
 from swatfx.cli.output import add_formats, check_format, show
-from swatfx.cli.subject import DEFAULT_POLICY, read_policy
+from swatfx.cli.subject import policy_text
 from swatfx.errors import InputError
-from swatfx.timing.bench import ROUNDS, SECONDS
-from swatfx.timing.steps import DTYPES
+from swatfx.policy import parse
+from swatfx.timing import DTYPES, ROUNDS, SECONDS, bench
 
 _PERIOD = 1000
 
@@ -79,7 +78,7 @@ def run(
         read_shape: reads the input's shape from them, with its batch.
 
     Raises:
-        SwatError: as `timing.bench`, or a model or an input that cannot be had.
+        SwatError: as `swatfx.bench`, or a model or an input that cannot be had.
     """
     check_format(args)  # before what takes long
     policy = _policy(args)
@@ -92,7 +91,7 @@ def run(
         given = ("batch_size", "input_shape", "tokens")
         refuse_given(args, given, f"{args.model} returns its own inputs")
     with _progress(args.quiet) as tell:
-        found = timing.bench(
+        found = bench(
             model,
             inputs,
             policy,
@@ -109,16 +108,13 @@ def run(
 
 def _policy(args: argparse.Namespace) -> str:
     """What `--policy`, `--sparsity` and `--period` say together, as one string."""
-    text = DEFAULT_POLICY if args.policy is None else args.policy
-    if args.sparsity is not None:
-        head, comma, tail = text.partition(",")
-        text = f"{head.partition(':')[0]}:{args.sparsity:g}{comma}{tail}"
+    text = policy_text(args.policy, args.sparsity)
     if re.search(r",\s*period\s*=", text):
         refuse_given(args, ["period"], f"{text} says a period itself")
-    elif read_policy(text, None).name != "dense":
+    elif parse(text).name != "dense":  # which takes no options
         text += f",period={_PERIOD if args.period is None else args.period}"
-    read_policy(text, None)
-    return str(text)
+    parse(text)
+    return text
 
 
 def _drawn(shape: tuple[int, ...], tokens: int | None) -> torch.Tensor:
@@ -130,7 +126,7 @@ def _drawn(shape: tuple[int, ...], tokens: int | None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     try:
         if tokens is not None:
-            return torch.randint(min(tokens, LARGEST), shape, generator=generator)
+            return torch.randint(tokens, shape, generator=generator)
         return torch.randn(shape, generator=generator)
     except RuntimeError as error:
         raise InputError(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swatfx import kernels
@@ -35,7 +38,7 @@ from swatfx.timing.layer_times import BACKWARD, FORWARD, OPTIMIZER, layer_second
 from swatfx.timing.losses import loss_of
 from swatfx.timing.machine import allocator, allocator_advice, machine, versions
 from swatfx.timing.records import BenchResult, FormRecord, LayerTime, verdict_on
-from swatfx.timing.rounds import Limit, Rounds, Side, alternate, fastest, ratio, spread, timed
+from swatfx.timing.rounds import Limit, Rounds, Side, alternate, fastest, ratio, spread
 from swatfx.timing.steps import DTYPES, Step
 
 ROUNDS, SECONDS = 20, 40.0
@@ -62,7 +65,7 @@ def _silence(text: str) -> None:
 def bench(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
-    policy: Policy | str = "swat-u:0.9,period=1000",
+    policy: Policy | str = "swat-u:0.8,period=1000",
     *,
     loss: Callable[[Any], Tensor] | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
@@ -101,41 +104,51 @@ def bench(
     chosen, options = as_policy(policy), CompileOptions.of(compile_options)
     _check(model, dtypes)
     inputs = split_inputs(as_inputs(example_inputs))
-    tell("running the dense model once")
-    what, minimised = loss_of(model, inputs, loss)
-    text = policy if isinstance(policy, str) else f"{chosen.name}:{chosen.sparsity:g}"
-    built = Forms(model, inputs, minimised, chosen, options)
-    for form in all_forms(model, dtypes, torch_compile, _without_period(text)):
-        tell(f"preparing {form}")
-        built.add(form)
-    built.check()
-    sides = {name: _told(timed(step.step), name, tell) for name, step in built.steps.items()}
-    limit = Limit(seconds * _OF_STEPS, LEAST_ROUNDS)
-    times = alternate(sides, rounds, limit=limit)
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        tell("running the dense model once")
+        what, minimised = loss_of(model, inputs, loss)
+        text = policy if isinstance(policy, str) else f"{chosen.name}:{chosen.sparsity:g}"
+        built = Forms(model, inputs, minimised, chosen, options)
+        for form in all_forms(model, dtypes, torch_compile, _without_period(text)):
+            tell(f"preparing {form}")
+            built.add(form)
+        built.check()
+        found = _measured(built, rounds, seconds, tell)
+    return replace(
+        found,
+        policy=text,
+        loss=what,
+        notes=tuple(_notes(replace(found, loss=what), torch_compile)),
+    )
+
+
+def _measured(
+    built: Forms, rounds: int, seconds: float, tell: Callable[[str], object]
+) -> BenchResult:
+    """Times, bytes and layers of all forms."""
+    turn = built.steps_a_turn()
+    sides = {name: _told(_turn(step, turn), name, tell) for name, step in built.steps.items()}
+    times = alternate(sides, rounds, limit=Limit(seconds * _OF_STEPS, LEAST_ROUNDS))
     dense = fastest(times, built.names(sparse=False))
     ours = fastest(times, built.names(sparse=True))
+    beside = fastest(times, built.names(sparse=False, eager=True))
     tell("counting the bytes kept for backward")
     reports = {form.dtype: built.report(form) for form in built.forms.values() if form.policy}
     forms = tuple(_record(built, times, name, dense, reports) for name in built.steps)
-    beside = fastest(times, built.names(sparse=False, eager=True))
-    found = reports[built.forms[ours].dtype]
     layers, rest = _layers(
-        {ours: built.steps[ours], beside: built.steps[beside]},
-        found,
-        built.weights(ours),
+        {name: built.steps[name] for name in (ours, beside)},
+        reports[built.forms[ours].dtype],
+        partial(layer_seconds, weights=built.weights(ours), steps=turn),
         rounds,
         Limit(seconds * (1 - _OF_STEPS), LEAST_ROUNDS),
         tell,
     )
-    speedup = ratio(times, dense, ours)
-    count = len(times[ours]["seconds"])
     return BenchResult(
-        model=type(model).__name__,
-        policy=text,
-        inputs=tuple(described(inputs)),
-        loss=what,
+        model=type(built.model).__name__,
+        inputs=tuple(described(built.inputs)),
         period=built.period(),
-        rounds=count,
+        rounds=len(times[ours]["seconds"]),
+        steps_a_round=turn,
         forms=forms,
         unavailable=built.unavailable,
         fastest_dense=dense,
@@ -143,8 +156,7 @@ def bench(
         layers=layers,
         rest=rest,
         layers_beside=beside,
-        verdict=verdict_on(ours, dense, speedup, layers, rest),
-        notes=tuple(_notes(what, count, built.period(), torch_compile)),
+        verdict=verdict_on(ours, dense, ratio(times, dense, ours), layers, rest),
         machine=machine(),
         versions=versions(),
         allocator=allocator(),
@@ -186,6 +198,18 @@ def _told(side: Side, name: str, tell: Callable[[str], object]) -> Side:
     return run
 
 
+def _turn(step: Step, count: int) -> Side:
+    """Measures the seconds of a step, a mean over `count` of them."""
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(count):
+            step.step()
+        return {"seconds": (time.perf_counter() - start) / count}
+
+    return run
+
+
 def _record(
     built: Forms, times: Rounds, name: str, dense: str, reports: Mapping[str, Report]
 ) -> FormRecord:
@@ -208,14 +232,14 @@ def _record(
 def _layers(
     steps: Mapping[str, Step],
     found: Report,
-    weights: Mapping[str, str],
+    measure: Callable[[Step], Mapping[str, float]],
     rounds: int,
     limit: Limit,
     tell: Callable[[str], object],
 ) -> tuple[tuple[LayerTime, ...], tuple[LayerTime, ...]]:
     """(layers, other parts) of the sparse step, the first of `steps`, beside the dense one."""
     sides: dict[str, Side] = {
-        name: _told(partial(layer_seconds, step, weights), f"layers of {name}", tell)
+        name: _told(partial(measure, step), f"layers of {name}", tell)
         for name, step in steps.items()
     }
     times = alternate(sides, rounds, limit=limit)
@@ -280,24 +304,27 @@ class _Parts:
         return max(self._medians[phase] - layers, 0.0)
 
 
-def _notes(what: str, rounds: int, period: int | None, torch_compile: bool) -> Iterator[str]:
+def _notes(found: BenchResult, torch_compile: bool) -> Iterator[str]:
+    """What a reader of the figures has to know."""
+    rounds, turn, period = found.rounds, found.steps_a_round, found.period
     yield (
-        f"a step is forward, loss ({what}), backward and SGD with momentum; {rounds} rounds, in"
-        " which forms take turns; speed-ups are over the fastest dense form, round by round"
+        f"a step is forward, loss ({found.loss}), backward and SGD with momentum; forms take turns,"
+        f" {rounds} rounds of {turn} step{'s' if turn > 1 else ''} each; speed-ups are over the"
+        " fastest dense form, round by round"
     )
     if period is None:
         yield "no layer is sparse"
     elif period == 1:
         yield "thresholds are refreshed at every step"
     else:
-        some = "some steps measured hold a refresh" if period <= rounds else "no step measured does"
-        yield f"thresholds are refreshed every {period} steps: {some}"
+        some = "some of those measured" if period <= rounds * turn else "none of those measured"
+        yield f"thresholds are refreshed every {period} steps, in {some}"
     if not torch_compile:
         yield "torch.compile of the dense forms was not measured: --compile (torch_compile=True)"
     if not kernels.available():
         yield "there are no compiled kernels here: sparse forms run dense arithmetic on masks"
-    found = machine()
-    yield f"{found['processor']}, threads: {found['threads']}, kernels: {found['swatfx_kernels']}"
+    facts = found.machine
+    yield f"{facts['processor']}, threads: {facts['threads']}, kernels: {facts['swatfx_kernels']}"
     advice = allocator_advice()
     if advice is not None:
         yield advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 
 from swatfx.compiled import SwatModule, all_plans
 from swatfx.costs import Report, report
-from swatfx.errors import InputError
+from swatfx.errors import InputError, SwatWarning
 from swatfx.options import CompileOptions
 from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy
 from swatfx.timing.copies import Inputs, copied, on_meta, twin
+from swatfx.timing.rounds import timed
 from swatfx.timing.steps import DTYPES, Step, autocast, failure, kept_storages
 from swatfx.training import attach
 
 _LONG = 10**6  # steps of a training whose masks do not change while it is measured
+_TURN, _MOST_STEPS = 0.1, 10  # seconds; steps
 _SPARSE_LAYOUT = "channels_last"  # of what is made sparse, where there are images
 
 
@@ -89,8 +92,11 @@ class Forms:
         if form.layout == "channels_last":
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if form.policy:
-            options: dict[str, Any] = dict(self.options.to_json())
-            model = compile_model(model, self.policy, **options)
+            with warnings.catch_warnings():
+                if self.names(sparse=True):  # what they warn of was told of the first
+                    warnings.simplefilter("ignore", SwatWarning)
+                options: dict[str, Any] = dict(self.options.to_json())
+                model = compile_model(model, self.policy, **options)
         step = Step(model, inputs, self.loss, DTYPES[form.dtype], form.compiled)
         if form.policy and self.policy.needs_optimizer:
             attach(model, step.optimizer, steps_per_epoch=_LONG, total_steps=_LONG)
@@ -109,6 +115,11 @@ class Forms:
         if not self.names(sparse=False, eager=True) or not self.names(sparse=True):
             name, reason = next(iter(self.unavailable.items()))
             raise InputError(f"no step of this model runs here: {name}: {reason}")
+
+    def steps_a_turn(self) -> int:
+        """How many steps a turn takes, so that turns of the fastest form are not all start-up."""
+        took = [timed(step.step)()["seconds"] for step in self.steps.values()]
+        return max(1, min(int(_TURN / max(min(took), 1e-9)), _MOST_STEPS))
 
     def compiled(self, name: str) -> SwatModule:
         """The model of a sparse form."""

@@ -8,10 +8,12 @@ made, timed by their hooks.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -105,12 +107,16 @@ def _made_since(first: int, node: Any) -> Iterator[Any]:
         todo += [before for before, _ in node.next_functions]
 
 
-def layer_seconds(step: Step, weights: Mapping[str, str]) -> dict[str, float]:
-    """Run one step; seconds by "forward NAME", "backward NAME", and "forward", ... of all of it.
+def layer_seconds(step: Step, weights: Mapping[str, str], steps: int = 1) -> dict[str, float]:
+    """Mean seconds by "forward NAME" and "backward NAME", and by "forward", ... of a whole step.
+
+    The latter are of further steps, which nobody watches: seeing every call costs those that are no
+    layer's, too.
 
     Args:
         step: what to run; a compiled model's thresholds and packs count as their layers' forward.
         weights: layer -> path of its weight; those that are no parameters are left out.
+        steps: to run, of each kind.
     """
     parameters = dict(step.model.named_parameters(remove_duplicate=False))
     owners: dict[int, str] = {}
@@ -118,21 +124,25 @@ def layer_seconds(step: Step, weights: Mapping[str, str]) -> dict[str, float]:
         if path in parameters:
             owners.setdefault(id(parameters[path]), name)
     watch = _Watch(owners)
-    laps: list[tuple[str, float]] = []
-
-    def phase(name: str) -> None:
-        laps.append((name, time.perf_counter()))
-
     with ExitStack() as inside:
         for name, module in _helpers(step.model):
             inside.enter_context(_hooked(watch, name, module))
         inside.enter_context(watch)
-        step.step(phase)
-    phase("end")
+        for _ in range(steps):
+            step.step()
     found = {f"{phase} {name}": seconds for (name, phase), seconds in watch.seconds.items()}
-    for (name, start), (_, end) in zip(laps, laps[1:], strict=False):
-        found[name] = end - start
-    return found
+    for _ in range(steps):
+        laps: list[tuple[str, float]] = []
+        step.step(partial(_lap, laps))
+        _lap(laps, "")
+        for (phase, start), (_, end) in itertools.pairwise(laps):
+            found[phase] = found.get(phase, 0.0) + end - start
+    return {name: seconds / steps for name, seconds in found.items()}
+
+
+def _lap(laps: list[tuple[str, float]], phase: str) -> None:
+    """Note that a phase begins."""
+    laps.append((phase, time.perf_counter()))
 
 
 def _helpers(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

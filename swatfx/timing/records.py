@@ -89,11 +89,10 @@ class BenchResult(Shown):
 
     Attributes:
         model: its name.
-        policy: as it was asked for.
         inputs: the shape and dtype of each.
-        loss: what it is.
         period: steps between two refreshes of the thresholds; None where nothing is sparse.
-        rounds: of all forms that were timed.
+        rounds: in which the forms took turns.
+        steps_a_round: of each form, whose mean is that round's.
         forms: dense ones, then sparse ones.
         unavailable: form -> why it could not run.
         fastest_dense: the strongest rival's name.
@@ -102,6 +101,8 @@ class BenchResult(Shown):
         rest: what of the step is no layer's; with the layers it adds up.
         layers_beside: the dense form whose layers were timed: the fastest one in eager Python.
         verdict: one sentence.
+        policy: as it was asked for.
+        loss: what it is.
         notes: what a reader of the figures has to know.
         machine: what they were measured on.
         versions: of the packages that matter.
@@ -109,11 +110,10 @@ class BenchResult(Shown):
     """
 
     model: str
-    policy: str
     inputs: tuple[str, ...]
-    loss: str
     period: int | None
     rounds: int
+    steps_a_round: int
     forms: tuple[FormRecord, ...]
     unavailable: Mapping[str, str]
     fastest_dense: str
@@ -122,6 +122,8 @@ class BenchResult(Shown):
     rest: tuple[LayerTime, ...]
     layers_beside: str
     verdict: str
+    policy: str = ""
+    loss: str = ""
     notes: tuple[str, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -218,13 +220,15 @@ def _losers(layers: Sequence[LayerTime], rest: Sequence[LayerTime]) -> str:
     """Which layers take longer than dense, most time first."""
     step = sum(part.seconds or 0 for part in (*layers, *rest))
     losers = sorted((row for row in layers if row.lost > _LITTLE * step), key=lambda row: -row.lost)
+    between = sum(row.lost for row in rest)
+    other = f"what lies between the layers takes {1e3 * between:.3g} ms more"
     if not losers:
-        more = 1e3 * sum(part.lost for part in rest)
-        return f"no layer loses much, what lies between them takes {more:+.3g} ms"
-    named = ", ".join(layer.name for layer in losers[:_NAMED])
-    more_of_them = f" and {len(losers) - _NAMED} more" if len(losers) > _NAMED else ""
-    verb = "the layer that loses is" if len(losers) == 1 else "the layers that lose are"
-    return f"{verb} {named}{more_of_them}"
+        return f"no layer loses much, {other}" if between > 0 else "no layer loses much"
+    named = ", ".join(row.name for row in losers[:_NAMED])
+    if len(losers) > _NAMED:
+        named += f" and {len(losers) - _NAMED} more"
+    text = f"the layer{'s that lose are' if len(losers) > 1 else ' that loses is'} {named}"
+    return f"{text}, and {other}" if between > sum(row.lost for row in losers) else text
 
 
 def _spread(values: Numbers, scale: float = 1.0) -> str:

@@ -39,7 +39,7 @@ class Step:
             compiled: let torch.compile compile the model, for these shapes.
         """
         self.model = model.train()
-        self.call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
+        self.call = callable_of(model, compiled)
         self.inputs = inputs
         self.dtype = dtype
         self._loss = loss
@@ -70,6 +70,11 @@ class Step:
         phase("optimizer")
         self.optimizer.step()
         return float(loss.item())
+
+
+def callable_of(model: nn.Module, compiled: bool) -> Callable[..., Any]:
+    """The model, or what torch.compile makes of it, for one shape of input."""
+    return torch.compile(model, dynamic=False) if compiled else model
 
 
 def autocast(dtype: torch.dtype | None, device: str = "cpu") -> AbstractContextManager[None]:
