@@ -31,22 +31,23 @@ def _default_loss(output: Any) -> tuple[str, Callable[[Any], Tensor]]:
     """
     if _own_loss(output) is not None:
         return OWN, lambda output: _own_loss(output)
-    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
-        generator = torch.Generator().manual_seed(2)
-        labels = torch.randint(output.shape[1], output.shape[:1], generator=generator)
-        return CROSS_ENTROPY, lambda output: F.cross_entropy(output, labels)
     if not _trained(output):
         raise InputError(
             "the model returns no tensor that has a gradient",
             value=type(output).__name__,
             remedy="hand a loss: a function of what the model returns",
         )
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
+        generator = torch.Generator().manual_seed(2)
+        labels = torch.randint(output.shape[1], output.shape[:1], generator=generator)
+        return CROSS_ENTROPY, lambda output: F.cross_entropy(output, labels)
     return SQUARES, _mean_square
 
 
 def _own_loss(output: Any) -> Any:
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return found if isinstance(found, Tensor) and found.dim() == 0 else None
+    own = isinstance(found, Tensor) and found.dim() == 0 and found.requires_grad
+    return found if own else None
 
 
 def _trained(output: Any) -> list[Tensor]:
