@@ -7,7 +7,6 @@ ratio is taken round by round, so that a slow minute of the machine meets all of
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks import options
 from swatfx.errors import SwatError
-from swatfx.timing.machine import ALLOCATOR, TUNED, machine, versions
+from swatfx.timing.machine import ALLOCATOR, TUNED, machine, today, versions
 from swatfx.timing.rounds import (
     Rounds,
     Side,
@@ -106,11 +105,6 @@ def command(name: str, argv: Sequence[str]) -> str:
             word = f"{option}={pathlib.PurePath(value).name}"
         words.append(word)
     return shlex.join(words)
-
-
-def today() -> str:
-    """The date as YYYY-MM-DD."""
-    return datetime.date.today().isoformat()
 
 
 def write_result(result: Mapping[str, Any], path: pathlib.Path) -> None:

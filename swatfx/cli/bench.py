@@ -22,7 +22,7 @@ from swatfx.cli.arguments import (
     refuse_given,
     whole,
 )
-from swatfx.cli.output import add_formats, check_format, show
+from swatfx.cli.output import add_formats, check_output, show
 from swatfx.cli.subject import policy_text
 from swatfx.errors import InputError
 from swatfx.policy import parse
@@ -80,7 +80,7 @@ def run(
     Raises:
         SwatError: as `swatfx.bench`, or a model or an input that cannot be had.
     """
-    check_format(args)  # before what takes long
+    check_output(args)
     policy = _policy(args)
     if args.threads:
         torch.set_num_threads(args.threads)

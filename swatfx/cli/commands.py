@@ -38,7 +38,7 @@ from swatfx.cli.arguments import (
     refuse_given,
     whole,
 )
-from swatfx.cli.output import add_formats, check_format, show
+from swatfx.cli.output import add_formats, check_output, show
 from swatfx.cli.subject import DEFAULT_POLICY, compiled, read_policy
 from swatfx.compiled import evaluation_mode
 from swatfx.costs import report
@@ -318,7 +318,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _report(args: argparse.Namespace) -> int:
-    check_format(args)  # before what takes long
+    check_output(args)
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
     gm = compile_model(

@@ -1,6 +1,6 @@
 """Training steps timed and weighed on this machine."""
 
-from swatfx.timing.bench import ROUNDS, SECONDS, bench
+from swatfx.timing.measuring import ROUNDS, SECONDS, bench
 from swatfx.timing.records import BenchResult
 from swatfx.timing.steps import DTYPES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import pathlib
@@ -67,6 +68,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "missing"
     return found
+
+
+def today() -> str:
+    """The date as YYYY-MM-DD."""
+    return datetime.date.today().isoformat()
 
 
 def allocator() -> str | None:

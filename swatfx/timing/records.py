@@ -104,6 +104,7 @@ class BenchResult(Shown):
         policy: as it was asked for.
         loss: what it is.
         notes: what a reader of the figures has to know.
+        date: of the measurement, as YYYY-MM-DD.
         machine: what they were measured on.
         versions: of the packages that matter.
         allocator: settings of glibc's allocator, or None.
@@ -125,6 +126,7 @@ class BenchResult(Shown):
     policy: str = ""
     loss: str = ""
     notes: tuple[str, ...] = ()
+    date: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     allocator: str | None = None

@@ -119,6 +119,7 @@ def test_what_a_callable_returns_beside_the_model(
         (("digits/cnn", "--input-shape", "2,8,8"), "does not run on the inputs"),
         (("digits/cnn", "--tokens", "9"), "does not run on the inputs"),
         (("digits/cnn", "--json", "--format", "csv"), "--json is --format json"),
+        (("digits/cnn", "--output", "no/such/folder"), "its folder is not there"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_a_line(

@@ -249,6 +249,7 @@ X = torch.zeros(4, 3, 8, 8)
 BAD: dict[str, tuple[Callable[[], object], object, dict[str, object]]] = {
     "compiled already": (lambda: swatfx.compile(Residual(), "dense"), X, {}),
     "no parameter that trains": (lambda: Residual().requires_grad_(False), X, {}),
+    "parameters without a shape": (lambda: nn.LazyConv2d(4, 3), X, {}),
     "steps are timed on CPUs": (lambda: Residual().to("meta"), X, {}),
     "does not run on the inputs": (Residual, torch.zeros(4, 5, 8, 8), {}),
     "the loss fails": (Residual, X, {"loss": lambda output: output.no_such}),

@@ -36,7 +36,7 @@ from swatfx.timing.copies import described
 from swatfx.timing.forms import Forms, all_forms
 from swatfx.timing.layer_times import BACKWARD, FORWARD, OPTIMIZER, layer_seconds
 from swatfx.timing.losses import loss_of
-from swatfx.timing.machine import allocator, allocator_advice, machine, versions
+from swatfx.timing.machine import allocator, allocator_advice, machine, today, versions
 from swatfx.timing.records import BenchResult, FormRecord, LayerTime, verdict_on
 from swatfx.timing.rounds import Limit, Rounds, Side, alternate, fastest, ratio, spread
 from swatfx.timing.steps import DTYPES, Step
@@ -157,6 +157,7 @@ def _measured(
         rest=rest,
         layers_beside=beside,
         verdict=verdict_on(ours, dense, ratio(times, dense, ours), layers, rest),
+        date=today(),
         machine=machine(),
         versions=versions(),
         allocator=allocator(),
@@ -176,6 +177,12 @@ def _check(model: nn.Module, dtypes: Sequence[str]) -> None:
             raise UnknownNameError("dtype", str(dtype), DTYPES)
     if not dtypes:
         raise InputError("there is no dtype to measure", remedy=f"name one of {tuple(DTYPES)}")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise InputError(
+            "the model has parameters without a shape yet",
+            value=type(model).__name__,
+            remedy="run it once on a batch before it is measured",
+        )
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if devices - {"cpu"}:
         raise InputError(
