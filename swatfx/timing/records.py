@@ -223,7 +223,7 @@ def _losers(layers: Sequence[LayerTime], rest: Sequence[LayerTime]) -> str:
     step = sum(part.seconds or 0 for part in (*layers, *rest))
     losers = sorted((row for row in layers if row.lost > _LITTLE * step), key=lambda row: -row.lost)
     between = sum(row.lost for row in rest)
-    other = f"what lies between the layers takes {1e3 * between:.3g} ms more"
+    other = f"what lies between the layers takes {_figure(1e3 * between)} ms more"
     if not losers:
         return f"no layer loses much, {other}" if between > 0 else "no layer loses much"
     named = ", ".join(row.name for row in losers[:_NAMED])
@@ -235,7 +235,11 @@ def _losers(layers: Sequence[LayerTime], rest: Sequence[LayerTime]) -> str:
 
 def _spread(values: Numbers, scale: float = 1.0) -> str:
     median, low, high = (values[k] * scale for k in ("median", "minimum", "maximum"))
-    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+    return f"{_figure(median)} [{_figure(low)}, {_figure(high)}]"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _megabytes(size: int | None) -> str:
@@ -243,7 +247,7 @@ def _megabytes(size: int | None) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.3g}"
+    return "-" if seconds is None else _figure(1e3 * seconds)
 
 
 def _speedup(row: LayerTime) -> str:
