@@ -221,7 +221,8 @@ def _record(
     built: Forms, times: Rounds, name: str, dense: str, reports: Mapping[str, Report]
 ) -> FormRecord:
     form = built.forms[name]
-    totals = reports[form.dtype].totals if form.dtype in reports else {}
+    known = form.dtype in reports and not form.compiled
+    totals = reports[form.dtype].totals if known else {}
     key = "saved_bytes" if form.policy else "dense_saved_bytes"
     return FormRecord(
         name=name,

@@ -29,7 +29,7 @@ class FormRecord:
         saved_bytes: of the distinct storages that autograd keeps in the model's forward, parameters
             and buffers excluded, as saved-tensor hooks see them.
         predicted_saved_bytes: the same by `swatfx.report`, at the policy's densities; None where no
-            sparse form of this dtype ran.
+            sparse form of this dtype ran, or torch.compile decides.
     """
 
     name: str

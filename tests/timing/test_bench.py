@@ -219,7 +219,8 @@ def test_torch_compile() -> None:
     found = quick(Residual(), torch.randn(4, 3, 8, 8), torch_compile=True)
     forms = {form.name: form for form in found.forms}
     assert len(forms) == 10 and found.unavailable == {}
-    assert forms["bf16 channels_last, compiled"].compiled
+    compiled = forms["bf16 channels_last, compiled"]
+    assert compiled.compiled and compiled.saved_bytes and compiled.predicted_saved_bytes is None
     assert "compiled" not in found.layers_beside
 
 
