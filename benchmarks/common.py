@@ -7,22 +7,17 @@ ratio is taken round by round, so that a slow minute of the machine meets all of
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
 import platform
-import re
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,114 +25,57 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks import options
-from swatfx import kernels
 from swatfx.errors import SwatError
+from swatfx.timing.machine import ALLOCATOR, TUNED, machine, today, versions
+from swatfx.timing.rounds import (
+    Rounds,
+    Side,
+    Spread,
+    alternate,
+    fastest,
+    ratio,
+    spread,
+    summary,
+    timed,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-# glibc gives big buffers back at every free, and a fresh page costs more than the arithmetic that
-# fills it: under these settings it keeps them.
-TUNED = ":".join(
-    (
-        "glibc.malloc.hugetlb=1",
-        "glibc.malloc.mmap_threshold=4294967296",
-        "glibc.malloc.trim_threshold=17179869184",
-    )
-)
-_PACKAGES = ("torch", "torchvision", "numba", "numpy", "networkx", "swatfx")
 _PATHS = ("--output", "--data", "--partial")  # options whose value names a folder
 
-Side = Callable[[], Mapping[str, float]]
-Rounds = dict[str, dict[str, list[float]]]  # side -> quantity -> one value a round
 Row = list[Any]
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and spread of some values; `iqr` is the distance between the quartiles."""
-
-    median: float
-    minimum: float
-    maximum: float
-    lower_quartile: float
-    upper_quartile: float
-    iqr: float
-    count: int
-
-    def to_json(self) -> dict[str, float]:
-        """A JSON-able dict."""
-        return asdict(self)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """The spread of `values`, of which there must be one at least."""
-    if not values:
-        raise ValueError("spread of no values")
-    low = high = values[0]
-    if len(values) > 1:
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    middle = statistics.median(values)
-    return Spread(middle, min(values), max(values), low, high, high - low, len(values))
-
-
-def ratio(rounds: Rounds, side: str, base: str, quantity: str = "seconds") -> dict[str, float]:
-    """Spread of `side` over `base`, round by round."""
-    pairs = zip(rounds[side][quantity], rounds[base][quantity], strict=True)
-    return spread([a / b for a, b in pairs]).to_json()
-
-
-def summary(rounds: Rounds) -> dict[str, dict[str, dict[str, float]]]:
-    """Spread of every quantity of every side."""
-    return {
-        side: {name: spread(values).to_json() for name, values in quantities.items()}
-        for side, quantities in rounds.items()
-    }
-
-
-def fastest(rounds: Rounds, sides: Sequence[str], quantity: str = "seconds") -> str:
-    """The side of `sides` with the smallest median."""
-    return min(sides, key=lambda side: statistics.median(rounds[side][quantity]))
-
-
-def timed(function: Callable[[], object]) -> Side:
-    """A side that measures the seconds of one call."""
-
-    def side() -> dict[str, float]:
-        start = time.perf_counter()
-        function()
-        return {"seconds": time.perf_counter() - start}
-
-    return side
-
-
-def alternate(
-    sides: Mapping[str, Side],
-    repeats: int,
-    *,
-    warmup: int = 1,
-    tick: Callable[[], object] = lambda: None,
-) -> Rounds:
-    """Run the sides in turn, `repeats` rounds after `warmup` unrecorded ones.
-
-    Every other round runs backwards, so that no side always follows the same one.
-
-    Args:
-        sides: what to measure, by name; each call returns its quantities.
-        repeats: recorded rounds.
-        warmup: rounds before them.
-        tick: called after each call of a side.
-    """
-    rounds: Rounds = {name: {} for name in sides}
-    for index in range(-warmup, repeats):
-        order = list(sides) if index % 2 == 0 else list(sides)[::-1]
-        for name in order:
-            gc.collect()
-            result = sides[name]()
-            tick()
-            if index >= 0:
-                for quantity, value in result.items():
-                    rounds[name].setdefault(quantity, []).append(value)
-    return rounds
+__all__ = [
+    "Benchmark",
+    "RESULTS",
+    "ROOT",
+    "Rounds",
+    "Row",
+    "Side",
+    "Spread",
+    "TUNED",
+    "against",
+    "alternate",
+    "as_markdown",
+    "cell",
+    "command",
+    "fastest",
+    "geometric_mean",
+    "growth_exponent",
+    "machine",
+    "progress",
+    "ratio",
+    "render",
+    "run",
+    "spread",
+    "summary",
+    "timed",
+    "today",
+    "versions",
+    "with_spread",
+    "worker_environment",
+    "write_result",
+]
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -156,49 +94,6 @@ def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def machine() -> dict[str, Any]:
-    """The hardware and what of it PyTorch uses; no names of hosts or folders."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "swatfx_kernels": kernels.instruction_set(),
-        "memory_bytes": _memory_bytes(),
-        "accelerator": accelerator,
-    }
-
-
-def _processor() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match[1].strip() if match else platform.processor()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
 def command(name: str, argv: Sequence[str]) -> str:
     """The command line of a run, without the folders of its files."""
     words = ["python", "-m", f"benchmarks.{name}"]
@@ -210,11 +105,6 @@ def command(name: str, argv: Sequence[str]) -> str:
             word = f"{option}={pathlib.PurePath(value).name}"
         words.append(word)
     return shlex.join(words)
-
-
-def today() -> str:
-    """The date as YYYY-MM-DD."""
-    return datetime.date.today().isoformat()
 
 
 def write_result(result: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -288,7 +178,7 @@ def _measured(benchmark: Benchmark, args: argparse.Namespace, given: Sequence[st
         "machine": machine(),
         "versions": versions(),
         "notes": list(benchmark.notes),
-        "tuned_allocator": f"GLIBC_TUNABLES={TUNED}",
+        "tuned_allocator": f"{ALLOCATOR}={TUNED}",
         "allocators": measured,
     }
     path = args.output
@@ -343,11 +233,11 @@ def progress(total: int, description: str) -> tqdm[Any]:
 
 def worker_environment(allocator: str) -> dict[str, str]:
     """The environment of a process that runs under `allocator`: "tuned" or "default"."""
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = {k: v for k, v in os.environ.items() if k != ALLOCATOR}
     if allocator == "tuned":
         if platform.libc_ver()[0] != "glibc":
             raise SystemExit("the tuned allocator is glibc's: use --allocator default")
-        environment["GLIBC_TUNABLES"] = TUNED
+        environment[ALLOCATOR] = TUNED
     return environment
 
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import swatfx
 from benchmarks import common, options
-from benchmarks.sides import Network, as_form, autocast, failure, parse_network
+from benchmarks.sides import Network, as_form, parse_network
 from swatfx import models
 from swatfx.errors import SwatError
+from swatfx.timing.steps import autocast, failure
 
 STEPS = 3
 WARMUP = 2

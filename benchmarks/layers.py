@@ -28,8 +28,8 @@ import torch
 
 from benchmarks import common, options
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
-from benchmarks.sides import failure
 from swatfx.tensors import layouts
+from swatfx.timing.steps import failure
 
 LAYERS = (
     Layer(1, 64, 256, 56, 32),

@@ -28,7 +28,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import common, options
-from benchmarks.sides import DENSE, Network, StepSide, Trainer, failure, parse_network
+from benchmarks.sides import DENSE, Network, StepSide, Trainer, parse_network
+from swatfx.timing.steps import failure
 
 _POLICY = "swat-u:0.9,period=1000"
 _WARMUP = 2

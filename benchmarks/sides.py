@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ import swatfx
 from benchmarks import options
 from swatfx import models
 from swatfx.compiled import SwatModule
+from swatfx.timing.steps import DTYPES, Step, autocast, callable_of, kept_storages
 
 FORMS = ("nchw", "channels_last", "compiled")
 
@@ -90,7 +91,6 @@ class StepSide:
 
 
 DENSE = {f"dense {form}": StepSide(form) for form in FORMS}
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def in_dtypes(sides: Mapping[str, StepSide], dtypes: Sequence[str]) -> dict[str, StepSide]:
@@ -107,38 +107,28 @@ def policy_sides(policies: list[str], form: str) -> dict[str, StepSide]:
     return {policy: StepSide(form, policy) for policy in policies}
 
 
-class Trainer:
+class Trainer(Step):
     """One side of one network: its model, batch and optimizer."""
 
     def __init__(self, network: Network, side: StepSide, model: nn.Module | None = None) -> None:
         """Set up the side; `model` (made anew if None) is copied, not changed."""
         torch.manual_seed(0)
         self.side = side
-        self.model = make_model(network, side, model).train()
-        self.call = callable_of(self.model, side)
         generator = torch.Generator().manual_seed(1)
         self.x = as_form(torch.randn(network.shape, generator=generator), side.form)
         self.y = torch.randint(network.classes, (network.batch,), generator=generator)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        super().__init__(
+            make_model(network, side, model),
+            ((self.x,), {}),
+            lambda output: F.cross_entropy(output, self.y),
+            side.dtype,
+            side.form == "compiled",
+        )
 
     def loss(self) -> Tensor:
         """Forward and loss."""
-        with _budget(self.side.budget), autocast(self.side.dtype):
-            return F.cross_entropy(self.call(self.x), self.y)
-
-    def step(self, phase: Callable[[str], object] = lambda name: None) -> float:
-        """One training step; its loss.
-
-        `phase` is called with "forward", "backward", "optimizer" as each begins.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        phase("forward")
-        loss = self.loss()
-        phase("backward")
-        loss.backward()
-        phase("optimizer")
-        self.optimizer.step()
-        return float(loss.item())
+        with _budget(self.side.budget):
+            return super().loss()
 
     def refreshed_at(self) -> set[int]:
         """The training iterations at which thresholds were last recomputed."""
@@ -149,21 +139,10 @@ class Trainer:
     def saved_bytes(self) -> dict[str, int]:
         """Bytes of the distinct storages that autograd keeps for backward.
 
-        "saved_bytes" excludes parameters, "saved_bytes_with_parameters" does not. torch.compile's
-        functions save through the same hooks.
+        "saved_bytes" excludes parameters, "saved_bytes_with_parameters" does not.
         """
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, Any] = {}  # the storages themselves: an address must not be given out again
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.loss()
-        del loss
-        sizes = {address: storage.nbytes() for address, storage in kept.items()}
+        sizes = kept_storages(self.loss)
         return {
             "saved_bytes": sum(size for address, size in sizes.items() if address not in own),
             "saved_bytes_with_parameters": sum(sizes.values()),
@@ -178,7 +157,7 @@ class Predictor:
         torch.manual_seed(0)
         self.side = side
         self.model = make_model(network, side, model).eval()
-        self.call = callable_of(self.model, side)
+        self.call = callable_of(self.model, side.form == "compiled")
         generator = torch.Generator().manual_seed(1)
         self.x = as_form(torch.randn(network.shape, generator=generator), side.form)
 
@@ -199,22 +178,6 @@ def make_model(network: Network, side: StepSide, model: nn.Module | None = None)
     return made
 
 
-def callable_of(model: nn.Module, side: StepSide) -> Callable[[Tensor], Tensor]:
-    """The model, or what torch.compile makes of it, for one shape of input."""
-    if side.form != "compiled":
-        return model
-    compiled: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False)
-    return compiled
-
-
-def autocast(dtype: torch.dtype | None, device: str = "cpu") -> AbstractContextManager[None]:
-    """That to `dtype`; none where it is None."""
-    if dtype is None:
-        return nullcontext()
-    found: AbstractContextManager[None] = torch.autocast(device, dtype)
-    return found
-
-
 def as_form(x: Tensor, form: str) -> Tensor:
     """An image batch in the memory format of `form`."""
     return x if form == "nchw" else x.contiguous(memory_format=torch.channels_last)
@@ -229,15 +192,3 @@ def _set_budget(budget: float) -> Iterator[None]:
 
 def _budget(budget: float | None) -> AbstractContextManager[None]:
     return nullcontext() if budget is None else _set_budget(budget)
-
-
-def failure(run: Callable[[], object]) -> str | None:
-    """Run once; the first line of what it raised, or None.
-
-    For what depends on the machine, such as the C++ compiler that torch.compile calls.
-    """
-    try:
-        run()
-    except Exception as error:  # the compiler stack raises whatever its back ends raise
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return None

@@ -23,19 +23,18 @@ from benchmarks import common, options
 from benchmarks.op_times import time_budget
 from benchmarks.sides import (
     DENSE,
-    DTYPES,
     FORMS,
     Network,
     Predictor,
     StepSide,
     Trainer,
-    failure,
     in_dtypes,
     parse_network,
     policy_sides,
 )
 from swatfx import models
 from swatfx.policy import as_policy
+from swatfx.timing.steps import DTYPES, failure
 
 _NETWORKS = (Network("resnet50", 16), Network("cifar/resnet18", 128))
 _QUICK_NETWORKS = (Network("digits/cnn", 4),)

@@ -33,11 +33,13 @@ from swatfx.policy import (
     swat_m,
     swat_u,
 )
+from swatfx.timing import BenchResult, bench
 from swatfx.training import Handle, attach, dense_state_dict, refresh
 from swatfx.tuning import tune
 from swatfx.version import __version__
 
 __all__ = [
+    "BenchResult",
     "Comparison",
     "Density",
     "Handle",
@@ -47,6 +49,7 @@ __all__ = [
     "SwatWarning",
     "__version__",
     "attach",
+    "bench",
     "compare",
     "compile",
     "dense",

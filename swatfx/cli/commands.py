@@ -1,4 +1,4 @@
-"""The command line: `swatfx report | train | compare | export | simulate | policies | ...`."""
+"""The command line: `swatfx report | bench | train | compare | export | simulate | ...`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from swatfx import models, policy
+from swatfx.cli import bench as cli_bench
 from swatfx.cli import compare as cli_compare
 from swatfx.cli import demo
 from swatfx.cli import simulate as cli_simulate
@@ -37,7 +38,7 @@ from swatfx.cli.arguments import (
     refuse_given,
     whole,
 )
-from swatfx.cli.output import add_formats, check_format, show
+from swatfx.cli.output import add_formats, check_output, show
 from swatfx.cli.subject import DEFAULT_POLICY, compiled, read_policy
 from swatfx.compiled import evaluation_mode
 from swatfx.costs import report
@@ -53,6 +54,7 @@ _EPILOG = """examples:
   swatfx report resnet50 --policy swat-u:0.8
   swatfx report cifar/vgg16 --policy swat-erk --sparsity 0.95 --json
   swatfx report mypackage.nets:build --input-shape 3,64,64 --policy swat-u:0.9,period=100
+  swatfx bench cifar/resnet18 --policy swat-u:0.9 --batch-size 128
   swatfx train --model cifar/resnet18 --data cifar10 --data-root DIR --policy swat-u:0.9 --epochs 30
   swatfx compare resnet50 --policies swat-u:0.8,swat-erk:0.8,rigl:0.8,dense
   swatfx export resnet50 --policy swat-u:0.8 --output resnet50.pt2
@@ -197,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     add_compile_options(command)
     add_formats(command)
 
+    command = add("bench", _bench, "time your training step on this machine, dense and sparse")
+    _add_model(command)
+    cli_bench.add_arguments(command)
+
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
     cli_train.add_arguments(command)
 
@@ -312,7 +318,7 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _report(args: argparse.Namespace) -> int:
-    check_format(args)  # before what takes long
+    check_output(args)
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
     gm = compile_model(
@@ -330,6 +336,10 @@ def _report(args: argparse.Namespace) -> int:
         device=args.device,
     )
     return show(result, args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    return cli_bench.run(args, read_shape)
 
 
 def _export(args: argparse.Namespace) -> int:

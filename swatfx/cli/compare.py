@@ -22,7 +22,7 @@ from swatfx.cli.arguments import (
     refuse_idle_data,
     whole,
 )
-from swatfx.cli.output import add_formats, check_format, show
+from swatfx.cli.output import add_formats, check_output, show
 from swatfx.errors import PolicyError
 from swatfx.policy import CONSTRUCTORS
 
@@ -126,7 +126,7 @@ def run(
     Raises:
         SwatError: as `comparing.compare`.
     """
-    check_format(args)  # before what takes long
+    check_output(args)
     policies = split_policies(args.policies)
     for text in args.policies:
         if not split_policies([text]):

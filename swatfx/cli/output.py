@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from pathlib import Path
 
 from swatfx.cli.arguments import file
 from swatfx.errors import InputError
@@ -33,6 +34,21 @@ def check_format(args: argparse.Namespace) -> str:
             remedy="leave one of the two out",
         )
     return "json" if args.json else args.format or "table"
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Refuse, before what takes long, what `show` cannot do in the end.
+
+    Raises:
+        InputError: as `check_format`, or the folder of `--output` is not there.
+    """
+    check_format(args)
+    if args.output is not None and not Path(args.output).absolute().parent.is_dir():
+        raise InputError(
+            "cannot write the file: its folder is not there",
+            value=args.output,
+            remedy="make the folder first, or choose another",
+        )
 
 
 def show(found: Shown, args: argparse.Namespace) -> int:

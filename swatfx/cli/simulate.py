@@ -25,7 +25,7 @@ from swatfx.cli.arguments import (
     refuse_idle_data,
     whole,
 )
-from swatfx.cli.output import add_formats, check_format, show
+from swatfx.cli.output import add_formats, check_output, show
 from swatfx.cli.subject import compiled
 from swatfx.compiled import SwatModule, all_plans
 from swatfx.costs import Simulation, simulate, trace_events
@@ -112,7 +112,7 @@ def run(
         chosen: the policy that they name.
         read_shape: reads the input shape from them, with a batch; asked where no data set has one.
     """
-    check_format(args)  # before what takes long
+    check_output(args)
     refuse_idle_data(args)
     _refuse_idle(args)
     shape = () if args.data else read_shape(args)

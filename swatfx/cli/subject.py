@@ -17,12 +17,17 @@ DEFAULT_POLICY = "swat-u:0.8"
 
 
 def read_policy(text: str | None, sparsity: float | None) -> Policy:
+    """The policy that `policy_text` spells."""
+    return policy.parse(policy_text(text, sparsity))
+
+
+def policy_text(text: str | None, sparsity: float | None) -> str:
     """`--policy` and `--sparsity` together: "swat-u" with 0.9 is "swat-u:0.9"."""
     text = DEFAULT_POLICY if text is None else text
     if sparsity is None:
-        return policy.parse(text)
+        return text
     head, comma, tail = text.partition(",")
-    return policy.parse(f"{head.partition(':')[0]}:{sparsity}{comma}{tail}")
+    return f"{head.partition(':')[0]}:{sparsity}{comma}{tail}"
 
 
 def compiled(args: argparse.Namespace, model: nn.Module) -> SwatModule:

@@ -12,9 +12,10 @@ place, so that a pass can name and rewrite each activation by itself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
@@ -25,11 +26,12 @@ from swatfx.errors import InputError, SwatError, UnknownNameError
 from swatfx.models.densenet import DenseNet
 from swatfx.models.digits import DigitsCNN
 from swatfx.models.resnet import ResNet
-from swatfx.models.resolve import build
+from swatfx.models.resolve import build, build_with_inputs
 from swatfx.models.vgg import VGG
 from swatfx.models.wide_resnet import WideResNet
 
 __all__ = ["create", "default_input_shape", "names", "resolve", "resolve_on_meta"]
+__all__ += ["resolve_with_inputs"]
 
 
 class _Entry(NamedTuple):
@@ -171,8 +173,26 @@ def resolve(spec: str, num_classes: int | None = None) -> nn.Module:
 
     Raises UnknownNameError or InputError where there is no such thing, or it cannot be built.
     """
-    try:
+    with _built(spec):
         return _resolve(spec, num_classes)
+
+
+def resolve_with_inputs(spec: str, num_classes: int | None = None) -> tuple[nn.Module, Any, Any]:
+    """As `resolve`, with what a callable returns beside the model: example inputs and a loss.
+
+    A callable returns a model, (model, inputs) or (model, inputs, loss); what is not there is None.
+    """
+    with _built(spec):
+        if ":" in spec:
+            return build_with_inputs(spec, num_classes)
+        return create(spec, num_classes=num_classes), None, None
+
+
+@contextlib.contextmanager
+def _built(spec: str) -> Iterator[None]:
+    """Raise what goes wrong inside as InputError about `spec`."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, SwatError):
             raise

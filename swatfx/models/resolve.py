@@ -44,6 +44,40 @@ def build(spec: str, num_classes: int | None) -> nn.Module:
     Raises:
         InputError: it cannot be imported, cannot be called so, or returns no module.
     """
+    model = call(spec, num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned no torch.nn.Module", value=type(model).__name__)
+    return model
+
+
+def build_with_inputs(spec: str, num_classes: int | None) -> tuple[nn.Module, Any, Any]:
+    """(model, example inputs, loss) of ``package.module:callable``; None for what it leaves out.
+
+    It returns a model, (model, inputs) or (model, inputs, loss).
+
+    Raises:
+        InputError: as `build`, or it returns something else.
+    """
+    found = call(spec, num_classes)
+    parts = found if isinstance(found, tuple) and 2 <= len(found) <= 3 else (found,)
+    model, inputs, loss = (*parts, None, None)[:3]
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"{spec} returned no torch.nn.Module",
+            value=type(model).__name__,
+            remedy="let it return a model, (model, inputs) or (model, inputs, loss)",
+        )
+    if not (loss is None or callable(loss)):
+        raise InputError(
+            f"the loss that {spec} returned is no function",
+            value=type(loss).__name__,
+            remedy="let it be a function of what the model returns, which gives a scalar",
+        )
+    return model, inputs, loss
+
+
+def call(spec: str, num_classes: int | None) -> Any:
+    """What ``package.module:callable`` returns, called as `build` says; raises as it does."""
     builder = import_callable(spec)
     if not callable(builder):
         raise InputError("not a callable that builds a model", value=spec)
@@ -51,7 +85,7 @@ def build(spec: str, num_classes: int | None) -> nn.Module:
     try:
         if num_classes is not None and "num_classes" in inspect.signature(builder).parameters:
             options["num_classes"] = num_classes
-        model = builder(**options)
+        return builder(**options)
     except (NotImplementedError, RuntimeError):
         raise  # on the meta device, which not every builder can do; see `resolve_on_meta`
     except (Exception, SystemExit) as error:
@@ -60,6 +94,3 @@ def build(spec: str, num_classes: int | None) -> nn.Module:
             value=spec,
             remedy="name a callable without required arguments",
         ) from error
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{spec} returned no torch.nn.Module", value=type(model).__name__)
-    return model

@@ -17,11 +17,11 @@ from benchmarks.sides import (
     Predictor,
     StepSide,
     Trainer,
-    failure,
     parse_network,
     policy_sides,
 )
 from swatfx import models
+from swatfx.timing.steps import failure
 from tests.nets.runners import check_spread, run_quick
 
 pytestmark = pytest.mark.usefixtures("spare_time")

@@ -21,6 +21,9 @@ TAKEN = {
     "--limit": _COUNT,
     "--max-steps": _COUNT,
     "--threads": {"+1"},
+    "--period": _COUNT,
+    "--rounds": _COUNT,
+    "--seconds": {*_COUNT, "1.5", "99999999999999999999"},
     "--seeds": {"+1"},
     "--samples": {"+1"},
     "--word-bytes": {"+1"},
@@ -38,7 +41,11 @@ TAKEN = {
     "--trace": {"file"},
     "--output-dir": {"absent/x", ""},
 }
-ENDLESS = {("compare --train", "--epochs=2147483647"), ("demo", "--epochs=2147483647")}
+ENDLESS = {
+    ("compare --train", "--epochs=2147483647"),
+    ("demo", "--epochs=2147483647"),
+    ("bench", "--batch-size=2147483647"),
+}
 
 
 @pytest.fixture
@@ -132,6 +139,10 @@ MODULES = {
 }
 COMMANDS = {
     "report": ["report", "{}", "--input-shape", "1,8,8"],
+    "bench": [
+        *("bench", "{}", "--input-shape", "1,8,8", "--batch-size", "2", "--dtype", "fp32"),
+        *("--rounds", "1", "--seconds", "0.001"),
+    ],
     "export": ["export", "{}", "--input-shape", "1,8,8", "--output", "a.pt2"],
     "compare": ["compare", "{}", "--policies", "swat-u:0.5", "--input-shape", "1,8,8"],
     "simulate": ["simulate", "{}", "--input-shape", "1,8,8", "--accelerator", "ideal"],
@@ -158,7 +169,7 @@ def test_modules_of_the_user_that_go_wrong(
     (folder / f"{name}.py").write_bytes(text)
     line = [word.format(f"{name}:build") for word in COMMANDS[command]]
     answer = _try(command, "", line, folder, capsys)
-    may = {"tuple": "report export compare simulate", "throws": "", "identity": ""}
+    may = {"tuple": "report bench export compare simulate", "throws": "", "identity": ""}
     if answer == "was taken":
         assert command in may.get(module, "").split()
     else:

@@ -134,6 +134,10 @@ def base(command: str, folder: pathlib.Path) -> list[str]:
     """A right command line of `command`, quick to run."""
     return {
         "report": ["report", "digits/cnn", "--batch-size", "2"],
+        "bench": [
+            *("bench", "digits/cnn", "--batch-size", "2", "--dtype", "fp32", "--rounds", "1"),
+            *("--seconds", "0.001", "--threads", "1", "--quiet"),
+        ],
         "train": [
             *("train", "--model", "digits/cnn", "--data", "fake/1x8x8/3", "--policy", "swat-u:0.5"),
             *("--epochs", "1", "--limit", "16", "--batch-size", "8", "--max-steps", "1"),

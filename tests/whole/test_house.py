@@ -49,6 +49,7 @@ ROOMS = [
     "swatfx.checkpoint",
     "swatfx.exporting",
     "swatfx.tuning",
+    "swatfx.timing",
     "swatfx.paper",
     "swatfx.runs",
     "swatfx.comparing",

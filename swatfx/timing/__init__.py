@@ -1,0 +1,13 @@
+"""Training steps timed and weighed on this machine."""
+
+from swatfx.timing.measuring import ROUNDS, SECONDS, bench
+from swatfx.timing.records import BenchResult
+from swatfx.timing.steps import DTYPES
+
+__all__ = [
+    "BenchResult",
+    "DTYPES",
+    "ROUNDS",
+    "SECONDS",
+    "bench",
+]
