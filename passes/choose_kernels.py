@@ -44,7 +44,7 @@ from swatfx.policy import Policy
 from swatfx.tensors.layouts import BATCH_INNERMOST
 
 MOST_DENSE = 0.3
-LEAST_FILTERS = 16  # of a group: below, hardly a vector is filled
+LEAST_FILTERS = 16  # of a group, unless it is depthwise: below, hardly a vector is filled
 SPARSE = "sparse"
 _RESHAPED = "what it makes has another name, and is written in place later"
 _CHOSEN = ("layout", "sparse_kernels")  # keyword arguments of ops
@@ -214,12 +214,11 @@ def _dense_product(rule: Policy) -> str | None:
 def _too_few(plan: LayerPlan, call: LayerCall, is_conv: bool) -> str | None:
     groups = max(call.groups, 1)
     filters = plan.weight_shape[0] // groups
-    if filters >= LEAST_FILTERS:
+    is_depthwise = groups > 1 and tuple(plan.weight_shape[:2]) == (groups, 1)
+    if filters >= LEAST_FILTERS or is_depthwise:
         return None
     if not is_conv:
         return f"too few outputs ({filters})"
-    if groups > 1 and plan.weight_shape[1] == 1:
-        return "depthwise"
     return f"too few filters{' a group' if groups > 1 else ''} ({filters})"
 
 

@@ -29,6 +29,7 @@ from swatfx.ops.conv import (
     input_in_forward,
 )
 from swatfx.ops.layout import converted
+from swatfx.ops.pack import order_of, unpack
 from swatfx.ops.where import active_weight
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
@@ -206,6 +207,8 @@ def _weight_gradient(
     shapes: Shapes, kept: Tensor, stored: torch.dtype, grad: Tensor, weight: Tensor
 ) -> Tensor | None:
     """Dense, in the memory order of `weight`; None if `kept` is not what the kernels read."""
+    if shapes.is_depthwise:
+        return _depthwise_gradient(shapes, kept, stored, grad, weight)
     elements = shapes.batch * shapes.channels * shapes.height * shapes.width
     values = fitting.packed_values(kept, elements, stored, BATCH_INNERMOST)
     if values is None or stored not in library.ELEMENTS:
@@ -223,6 +226,20 @@ def _weight_gradient(
         library.pointer(out),
     )
     return out.to(weight.dtype) if succeeded(failed, "a sparse weight gradient") else None
+
+
+def _depthwise_gradient(
+    shapes: Shapes, kept: Tensor, stored: torch.dtype, grad: Tensor, weight: Tensor
+) -> Tensor | None:
+    """Of one filter a channel, from the activation as a dense tensor: sums over whole planes, which
+    vectors take faster than single values, for as few weights as there are.
+    """
+    sizes = (shapes.batch, shapes.channels, shapes.height, shapes.width)
+    size = sizes if weight.dim() == 4 else (*sizes[:2], shapes.width)
+    if order_of(kept) != BATCH_INNERMOST:
+        return None
+    seen = converted(unpack(kept, size, stored).to(grad.dtype), BATCH_INNERMOST)
+    return _sampled_gradient(shapes, seen, grad, weight, torch.ones((), dtype=torch.bool))
 
 
 def _sampled_gradient(

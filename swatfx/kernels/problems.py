@@ -87,6 +87,11 @@ class Shapes:
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel has a filter of its own, and only one."""
+        return self.groups == self.channels == self.filters > 1
+
+    @property
     def is_strided_pointwise(self) -> bool:
         """Whether it is pointwise but for a stride: most inputs are then not read at all."""
         return self.kernel == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1)

@@ -20,18 +20,22 @@ from swatfx.kernels import library
 from swatfx.kernels import linear as linear_kernels
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
-from tests.kernels.test_kernels_products_bf16 import CASES
+from tests.kernels.test_kernels_products_bf16 import CASES as PRODUCTS
 from tests.nets.kernel_calls import threads
 
 OPS = torch.ops.swatfx
 BF16 = torch.bfloat16
-MORE = [
+CASES = [
+    # Groups, channels and filters of a group.
+    *((n, g, c // g, f // g, *rest) for n, g, c, f, *rest in PRODUCTS),
     (16, 1, 64, 32, 4, 4, 3, 1, 1, 1),
     (128, 1, 96, 16, 4, 4, 3, 1, 1, 1),  # several blocks of images in a tile
     (40, 1, 24, 16, 3, 3, 3, 1, 1, 1),
     (2, 1, 8, 16, 40, 300, 3, 1, 1, 1),  # rows wider than a tile
     (16, 3, 8, 5, 9, 8, 4, 3, 3, 2),
     (1, 1, 700, 20, 5, 5, 5, 1, 2, 1),
+    (32, 20, 1, 1, 4, 4, 3, 1, 1, 1),  # depthwise
+    (17, 3, 1, 1, 70, 80, 5, 1, 2, 1),
 ]
 
 
@@ -68,7 +72,7 @@ def dense_gradient(x: Tensor, grad: Tensor, weight: Tensor, steps: Any) -> Tenso
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_convolution(case: tuple[int, ...], density: float, dtype: torch.dtype) -> None:
     batch, groups, channels, filters, height, width, kernel, stride, padding, dilation = case
     torch.manual_seed(sum(case))

@@ -98,6 +98,8 @@ SAMPLES = {
     "dilation": Sample((16, 8, 11, 12), (16, 8, 3, 3), padding=(2, 2), dilation=(2, 2)),
     "groups": Sample((16, 32, 6, 6), (64, 8, 3, 3), padding=(1, 1), groups=4),
     "depthwise": Sample((16, 8, 6, 6), (8, 1, 3, 3), padding=(1, 1), groups=8),
+    "depthwise_stride": Sample((17, 40, 9, 7), (40, 1, 5, 5), (2, 2), (2, 2), groups=40, bias=True),
+    "depthwise_1d": Sample((32, 9, 30), (9, 1, 3), (1,), (1,), (1,), 9),
     "bias": Sample((16, 8, 6, 6), (20, 8, 3, 3), bias=True),
     "last": Sample((16, 8, 6, 6), (20, 8, 3, 3), channels_last_weight=True),
     "large_kernel": Sample((16, 3, 20, 21), (16, 3, 11, 11), stride=(4, 4), padding=(5, 5)),

@@ -192,6 +192,62 @@ static int64_t share_rows(const conv_problem *p, int64_t tiles) {
     return shares;
 }
 
+/* For `rows` rows of the result at a time. */
+static room make_room(const plan *at, int64_t rows, int *failed) {
+    /* Vectors of a ragged last column reach past the scratch: never used, but read. */
+    const int64_t held = at->in_place ? 0 : at->block * at->plane, whole = held + MAX_TILE * LANES;
+    const int64_t sums = HALF && at->blocks > 1 ? rows * at->tile_rows * at->kernel_vectors * LANES : 0;
+    const room own = {aligned_alloc(64, ceil_div(whole, 2 * LANES) * 2 * LANES * sizeof(elem)),
+                      aligned_alloc(64, ceil_div(MAX_TILE, 2) * 2 * LANES * sizeof(elem)),
+                      sums ? aligned_alloc(64, sums * sizeof(float)) : NULL};
+    *failed |= !own.scratch || !own.buffer || (sums && !own.sums);
+    if (!*failed) memset(own.scratch + held, 0, MAX_TILE * LANES * sizeof(elem));
+    return own;
+}
+
+static void free_room(room *own) {
+    free(own->scratch);
+    free(own->buffer);
+    free(own->sums);
+}
+
+/* Where groups are one plane each, these are dealt out: one alone is little work. */
+static int run_planes(const conv_problem *all, const elem *in, const float *weight, const float *bias, elem *out,
+                      float threshold, int64_t image0, int64_t images, int64_t lanes) {
+    conv_problem alone = *all;
+    const conv_problem *p = &alone;
+    alone.threads = 1; /* a plane is one thread's */
+    const plan at = make_plan(p, lanes, HALF);
+    if (!at.in_place && at.plane > MAX_SCRATCH) return DOES_NOT_FIT;
+    const int64_t tiles_y = ceil_div(p->grid_height, at.tile_rows), tiles_x = ceil_div(p->grid_width, at.tile_cols);
+    int failed = 0;
+#pragma omp parallel num_threads((int)all->threads) reduction(| : failed)
+    {
+        room own = make_room(&at, 1, &failed);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < p->groups; g++) {
+            if (failed) continue;
+            const elem *from = in + g * p->height * p->width * p->batch;
+            elem *to = out + g * p->out_height * p->out_width * p->batch;
+            int32_t offset[MAX_TAPS];
+            float value[MAX_TAPS];
+            int64_t begin[2] = {0, build_row(p, &at, weight + g * p->weight_group, threshold, HALF, offset, value)};
+            const sparse_rows w = {.begin = begin, .offset = offset, .value = value};
+            for (int64_t tile = 0; tile < images / lanes * tiles_y * tiles_x; tile++) {
+                const int64_t x0 = tile % tiles_x * at.tile_cols, y0 = tile / tiles_x % tiles_y * at.tile_rows;
+                const int64_t image = image0 + tile / (tiles_x * tiles_y) * lanes;
+                const elem *read = at.in_place ? from + x0 * LANES : own.scratch;
+                if (!at.in_place && begin[1]) TYPED(copy_tile)(p, &at, from, image, y0, x0, 1, own.scratch);
+                const int finite = !begin[1] || reads_finite(p, &at, read, x0, 1);
+                run_tile(p, &at, &w, bias ? bias + g : NULL, read, &own, to, image, y0, x0, 0, 1, 0, (upcoming){0},
+                         finite);
+            }
+        }
+        free_room(&own);
+    }
+    return failed ? NO_MEMORY : 0;
+}
+
 static int run_lanes(const conv_problem *p, const elem *in, const float *weight, const float *bias,
                      elem *out, float threshold, int64_t image0, int64_t images, int64_t lanes) {
     const plan at = make_plan(p, lanes, HALF);
@@ -209,15 +265,7 @@ static int run_lanes(const conv_problem *p, const elem *in, const float *weight,
         const int64_t shares = share_rows(p, tiles);
 #pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
         {
-            /* Vectors of a ragged last column reach past the scratch: never used, but read. */
-            const int64_t held = at.in_place ? 0 : at.block * at.plane, whole = held + MAX_TILE * LANES;
-            const int64_t most = ceil_div(p->rows, shares), line = at.kernel_vectors * LANES;
-            const int64_t sums = HALF && at.blocks > 1 ? most * at.tile_rows * line : 0;
-            room own = {aligned_alloc(64, ceil_div(whole, 2 * LANES) * 2 * LANES * sizeof(elem)),
-                        aligned_alloc(64, ceil_div(MAX_TILE, 2) * 2 * LANES * sizeof(elem)),
-                        sums ? aligned_alloc(64, sums * sizeof(float)) : NULL};
-            failed |= !own.scratch || !own.buffer || (sums && !own.sums);
-            if (!failed) memset(own.scratch + held, 0, MAX_TILE * LANES * sizeof(elem));
+            room own = make_room(&at, ceil_div(p->rows, shares), &failed);
 #pragma omp for schedule(dynamic)
             for (int64_t unit = 0; unit < tiles * shares; unit++) {
                 if (failed) continue;
@@ -236,9 +284,7 @@ static int run_lanes(const conv_problem *p, const elem *in, const float *weight,
                              after(p, &at, from, x0, b), finite);
                 }
             }
-            free(own.scratch);
-            free(own.buffer);
-            free(own.sums);
+            free_room(&own);
         }
         free_rows(&w);
         if (failed) return NO_MEMORY;
@@ -250,7 +296,9 @@ int TYPED(sparse_conv)(const conv_problem *p, const elem *in, const float *weigh
                        float threshold) {
     const int64_t whole = p->batch < LANES ? p->batch : p->batch / LANES * LANES;
     const int64_t lanes = min64(whole, LANES), rest = p->batch - whole;
-    const int failed = whole ? run_lanes(p, in, weight, bias, out, threshold, 0, whole, lanes) : 0;
+    int (*const run)(const conv_problem *, const elem *, const float *, const float *, elem *, float, int64_t, int64_t,
+                     int64_t) = p->groups > 1 && p->channels == 1 && p->rows == 1 ? run_planes : run_lanes;
+    const int failed = run(p, in, weight, bias, out, threshold, 0, whole, lanes);
     if (failed || !rest) return failed;
-    return run_lanes(p, in, weight, bias, out, threshold, whole, rest, rest);
+    return run(p, in, weight, bias, out, threshold, whole, rest, rest);
 }

@@ -195,6 +195,31 @@ sparse_rows build_places(const conv_problem *p, const plan *at, const uint8_t *b
     return build(p, at, (source){.bits = bits, .first = first});
 }
 
+int64_t build_row(const conv_problem *p, const plan *at, const float *weight, float threshold, int half,
+                  int32_t *offset, float *value) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < p->taps; t++)
+        if (kept(weight[p->tap[t].weight], threshold)) {
+            offset[count] = (int32_t)at->offset[t];
+            value[count++] = weight[p->tap[t].weight];
+        }
+    if (half) round_values(value, count);
+    return count;
+}
+
+int64_t build_row_of_places(const conv_problem *p, const plan *at, const uint8_t *bits, int64_t first, int32_t *offset,
+                            int32_t *place) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < p->taps; t++) {
+        const int64_t bit = first + p->tap[t].weight;
+        if (bits[bit / 8] >> bit % 8 & 1) {
+            offset[count] = (int32_t)at->offset[t];
+            place[count++] = (int32_t)p->tap[t].weight;
+        }
+    }
+    return count;
+}
+
 void free_rows(sparse_rows *rows) {
     free(rows->begin);
     free(rows->offset);

@@ -13,8 +13,15 @@ typedef struct {
 
 /* `half`: values are rounded to bfloat16, to the nearest; those that are zero then stay. */
 sparse_rows build_rows(const conv_problem *p, const plan *at, const float *weight, float threshold, int half);
+/* The only row of a problem with one channel and one row, into `offset` and `value`, which have room for all
+ * taps: how many. */
+int64_t build_row(const conv_problem *p, const plan *at, const float *weight, float threshold, int half,
+                  int32_t *offset, float *value);
 /* The places of forward's weights whose bits are set, from that of the first weight's, `first`, on. */
 sparse_rows build_places(const conv_problem *p, const plan *at, const uint8_t *bits, int64_t first);
+/* Likewise; `place` is in the filter. */
+int64_t build_row_of_places(const conv_problem *p, const plan *at, const uint8_t *bits, int64_t first, int32_t *offset,
+                            int32_t *place);
 void free_rows(sparse_rows *rows);
 
 #endif

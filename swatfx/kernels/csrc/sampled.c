@@ -52,6 +52,19 @@ static void place_gradient(const conv_problem *p, const plan *at, const position
                 memcpy(buffer, from + r * line + c * p->batch, at->lanes * sizeof(elem));
 }
 
+static int64_t tile_count(const conv_problem *p, const plan *at, int64_t images) {
+    return ceil_div(images / at->lanes, at->stack) * ceil_div(p->grid_height, at->tile_rows) *
+           ceil_div(p->grid_width, at->tile_cols);
+}
+
+/* What a thread works with. Returns whether there is no memory. */
+static int make_room(const plan *at, int64_t held, elem **scratch, elem **buffer) {
+    const int64_t gradient = at->stack * at->tile_rows * at->tile_cols * at->lanes;
+    *scratch = aligned_alloc(64, ceil_div(max64(1, held) * sizeof(elem), 64) * 64);
+    *buffer = aligned_alloc(64, ceil_div(gradient * sizeof(elem), 64) * 64);
+    return !*scratch || !*buffer;
+}
+
 /* One tile's part of the sums of filters [o0, o1), which begin at that of the first block's first place. */
 static void run_tile(const conv_problem *p, const plan *at, const sparse_rows *w, const elem *in, const elem *grad,
                      const position *t, int64_t o0, int64_t o1, elem *scratch, elem *buffer, float *sums) {
@@ -90,14 +103,46 @@ static void write_result(const conv_problem *p, const plan *at, const sparse_row
     }
 }
 
+/* Images [image0, image0 + images), `lanes` of them a block, where groups are one plane each: these are dealt
+ * out, since one alone is little work. */
+static int run_planes(const conv_problem *p, const uint8_t *open, const elem *in, const elem *grad, float *out,
+                      int64_t image0, int64_t images, int64_t lanes) {
+    const plan at = make_sampled_plan(p, lanes, HALF);
+    const int64_t held = at.in_place ? 0 : at.plane, tiles = tile_count(p, &at, images);
+    if (held > MAX_SCRATCH) return DOES_NOT_FIT;
+    int failed = 0;
+#pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
+    {
+        elem *scratch, *buffer;
+        failed |= make_room(&at, held, &scratch, &buffer);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < p->groups; g++) {
+            if (failed) continue;
+            const elem *from = in + g * p->height * p->width * p->batch;
+            const elem *grads = grad + g * p->out_height * p->out_width * p->batch;
+            int32_t offset[MAX_TAPS], place[MAX_TAPS];
+            float sums[MAX_TAPS] = {0}, *filter = out + g * p->weight_group;
+            int64_t begin[2] = {0, build_row_of_places(p, &at, open, g * p->weight_group, offset, place)};
+            const sparse_rows w = {.begin = begin, .offset = offset};
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const position t = tile_position(p, &at, image0, images, tile);
+                run_tile(p, &at, &w, from, grads, &t, 0, 1, scratch, buffer, sums);
+            }
+            if (image0 == 0) memset(filter, 0, p->weight_taps * sizeof(float));
+            for (int64_t i = 0; i < begin[1]; i++) filter[place[i]] += sums[i];
+        }
+        free(scratch);
+        free(buffer);
+    }
+    return failed ? NO_MEMORY : 0;
+}
+
 /* Images [image0, image0 + images), `lanes` of them a block, of all groups. */
 static int run_lanes(const conv_problem *p, const uint8_t *open, const elem *in, const elem *grad, float *out,
                      int64_t image0, int64_t images, int64_t lanes) {
     const plan at = make_sampled_plan(p, lanes, HALF);
-    const int64_t held = at.in_place ? 0 : at.block * at.plane;
+    const int64_t held = at.in_place ? 0 : at.block * at.plane, tiles = tile_count(p, &at, images);
     if (held > MAX_SCRATCH) return DOES_NOT_FIT;
-    const int64_t tiles = ceil_div(images / lanes, at.stack) * ceil_div(p->grid_height, at.tile_rows) *
-                          ceil_div(p->grid_width, at.tile_cols);
     int failed = 0;
     for (int64_t g = 0; g < p->groups && !failed; g++) {
         sparse_rows w = build_places(p, &at, open, g * p->weight_group);
@@ -112,10 +157,8 @@ static int run_lanes(const conv_problem *p, const uint8_t *open, const elem *in,
         failed |= !sums;
 #pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
         {
-            const int64_t gradient = at.stack * at.tile_rows * at.tile_cols * lanes;
-            elem *scratch = aligned_alloc(64, ceil_div(max64(1, held) * sizeof(elem), 64) * 64);
-            elem *buffer = aligned_alloc(64, ceil_div(gradient * sizeof(elem), 64) * 64);
-            failed |= !scratch || !buffer;
+            elem *scratch, *buffer;
+            failed |= make_room(&at, held, &scratch, &buffer);
 #pragma omp for schedule(dynamic)
             for (int64_t unit = 0; unit < parts * shares; unit++) {
                 const int64_t share = unit % shares, part = unit / shares;
@@ -139,7 +182,9 @@ int TYPED(sampled_weight_gradient)(const conv_problem *p, const uint8_t *open, c
                                    float *out) {
     const int64_t whole = p->batch < LANES ? p->batch : p->batch / LANES * LANES;
     const int64_t lanes = min64(whole, LANES), rest = p->batch - whole;
-    const int failed = run_lanes(p, open, in, grad, out, 0, whole, lanes);
+    int (*const run)(const conv_problem *, const uint8_t *, const elem *, const elem *, float *, int64_t, int64_t,
+                     int64_t) = p->groups > 1 && p->channels == 1 && p->rows == 1 ? run_planes : run_lanes;
+    const int failed = run(p, open, in, grad, out, 0, whole, lanes);
     if (failed || !rest) return failed;
-    return run_lanes(p, open, in, grad, out, whole, rest, rest);
+    return run(p, open, in, grad, out, whole, rest, rest);
 }
