@@ -21,7 +21,7 @@ from torch import nn
 
 from passes.tracing.guards import Refusal, asks, here, patched
 
-IN_CONTEXT = "no_grad, autocast or saved-tensor hooks in forward"
+_IN_CONTEXT = "no_grad, autocast or saved-tensor hooks in forward"
 _CONTEXTS: tuple[type, ...] = (
     torch.autocast,
     torch.no_grad,
@@ -37,7 +37,8 @@ _QUESTIONS = frozenset(  # of torch
     " get_autocast_cpu_dtype get_autocast_gpu_dtype get_autocast_ipu_dtype get_autocast_xla_dtype"
     " get_default_dtype get_default_device get_float32_matmul_precision"
     " get_deterministic_debug_mode are_deterministic_algorithms_enabled"
-    " is_deterministic_algorithms_warn_only_enabled is_anomaly_enabled is_anomaly_check_nan_enabled get_rng_state initial_seed".split()
+    " is_deterministic_algorithms_warn_only_enabled is_anomaly_enabled"
+    " is_anomaly_check_nan_enabled get_rng_state initial_seed".split()
 )
 # Of torch, Python and numpy; and all names in torch that begin with set_.
 _SETTERS = frozenset(
@@ -88,7 +89,7 @@ class Modes:
     def check(self) -> None:
         """Raise Refusal if forward is in a context that a node would not remember."""
         if self._open or self._values() != self._before:
-            raise Refusal(IN_CONTEXT)
+            raise Refusal(_IN_CONTEXT)
 
     def _watch(self, kind: type, stack: ExitStack) -> None:
         enter, leave = kind.__dict__["__enter__"], kind.__dict__["__exit__"]
