@@ -1,8 +1,8 @@
 """What symbolic tracing would get wrong without a word, turned into an error.
 
 Tracing runs a forward once, on proxies. Whatever that run does beside making nodes is lost, or
-frozen into the graph: a branch on a type or on the grad mode, operations under no_grad or autocast,
-the backward of a custom autograd.Function, recomputation, attributes set, random numbers drawn.
+frozen into the graph: a branch on a type, the backward of a custom autograd.Function,
+recomputation, attributes set, random numbers drawn, a mode such as autocast entered (in `modes`).
 Here each of these raises TraceError, so that the module it is found in stays eager.
 """
 
@@ -31,12 +31,9 @@ _CHECKPOINTS = (  # what activation checkpointing runs through, by version of to
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",
 )
-_MODES = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
 _OWN = ("tracer", "node", "root", "attr", "_node")  # what fx itself sets on a proxy
 _OF_DICTS = ("get", "pop", "setdefault", "keys", "items")
 refusals: list[str] = []  # reasons given so far: a user's `except` may have swallowed one
-_is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
 
 
 class Refusal(TraceError):
@@ -70,7 +67,7 @@ class WatchedProxy(fx.Proxy):
     """
 
     def __getattr__(self, name: str) -> WatchedAttribute:
-        if name in _OF_DICTS and _asks(sys._getframe(1)):
+        if name in _OF_DICTS and asks(sys._getframe(1)):
             raise Refusal(f".{name} of an input: whether it is there is known only when it runs")
         return WatchedAttribute(self, name)
 
@@ -101,7 +98,7 @@ class WatchedProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance asks for this when the real type does not match.
-        if _asks(sys._getframe(1)):
+        if asks(sys._getframe(1)):
             raise Refusal("isinstance on an input of the graph")
         return WatchedProxy
 
@@ -122,7 +119,7 @@ class WatchedAttribute(WatchedProxy, fx.proxy.Attribute):
         return node
 
 
-def _asks(frame: Any) -> bool:
+def asks(frame: Any) -> bool:
     """Whether a user's code stands at `frame`: not torch's, not ours."""
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
@@ -132,7 +129,7 @@ def _asks(frame: Any) -> bool:
     return False
 
 
-def _here(replacement: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+def here(replacement: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
     """`replacement` in this thread, `real` in others: they run beside, and trace nothing."""
     thread = threading.get_ident()
 
@@ -160,16 +157,14 @@ def has_proxy(value: Any) -> bool:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Refuse checkpointing, custom autograd functions, and questions about the mode."""
+    """Refuse checkpointing, and custom autograd functions."""
     with ExitStack() as stack:
         for name in _CHECKPOINTS:
             if hasattr(torch.utils.checkpoint, name):
                 real = getattr(torch.utils.checkpoint, name)
-                refuse = _here(_raise("activation checkpointing"), real)
-                stack.enter_context(_patched(torch.utils.checkpoint, name, refuse))
-        for name in _MODES:
-            stack.enter_context(_patched(torch, name, _mode_question(name)))
-        stack.enter_context(_patched(torch, "is_tensor", _is_tensor))
+                refuse = here(_raise("activation checkpointing"), real)
+                stack.enter_context(patched(torch.utils.checkpoint, name, refuse))
+        stack.enter_context(patched(torch, "is_tensor", _is_tensor))
         apply = torch.autograd.Function.__dict__["apply"]
 
         def watched(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,12 +174,13 @@ def guarded() -> Iterator[None]:
                 raise Refusal(what or f"custom autograd function {name}")
             return apply.__get__(None, cls)(*args, **kwargs)
 
-        stack.enter_context(_patched(torch.autograd.Function, "apply", classmethod(watched)))
+        stack.enter_context(patched(torch.autograd.Function, "apply", classmethod(watched)))
         yield
 
 
 @contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put `value` in the place of what a module or class has under a name."""
     before = owner.__dict__[name]
     setattr(owner, name, value)
     try:
@@ -193,24 +189,7 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _mode_question(name: str) -> Callable[..., Any]:
-    real = getattr(torch, name)
-
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        if _asks(sys._getframe(2)):  # past `_here`
-            raise Refusal(f"control flow on torch.{name}")
-        return real(*args, **kwargs)
-
-    return _here(ask, real)
-
-
 def _is_tensor(value: object) -> bool:
     if has_proxy(value):
         raise Refusal("isinstance on an input of the graph")
     return isinstance(value, torch.Tensor)
-
-
-def ambient() -> tuple[Any, ...]:
-    """Modes that a node is run under but does not remember: grad, autocast, saved-tensor hooks."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return _is_grad_enabled(), _is_autocast_enabled("cpu"), _is_autocast_enabled("cuda"), hooks

@@ -21,10 +21,10 @@ from passes.tracing.guards import (
     Refusal,
     TrainingFlag,
     WatchedProxy,
-    ambient,
     guarded,
     refusals,
 )
+from passes.tracing.modes import Modes
 from passes.tracing.module_kinds import LAYERS, has_layers, is_script, opaque_reason
 from passes.tracing.random import DRAWN, Generators
 from passes.tracing.rebuilding import is_own, take_apart
@@ -47,7 +47,7 @@ class Tracer(fx.Tracer):
         self._thread = threading.get_ident()
         self._arguments: Arguments | None = None
         self._pattern: Pattern | None = None
-        self._ambient: tuple[Any, ...] = ()
+        self._modes = Modes()
 
     def trace_root(
         self, root: nn.Module, arguments: Arguments, pattern: Pattern | None
@@ -61,9 +61,10 @@ class Tracer(fx.Tracer):
         modules = [(n, m) for n, m in root.named_modules() if not is_script(m)]
         with _training_flags(modules, self.prefix), _without_parts(modules), guarded():
             state = State(modules)
-            self._ambient = ambient()
+            real = RealTensors(set(self._tensors))
+            watched = self._modes.watching(m for _, m in modules)
             try:
-                with RealTensors(set(self._tensors)), self._generators.watching():
+                with real, self._generators.watching(), watched:
                     graph = self.trace(root)
             finally:
                 changed = state.restore()
@@ -144,8 +145,8 @@ class Tracer(fx.Tracer):
         expand = composites.find_function(target) if kind == "call_function" else None
         if expand is not None:
             return expand(self, *args[0], **args[1])
-        if kind.startswith("call") and ambient() != self._ambient:
-            raise fx.proxy.TraceError("no_grad, autocast or saved-tensor hooks in forward")
+        if kind.startswith("call"):
+            self._modes.check()
         return super().create_proxy(kind, target, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -186,7 +187,8 @@ class Tracer(fx.Tracer):
         """Run a forward; random numbers drawn while tracing would be frozen into the graph."""
         before, known = self._generators.state(), len(refusals)
         try:
-            result = run()
+            with self._modes.forward():
+                result = run()
         finally:
             drawn = self._generators.restore(before)
         if refusals[known:]:
