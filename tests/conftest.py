@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from swatfx import kernels
+from swatfx.kernels import conv as conv_kernels
+from swatfx.kernels import library
+from swatfx.kernels import linear as linear_kernels
 from swatfx.runs.run import train_run
 
 
@@ -68,3 +71,17 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
+
+
+@pytest.fixture
+def no_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No reference of a layer may run: it shares no code with what is asked for."""
+    if not library.available():
+        pytest.skip("no compiled kernels")
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("a reference ran")
+
+    for module, name in ((conv_kernels, "conv"), (linear_kernels, "linear")):
+        monkeypatch.setattr(module, f"{name}_reference", fail)
+        monkeypatch.setattr(module, f"{name}_backward_reference", fail)

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx import kernels, ops
-from swatfx.kernels import conv as conv_kernels
-from swatfx.kernels import library
-from swatfx.kernels import linear as linear_kernels
 from swatfx.tensors import layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
+
+pytestmark = pytest.mark.usefixtures("no_references")
 
 BF16 = torch.bfloat16
 # batch, groups, channels, filters, height, width, kernel, stride, padding, dilation
@@ -50,20 +49,6 @@ CASES = [
     (1, 17, 17, 17, 6, 40, 3, 3, 0, 2),
     (16, 5, 5, 5, 3, 4, 1, 1, 0, 1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may run a reference: that shares no code with what is asked for."""
-    if not library.available():
-        pytest.skip("no compiled kernels")
-
-    def fail(*args: Any) -> None:
-        raise AssertionError("a reference ran")
-
-    for module, name in ((conv_kernels, "conv"), (linear_kernels, "linear")):
-        monkeypatch.setattr(module, f"{name}_reference", fail)
-        monkeypatch.setattr(module, f"{name}_backward_reference", fail)
 
 
 def top(x: Tensor, density: float) -> Tensor:

@@ -16,8 +16,6 @@ import swatfx
 from swatfx import kernels, ops
 from swatfx.compiled.layers import sparse_layers
 from swatfx.kernels import conv as conv_kernels
-from swatfx.kernels import library
-from swatfx.kernels import linear as linear_kernels
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
 from tests.kernels.test_kernels_products_bf16 import CASES as PRODUCTS
@@ -39,20 +37,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may run a reference: that shares no code with what is asked for."""
-    if not library.available():
-        pytest.skip("no compiled kernels")
-
-    def fail(*args: Any) -> None:
-        raise AssertionError("a reference ran")
-
-    for module, name in ((conv_kernels, "conv"), (linear_kernels, "linear")):
-        monkeypatch.setattr(module, f"{name}_reference", fail)
-        monkeypatch.setattr(module, f"{name}_backward_reference", fail)
-
-
 def conv_gradient(
     x: Tensor, grad: Tensor, weight: Tensor, keep: Tensor, steps: Any, opened: Tensor | None = None
 ) -> Tensor:
@@ -69,7 +53,7 @@ def dense_gradient(x: Tensor, grad: Tensor, weight: Tensor, steps: Any) -> Tenso
     return torch.nn.grad.conv2d_weight(x, list(weight.shape), grad, *steps)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("no_references")
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -93,7 +77,7 @@ def test_convolution(case: tuple[int, ...], density: float, dtype: torch.dtype) 
         assert torch.equal(conv_gradient(x, grad, weight, keep, steps), found)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("no_references")
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("shape", [(16, 40), (17, 1), (33, 300), (3, 11, 70), (2, 3, 8, 9)])
 def test_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -112,7 +96,7 @@ def test_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert (found[~keep] == 0).all()
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("no_references")
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_what_no_weight_meets_is_not_seen(dtype: torch.dtype) -> None:
     """NaN where weights are inactive, or behind the last image of a vector, leaves zeros zero."""
