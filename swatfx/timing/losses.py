@@ -70,7 +70,7 @@ def loss_of(
         raise
     except Exception as error:  # of the user's own code
         raise InputError(
-            f"the model does not run on the inputs: {type(error).__name__}: {error}",
+            f"the model does not run on the example inputs: {type(error).__name__}: {error}",
             value=", ".join(described(inputs)),
             remedy="check their shapes and dtypes",
         ) from error

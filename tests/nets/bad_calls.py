@@ -78,6 +78,7 @@ def right(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "compile": lambda: {"model": net(), "policy": "swat-u:0.5"},
         "report": lambda: {"gm": compiled(), "example_inputs": x},
+        "bench": lambda: {"model": net(), "example_inputs": x, "seconds": 0.01},
         "compare": lambda: {"model": net, "policies": ["dense"], "example_inputs": x},
         "export": lambda: {"gm": compiled(), "path": folder / "a.safetensors", "example_inputs": x},
         "load_sparse": exported,

@@ -14,6 +14,7 @@ from tests.nets import bad_calls
 
 # What errors call an argument other than by its name.
 CALLED = {
+    "dtypes": "dtype",
     "gm": "compiled model",
     "model": r"torch\.nn\.Module|run that can be resumed wants a model",
     "path": "export format|checkpoint|file",
@@ -57,6 +58,10 @@ TAKEN: dict[tuple[str, str], set[str]] = {
     ("ssc", "p"): {"2**70"},
     ("ssc", "q"): {"None", "2**70"},
     ("attach", "steps_per_epoch"): {"None"},
+    ("bench", "loss"): {"None"},
+    ("bench", "seconds"): {"0", "1.5", "2**70"},
+    ("bench", "compile_options"): {"None", "empty dict"},
+    ("bench", "tell"): {"class"},
     ("compare", "model"): {"class"},
     ("compare", "num_classes"): {"None"},
     ("compare", "compile_options"): {"None", "empty dict"},
@@ -80,7 +85,7 @@ TAKEN: dict[tuple[str, str], set[str]] = {
     ("tune", "simulation_options"): {"None"},
 }
 FLAGS = "first_dense last_dense global_threshold forward_weight forward_activation backward_weight"
-FLAGS += " backward_activation separate quiet training fallback"
+FLAGS += " backward_activation separate quiet training fallback torch_compile"
 
 
 def _is_right(function: str, argument: str, value: str) -> bool:
