@@ -252,7 +252,7 @@ BAD: dict[str, tuple[Callable[[], object], object, dict[str, object]]] = {
     "no parameter that trains": (lambda: Residual().requires_grad_(False), X, {}),
     "parameters without a shape": (lambda: nn.LazyConv2d(4, 3), X, {}),
     "steps are timed on CPUs": (lambda: Residual().to("meta"), X, {}),
-    "does not run on the inputs": (Residual, torch.zeros(4, 5, 8, 8), {}),
+    "does not run on the example inputs": (Residual, torch.zeros(4, 5, 8, 8), {}),
     "the loss fails": (Residual, X, {"loss": lambda output: output.no_such}),
     "one number that has a gradient": (Residual, X, {"loss": lambda output: output}),
     "no tensor that has a gradient": (Detached, X, {}),
