@@ -19,10 +19,12 @@ static void move_columns(const conv_problem *p, const plan *at, elem *buffer, el
     const int64_t line = at->kernel_vectors * LANES;
     const int64_t out_row = p->step_out_y * p->out_width * p->batch, out_col = p->step_out_x * p->batch;
     const int64_t bytes = at->lanes * sizeof(elem);
+    const int joined = out_col == at->lanes; /* columns follow each other in the result, as in the buffer */
+    const int64_t runs = joined ? 1 : cols, size = (joined ? cols : 1) * bytes;
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) {
+        for (int64_t c = 0; c < runs; c++) {
             elem *in_buffer = buffer + r * line + c * at->lanes, *in_out = out + r * out_row + c * out_col;
-            memcpy(to_buffer ? in_buffer : in_out, to_buffer ? in_out : in_buffer, bytes);
+            memcpy(to_buffer ? in_buffer : in_out, to_buffer ? in_out : in_buffer, size);
         }
 }
 

@@ -55,9 +55,16 @@ static plan reach(const conv_problem *p, int64_t lanes) {
     return at;
 }
 
-/* What follows from the size of a tile. */
-static void measure(const conv_problem *p, plan *at) {
-    at->line = (ceil_div(at->halo_x + 1, p->step_x) + at->tile_cols) * at->lanes;
+/* Whole columns that fill whole runs of `elements`, where columns of so many lanes can: else `columns`. */
+static int64_t whole_columns(int64_t columns, int64_t lanes, int64_t elements) {
+    const int64_t unit = elements % lanes ? 1 : elements / lanes;
+    return ceil_div(columns, unit) * unit;
+}
+
+/* What follows from the size of a tile. Lines begin at a cache line's, so that few vectors lie on two. */
+static void measure(const conv_problem *p, plan *at, int64_t bytes) {
+    const int64_t columns = ceil_div(at->halo_x + 1, p->step_x) + at->tile_cols;
+    at->line = whole_columns(columns, at->lanes, (int64_t)sizeof(vec) / bytes) * at->lanes;
     at->row = at->line * p->step_x;
     at->plane = at->row * (at->halo_y + 1 + (at->tile_rows - 1) * p->step_y);
 }
@@ -77,7 +84,7 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
     /* As many whole columns as registers hold, the same number in every call of a row. */
     const int64_t most = MAX_TILE * LANES / lanes;
     const int64_t calls = ceil_div(p->grid_width, max64(1, most));
-    at.kernel_cols = ceil_div(p->grid_width, calls);
+    at.kernel_cols = whole_columns(ceil_div(p->grid_width, calls), lanes, LANES);
     at.kernel_vectors = ceil_div(at.kernel_cols * lanes, LANES);
     at.kernel_rows = min64(min64(MAX_TILE_ROWS, p->grid_height), rows_of_tile(at.kernel_vectors, half));
 
@@ -88,7 +95,7 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
     at.block = min64(p->channels, (p->taps > 1 ? 512 : 2048) / bytes);
     const int64_t budget = cache_bytes() * 5 / 8 / bytes;
     for (;;) {
-        measure(p, &at);
+        measure(p, &at, bytes);
         if (at.block * at.plane > budget && at.block > 16) {
             at.block = max64(16, ceil_div(at.block, 2));
             continue;
@@ -126,7 +133,7 @@ plan make_sampled_plan(const conv_problem *p, int64_t lanes, int half) {
     at.block = p->channels;
     const int64_t budget = cache_bytes() * 5 / 8 / bytes;
     for (;;) {
-        measure(p, &at);
+        measure(p, &at, bytes);
         if (at.block * at.stack * at.plane <= budget) break;
         if (at.block > LONG_LIST)
             at.block = max64(LONG_LIST, ceil_div(at.block, 2));
