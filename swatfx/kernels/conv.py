@@ -118,7 +118,7 @@ def run_sampled(
     Raises:
         MemoryError: no room for its buffers.
     """
-    out = torch.empty(weight.shape)
+    out = torch.empty(weight.shape, device="cpu")
     open_bits = bits.mask_to_bits(reached.expand(weight.shape))
     failed = library.function("sampled_weight_gradient", ctypes.c_int, elements=input.dtype)(
         ctypes.byref(problem),
@@ -239,7 +239,9 @@ def _depthwise_gradient(
     if order_of(kept) != BATCH_INNERMOST:
         return None
     seen = converted(unpack(kept, size, stored).to(grad.dtype), BATCH_INNERMOST)
-    return _sampled_gradient(shapes, seen, grad, weight, torch.ones((), dtype=torch.bool))
+    return _sampled_gradient(
+        shapes, seen, grad, weight, torch.ones((), dtype=torch.bool, device="cpu")
+    )
 
 
 def _sampled_gradient(

@@ -192,7 +192,7 @@ def _sized(case: LayerCase, rng: random.Random) -> LayerCase:
     while True:
         groups = rng.choices((1, 2, 3, 4, 8), (70, 12, 6, 6, 6))[0]
         inputs, outputs = _width(rng) * groups, _width(rng) * groups
-        if rng.random() < 0.08:  # depthwise, with a multiplier
+        if rng.random() < 0.14:  # depthwise, with a multiplier
             groups = inputs = _width(rng)
             outputs = groups * rng.choice((1, 1, 2))
         if rng.random() < 0.04:

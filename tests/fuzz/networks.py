@@ -186,7 +186,7 @@ def _method(rng: random.Random, parts: bool) -> Method:
     selectors = ("chw", "hw", "channel", "channel-per-filter", "filter", "input-channel", "random")
     activations = ("chw", "hw") if parts else ("chw", "hw", "random")
     return Method(
-        rng.choice((*names, "swat-active-update", "static")),
+        rng.choice((*names, "swat-active-update", "static", "static")),
         rng.choice((0.0, 0.5, 0.7, 0.8, 0.9, 0.9, 0.95)),
         rng.choice((None, None, None, 0.0, 0.6)),
         rng.choice(selectors) if rng.random() < 0.3 else "nchw",
