@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swatfx import ops
 from swatfx.ops.calls import NormCall
-from swatfx.ops.norm import EXACT, INT8, NOTHING
+from swatfx.ops.norm import EXACT, NOTHING
 from swatfx.ops.pool import MOST_CELLS
 from swatfx.tensors import layouts
 
@@ -272,7 +272,7 @@ def _norm(
     trains_weight = weight is not None and weight.requires_grad
     if not _wanted(x, then.residual, weight, bias):
         call = replace(call, saves=NOTHING)
-    elif call.saves == INT8 and not call.training and not trains_weight:
+    elif call.saves != EXACT and not call.training and not trains_weight:
         call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
     args = (x, then.residual, weight, bias, *statistics)
     try:

@@ -96,7 +96,7 @@ def leaves() -> None:
         channels = rest[0]
         for x in activations((batch, *rest)):
             for saves, training, relu, plus in itertools.product(
-                ("exact", "int8", "nothing"), (True, False), (True, False), (True, False)
+                ("exact", "int8", "int4", "nothing"), (True, False), (True, False), (True, False)
             ):
                 if training and batch * torch.Size(rest[1:]).numel() <= 1:
                     continue
