@@ -5,8 +5,8 @@ in the order of memory, is cut into groups of `GROUP` elements, the last of whic
 a number h its signed root w = sign(h) * sqrt(|h|) is stored, on an even grid of its group's from
 the least w to the greatest. In h, cells are then narrow about zero and wide far from it. So are
 outliers kept apart: with an element of 1,000 among others of 1, these are off by a twentieth of
-what they would be on an even grid in h, wherever such elements lie and however many there are, and none of
-them needs a place of its own. On normal numbers the error is that of an even grid.
+what they would be on an even grid in h, wherever such elements lie and however many there are, and
+none of them needs a place of its own. On normal numbers the error is that of an even grid.
 
 Where the row has a border (where ReLU starts), the grid has a place there, and that two codes, one
 for either side: a code tells on which side its element was. With `first` the least code above the
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx.tensors import layouts
+from swatfx.tensors.replaceable import Replaceable
 
 GROUP = 256
 BITS = {"int8": 8, "int4": 4}  # of a code
@@ -164,6 +165,24 @@ def decode(
     h = room.ungrouped(_value(base, step, q.float() - above.float()))
     h = h - h.double().mean(1, keepdim=True).float() if centred else h
     return _from_rows(h, shape, layout), _from_rows(room.ungrouped(above), shape, layout)
+
+
+def flat_bytes(elements: int, saves: str) -> int:
+    """Bytes of `encode_flat`."""
+    return Room(1, elements, BITS[saves]).total
+
+
+@Replaceable
+def encode_flat(x: Tensor, saves: str) -> Tensor:
+    """uint8 [flat_bytes] for a vector, as one row."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return encode(wide.view(1, 1, -1), layouts.ROW_MAJOR, saves)
+
+
+@Replaceable
+def decode_flat(code: Tensor, elements: int, saves: str, dtype: torch.dtype) -> Tensor:
+    """What `encode_flat` coded, (elements,) in `dtype`."""
+    return decode(code, (1, 1, elements), layouts.ROW_MAJOR, saves)[0].view(-1).to(dtype)
 
 
 def _in_rows(x: Tensor, layout: str) -> Tensor:

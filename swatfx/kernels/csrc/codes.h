@@ -113,6 +113,14 @@ static inline header_of_codes header_at(float *header, int64_t rows, int64_t len
     return (header_of_codes){header, header + grids, (uint8_t *)(header + 2 * grids)};
 }
 
+/* The grid of numbers from `low` to `high` where there is no border. */
+static inline void plain_grid(header_of_codes to, int64_t at, float low, float high, int width) {
+    float from = copysignf(sqrtf(fabsf(low)), low), reach = copysignf(sqrtf(fabsf(high)), high) - from;
+    to.step[at] = reach / (width == 8 ? 255 : 15);
+    to.base[at] = from + to.step[at];
+    to.first[at] = 0;
+}
+
 /* The place of a number is root * inverse + offset, and places are told from the grid; `below`: that of
  * the border, or -1; `key`: of the noise. */
 typedef struct {

@@ -253,6 +253,16 @@ EXPORT void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const f
     int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, int training, int relu, int
     width, int threads);
 
+/* ---- Whole tensors in codes: coded.py ----
+ *
+ * x: [n]; codes: [ceil(n * width / 8)], width being 8 or 4; header: the arrays that lie before them, of one
+ * row (swatfx/ops/codes.py), aligned to 4 bytes; neither need be codes when they are read. seed: of what is
+ * drawn for codes of 4 bits. Checked by: coded.py. */
+EXPORT void TYPED(swatfx_encode)(const elem *x, uint8_t *codes, float *header, int64_t n, int width,
+    uint32_t seed, int threads);
+EXPORT void TYPED(swatfx_decode)(const uint8_t *codes, const float *header, elem *x, int64_t n, int
+    width, int threads);
+
 /* ---- Max pooling: pool.py ----
  *
  * sizes: a `pooling` of problems.h, its fields in their order, at any alignment. kernel, stride and

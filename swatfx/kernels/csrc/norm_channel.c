@@ -28,14 +28,14 @@ void choose_grid(const forward *f, const extent *e, int64_t channel, int64_t gro
     header_of_codes to = header_at(f->header, e->channels, size_of_channel(e));
     int64_t at = group * e->channels + channel;
     float mean = f->mean[channel], invstd = f->invstd[channel], top = f->width == 8 ? 255 : 15;
-    low = root_of((low - mean) * invstd);
-    high = root_of((high - mean) * invstd);
+    low = (low - mean) * invstd;
+    high = (high - mean) * invstd;
     if (!f->relu || f->residual) {
-        to.step[at] = (high - low) / top;
-        to.base[at] = low + to.step[at];
-        to.first[at] = 0;
+        plain_grid(to, at, low, high, f->width);
         return;
     }
+    low = root_of(low);
+    high = root_of(high);
     float weight = f->weight ? f->weight[channel] : 1, bias = f->bias ? f->bias[channel] : 0;
     float tie = weight != 0 ? root_of(-bias / weight) : low, coarse = (high - low) / (top - 2);
     tie = tie > high ? high : tie;
