@@ -37,7 +37,7 @@ class CompileOptions:
         """Check the values."""
         if self.norm_saves not in NORM_SAVES:
             raise InputError(
-                "norm_saves says what batch norms keep for backward",
+                "norm_saves says what norms keep for backward",
                 value=self.norm_saves,
                 remedy="use 'exact', 'int8' or 'int4'",
             )

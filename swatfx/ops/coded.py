@@ -50,24 +50,23 @@ class Rule:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _one(x: Tensor) -> Tensor:
-    return torch.ones_like(x)
-
-
 LAYER_NORM, MULTIPLY = "layer_norm", "multiply"
 RULES: dict[str, Rule] = {
     "gelu": Rule(
-        (F.gelu,), (nn.GELU,), lambda x: aten.gelu_backward(_one(x), x), {"approximate": "none"}
+        (F.gelu,),
+        (nn.GELU,),
+        lambda x: aten.gelu_backward(torch.ones_like(x), x),
+        {"approximate": "none"},
     ),
     "gelu_tanh": Rule(
         (F.gelu,),
         (nn.GELU,),
-        lambda x: aten.gelu_backward(_one(x), x, approximate="tanh"),
+        lambda x: aten.gelu_backward(torch.ones_like(x), x, approximate="tanh"),
         {"approximate": "tanh"},
     ),
-    "silu": Rule((F.silu,), (nn.SiLU,), lambda x: aten.silu_backward(_one(x), x)),
+    "silu": Rule((F.silu,), (nn.SiLU,), lambda x: aten.silu_backward(x.new_ones(()), x)),
     "hardswish": Rule(
-        (F.hardswish,), (nn.Hardswish,), lambda x: aten.hardswish_backward(_one(x), x)
+        (F.hardswish,), (nn.Hardswish,), lambda x: aten.hardswish_backward(x.new_ones(()), x)
     ),
     LAYER_NORM: Rule((F.layer_norm,), (nn.LayerNorm,)),
     MULTIPLY: Rule((operator.mul, torch.mul)),
@@ -172,9 +171,8 @@ def layer_norm_reference(
         code: uint8 [bytes], the normalised input.
     """
     x = x.contiguous()
-    y, _, rstd = aten.native_layer_norm(x, list(shape), weight, bias, eps)
-    normed = aten.native_layer_norm(x, list(shape), None, None, eps)[0]
-    return y, rstd, encode_flat(normed.view(-1), saves)
+    y, mean, rstd = aten.native_layer_norm(x, list(shape), weight, bias, eps)
+    return y, rstd, encode_flat((x - mean).mul_(rstd).to(x.dtype).view(-1), saves)
 
 
 layer_norm = torch.library.custom_op(

@@ -40,7 +40,7 @@ from torch import Tensor
 from swatfx.tensors import layouts
 from swatfx.tensors.replaceable import Replaceable
 
-GROUP = 256
+GROUP = 256  # elements; as in csrc/codes.h
 BITS = {"int8": 8, "int4": 4}  # of a code
 _LINE = 64
 _WORD = 0xFFFFFFFF

@@ -64,6 +64,10 @@ def leaves(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], Call]]
             back = [torch.randn_like(x), seen, code, four[0], four[1], mean, invstd, [True] * 4]
             back += [list(x.shape), layout, True, True, True, saves]
             yield f"batch_norm_backward {saves} {layout}", OPS.batch_norm_backward, back
+        for saves in ("int8", "int4"):
+            code = OPS.elementwise(x, "silu", saves)[1]
+            back = [torch.randn_like(x), code, layout, saves]
+            yield f"elementwise_backward {saves} {layout}", OPS.elementwise_backward, back
         yield f"relu {layout}", OPS.relu, [x]
         bits = OPS.relu(x)[1]
         yield f"relu_backward {layout}", OPS.relu_backward, [x, bits, layout]

@@ -17,6 +17,7 @@ from torch import Tensor
 from swatfx import kernels, selectors
 from swatfx.density import Density
 from swatfx.kernels import library
+from swatfx.ops import codes
 from swatfx.ops.where import active_weight
 from swatfx.selectors import Axes, topk
 from swatfx.tensors import bits, layouts
@@ -108,6 +109,10 @@ def leaves() -> None:
                     )[0]
                     if y.requires_grad:
                         y.backward(torch.randn_like(y))
+            for saves in codes.BITS if x.numel() else ():
+                code = codes.encode_flat(x.reshape(-1), saves)
+                codes.decode_flat(code, x.numel(), saves, x.dtype)
+                codes.decode_flat(torch.full_like(code, 255), x.numel(), saves, x.dtype)
             for op in (OPS.relu, lambda t: OPS.dropout(t, 0.3)):
                 leaf = x.clone().requires_grad_()
                 op(leaf)[0].backward(x)
