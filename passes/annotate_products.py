@@ -17,7 +17,18 @@ from torch import fx, nn
 from passes.reading.products import Frame, Product
 from passes.trace_shapes import Run
 from swatfx import macs, meta
-from swatfx.compiled import Bound, Norm, NormOf, Saver, SwatModule, all_nodes, join
+from swatfx.compiled import (
+    Attention,
+    Bound,
+    Elementwise,
+    LayerNormOf,
+    Norm,
+    NormOf,
+    Saver,
+    SwatModule,
+    all_nodes,
+    join,
+)
 from swatfx.macs import Macs
 from swatfx.meta import LayerCall, LayerCost, LayerPlan
 
@@ -224,7 +235,11 @@ def name_and_kind(part: fx.GraphModule, prefix: str, node: fx.Node) -> tuple[str
         kind = type(module).__name__.lower()
         if isinstance(module, Bound):
             name = module.path
-            kind = "dropout"
+            kind = "layernorm" if isinstance(module, LayerNormOf) else "dropout"
+        elif isinstance(module, Elementwise):
+            kind = module.rule
+        elif isinstance(module, Attention):
+            kind = module.plain.__name__
         elif not isinstance(module, Saver):
             name = join(prefix, str(node.target))
     return name, "batch norm" if _is_batch_norm(part, node) else kind

@@ -1,5 +1,8 @@
 """Let norms, ReLUs, pools and dropouts keep less for backward, where weight gradients are sparse.
 
+With `norm_saves` other than "exact", so does what `swatfx.ops.coded.RULES` has a rule for, and
+attention keeps codes; without, torch's fused attention no longer keeps its result.
+
 Reads nodes, modules and LayerPlans; replaces batch norm (with the addition and the ReLU behind it,
 if nobody else reads what lies between), ReLU, 2d pooling and dropout by calls of leaves below
 `swat` (`swatfx.compiled.saves`), which the model's own modules go on to rule. Values stay what they
@@ -16,11 +19,14 @@ from torch import Tensor, fx
 
 from passes.reading.aliasing import Versions
 from passes.reading.effects import storage_of
-from passes.reading.saving_calls import Calls
+from passes.reading.saving_calls import ATTENTION, Calls
+from passes.tracing.composites.attention import attention_core
 from passes.writing.saving_leaves import Leaves
 from swatfx import meta
 from swatfx.compiled import SwatModule, all_parts, evaluate, join, relative, saves, sparse_nodes
 from swatfx.meta import LayerPlan
+from swatfx.ops.coded import LAYER_NORM
+from swatfx.ops.codes import BITS
 from swatfx.passing import Context, PassResult
 
 
@@ -64,6 +70,7 @@ class _Rewriter:
         self.part = part
         self.prefix = prefix
         self.leaves = leaves
+        self.codes = gm.swat.options.norm_saves in BITS
         eager = {relative(prefix, path): reason for path, reason in gm.eager.items()}
         self.calls = Calls(part, eager)
         self.versions = Versions(part, eager)
@@ -204,12 +211,36 @@ class _Rewriter:
     def _other(self, node: fx.Node) -> Callable[[], None] | None:
         if self.calls.norm(node) is not None:
             return lambda: self._replace_norm(node, node, None)
+        # Written out, attention is recomputed by other means than eager's: for who asked for codes.
+        exact = node.target is attention_core
+        if node.op == "call_function" and node.target in ATTENTION and (self.codes or exact):
+            return None if node.kwargs else lambda: self._replace_attention(node)
+        coded = self.calls.coded(node) if self.codes else None
+        if coded is not None:
+            if coded[2] and self.versions.is_seen(node):
+                return None
+            return lambda: self._replace_coded(node)
         if self.calls.pool(node) is not None:
             return lambda: self._replace_pool(node)
         dropout = self.calls.dropout(node)
         if dropout is None or (dropout[1] and self.versions.is_seen(node)):
             return None
         return lambda: self._replace_dropout(node)
+
+    def _replace_attention(self, node: fx.Node) -> None:
+        function: Any = node.target
+        target = self.leaves.attention(function, ATTENTION[function])
+        self._replace(node, target, node.args, {})
+
+    def _replace_coded(self, node: fx.Node) -> None:
+        call = self.calls.coded(node)
+        assert call is not None  # decided before
+        rule, args, _ = call
+        if rule == LAYER_NORM and node.op == "call_module":
+            target = self.leaves.layer_norm(join(self.prefix, str(node.target)))
+        else:
+            target = self.leaves.coded(rule)
+        self._replace(node, target, args, {})
 
     def _replace_pool(self, node: fx.Node) -> None:
         call = self.calls.pool(node)

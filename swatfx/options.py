@@ -11,7 +11,7 @@ import torch
 
 from swatfx.errors import InputError, UnknownNameError
 
-NORM_SAVES = ("exact", "int8")
+NORM_SAVES = ("exact", "int8", "int4")
 VALUE_DTYPES: dict[str | None, torch.dtype | None] = {None: None, "bf16": torch.bfloat16}
 KERNELS = ("auto", "sparse", "dense")
 
@@ -37,9 +37,9 @@ class CompileOptions:
         """Check the values."""
         if self.norm_saves not in NORM_SAVES:
             raise InputError(
-                "norm_saves says what batch norms keep for backward",
+                "norm_saves says what norms keep for backward",
                 value=self.norm_saves,
-                remedy="use 'exact' or 'int8'",
+                remedy="use 'exact', 'int8' or 'int4'",
             )
         names = {name: name for name in VALUE_DTYPES} | {d: n for n, d in VALUE_DTYPES.items()}
         given: Any = self.value_dtype

@@ -98,8 +98,9 @@ def compile(
             name. Without, the graphs are for the required arguments, and for up to three that are
             None by default. Other calls run as Python, their layers compiled one by one.
         passes: instead of `default_passes()`.
-        norm_saves: what batch norms keep for backward, where some layer packs its input: "exact",
-            or "int8", a byte an element of their normalised input (`swatfx.ops.norm_codes`).
+        norm_saves: what norms, and what else `swatfx.ops.coded.RULES` has a rule for, keep for
+            backward, where some layer packs its input: "exact", or codes (`swatfx.ops.codes`):
+            "int8", a byte an element, or "int4", half of one, rounded by chance.
         value_dtype: dtype of the packed values, where the layer's own is wider: "bf16", or None.
         kernels: "auto" runs sparse kernels where they gain (`passes.choose_kernels`), "sparse"
             wherever they can run, "dense" nowhere.

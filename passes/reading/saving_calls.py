@@ -1,4 +1,4 @@
-"""Which nodes are norms, ReLUs, sums, pools and dropouts, and with what arguments.
+"""Which nodes are norms, ReLUs, sums, pools, dropouts, what `RULES` name, and their arguments.
 
 Used by `compress_saves`. Reads nodes and modules; changes nothing. What has hooks, was parametrized
 or subclassed, or has arguments that are known at run time only, is not recognised.
@@ -7,6 +7,7 @@ or subclassed, or has arguments that are known at run time only, is not recognis
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.tracing.augmented import PLAIN
+from passes.tracing.composites.attention import attention_core, attention_heads
+from passes.tracing.composites.window import window_attend, window_heads
 from passes.tracing.module_kinds import opaque_reason
-from swatfx.compiled import saves
+from swatfx.compiled import Heads, saves
+from swatfx.ops.coded import LAYER_NORM, MULTIPLY, RULES
 
 _RELU = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True}
 _RELU_METHODS = {"relu": False, "relu_": True}
@@ -27,6 +31,13 @@ _NORM = {
     "bias": None,
     "training": False,
     "momentum": 0.1,
+    "eps": 1e-5,
+}
+_LAYER_NORM = {
+    "input": None,
+    "normalized_shape": None,
+    "weight": None,
+    "bias": None,
     "eps": 1e-5,
 }
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
@@ -54,6 +65,12 @@ _POOLS: dict[Any, tuple[str, dict[str, Any]]] = {
     F.max_pool2d: ("max_pool2d", _MAX_POOL),
     torch.max_pool2d: ("max_pool2d", _MAX_POOL),
     F.avg_pool2d: ("avg_pool2d", _AVG_POOL),
+}
+
+# Forms of attention, and what each is as one op.
+ATTENTION: dict[Any, Callable[..., Heads | None]] = {
+    attention_core: attention_heads,
+    window_attend: window_heads,
 }
 
 
@@ -153,6 +170,29 @@ class Calls:
             return None
         inplace = args.pop("inplace", False)
         return (tuple(args.values()), inplace) if isinstance(inplace, bool) else None
+
+    def coded(self, node: fx.Node) -> tuple[str, tuple[Any, ...], bool] | None:
+        """(rule of `swatfx.ops.coded`, arguments, whether in place) of what it has a rule for."""
+        for name, rule in RULES.items():
+            module = self.module(node, *rule.modules)
+            known = node.op == "call_function" and node.target in rule.functions
+            if module is not None and all(getattr(module, k) == v for k, v in rule.options.items()):
+                return name, node.args, bool(getattr(module, "inplace", False))
+            if known and name == LAYER_NORM:
+                args = _bind(node, _LAYER_NORM)
+                return None if args is None else (name, tuple(args.values()), False)
+            if known and name == MULTIPLY:
+                both = len(node.args) == 2 and not node.kwargs
+                nodes = both and all(isinstance(a, fx.Node) for a in node.args)
+                return (name, node.args, False) if nodes else None
+            if known:
+                plain = {key: "none" if key == "approximate" else None for key in rule.options}
+                args = _bind(node, {"input": None, **plain, "inplace": False})
+                if args is None or not isinstance(args["inplace"], bool):
+                    return None
+                if all(args[k] == v for k, v in rule.options.items()):
+                    return name, (args["input"],), args["inplace"]
+        return None
 
 
 def _bind(node: fx.Node, named: dict[str, Any]) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from passes.reading.aliasing import Versions
 from passes.tracing.augmented import PLAIN
-from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule, saves
+from swatfx.compiled import CONV, LINEAR, Elementwise, LayerNode, Multiply, SwatModule, saves
 from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
@@ -31,6 +31,8 @@ _SAVERS = (
     saves.NormOf,
     saves.DropoutOf,
     saves.Dropout,
+    Elementwise,
+    Multiply,
 )
 _MODULES = (
     nn.ReLU,
@@ -140,13 +142,14 @@ class LayoutFlow:
             module = self.part.get_submodule(str(node.target))
             if not isinstance(module, _SAVERS) and type(module) not in _MODULES:
                 return []
-            found = (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("residual"))
+            operands = 2 if isinstance(module, Multiply) else 1
+            found = (*node.args[:operands], node.kwargs.get("input"), node.kwargs.get("residual"))
         elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS):
             found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
         else:
             return []
-        operands = [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
-        return operands if all(self._may_copy(n, node) for n in operands) else []
+        nodes = [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
+        return nodes if all(self._may_copy(n, node) for n in nodes) else []
 
     def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:
         """Whether `node` may work on a copy of `source`.

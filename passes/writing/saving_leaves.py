@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from swatfx.compiled import SwatModule, saves
+from swatfx.compiled import (
+    Attention,
+    Elementwise,
+    LayerNorm,
+    LayerNormOf,
+    Multiply,
+    SwatModule,
+    saves,
+)
+from swatfx.ops.coded import LAYER_NORM, MULTIPLY, RULES
 
 SHARED: dict[str, Callable[[], nn.Module]] = {
     "relu": saves.Relu,
@@ -18,6 +27,11 @@ SHARED: dict[str, Callable[[], nn.Module]] = {
     "dropout": saves.Dropout,
 }
 _FUNCTIONAL_NORM = "batch_norm"
+# Leaves that keep codes, by the name of their rule; others with a name are functions of an element.
+CODED: dict[str, Callable[[str], nn.Module]] = {
+    LAYER_NORM: LayerNorm,
+    MULTIPLY: Multiply,
+}
 
 
 class Leaves:
@@ -42,6 +56,20 @@ class Leaves:
         """Target of the leaf for the model's norm at `path`."""
         return self._bound(path, functools.partial(saves.NormOf, saves=self._norm_saves))
 
+    def coded(self, rule: str) -> str:
+        """Target of the leaf for what is kept by a rule of `swatfx.ops.coded`."""
+        make = CODED.get(rule, functools.partial(Elementwise, rule))
+        return self._once(rule, lambda: make(self._norm_saves))
+
+    def attention(self, function: Callable[..., Any], heads: Callable[..., Any]) -> str:
+        """Target of the leaf for a form of attention, of which `heads` tells the heads."""
+        make = functools.partial(Attention, function, heads, self._norm_saves)
+        return self._once(function.__name__, make)
+
+    def layer_norm(self, path: str) -> str:
+        """Target of the leaf for the model's layer norm at `path`."""
+        return self._bound(path, functools.partial(LayerNormOf, saves=self._norm_saves))
+
     def dropout(self, path: str) -> str:
         """Target of the leaf for the model's dropout at `path`."""
         return self._bound(path, saves.DropoutOf)
@@ -61,7 +89,7 @@ class Leaves:
             base = path.replace(".", "_")
             if not base.isidentifier() or keyword.iskeyword(base):
                 base = "of_" + base
-            taken = {*self._children(), *SHARED, _FUNCTIONAL_NORM}
+            taken = {*self._children(), *SHARED, *RULES, _FUNCTIONAL_NORM}
             self._names[path] = _unused(base, taken)
             self._add(self._names[path], make(self.gm.get_submodule(owner), leaf, path))
         return f"swat.{self.container}.{self._names[path]}"

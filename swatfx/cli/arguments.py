@@ -113,7 +113,7 @@ def add_compile_options(command: argparse.ArgumentParser) -> None:
         "--norm-saves",
         choices=NORM_SAVES,
         default=default.norm_saves,
-        help=f"what batch norms keep (default: {default.norm_saves})",
+        help=f"what norms keep for backward (default: {default.norm_saves})",
     )
     add(
         "--value-dtype",

@@ -2,6 +2,14 @@
 
 from swatfx.compiled.changes import watch
 from swatfx.compiled.clock import Clock, PartClock
+from swatfx.compiled.coded import (
+    Attention,
+    Elementwise,
+    Heads,
+    LayerNorm,
+    LayerNormOf,
+    Multiply,
+)
 from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.layers import SparseLayer, all_plans, current, read_dense, sparse_layers
 from swatfx.compiled.learned import LearnedThreshold
@@ -47,6 +55,7 @@ from swatfx.compiled.wrappers import watch_wrappers
 __all__ = [
     "ActivationThreshold",
     "Arguments",
+    "Attention",
     "AvgPool2d",
     "Bound",
     "CONV",
@@ -54,13 +63,18 @@ __all__ = [
     "Clock",
     "Dropout",
     "EagerRoot",
+    "Elementwise",
     "FALLBACK",
+    "Heads",
+    "HeldThreshold",
     "LINEAR",
     "LayerNode",
+    "LayerNorm",
+    "LayerNormOf",
     "LayerState",
-    "HeldThreshold",
     "LearnedThreshold",
     "MaxPool2d",
+    "Multiply",
     "NORM",
     "Norm",
     "NormOf",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from swatfx import ops
 from swatfx.ops.calls import NormCall
-from swatfx.ops.norm import EXACT, INT8, NOTHING
+from swatfx.ops.norm import EXACT, NOTHING
 from swatfx.ops.pool import MOST_CELLS
 from swatfx.tensors import layouts
 
@@ -27,7 +27,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _wanted(*tensors: Tensor | None) -> bool:
+def wanted(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -52,7 +52,7 @@ class Relu(Saver):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Keep a bit an element; `inplace` says that nobody else reads `x`."""
-        if not _wanted(x):
+        if not wanted(x):
             return F.relu(x, inplace)
         y: Tensor = ops.relu(x)[0]
         return y
@@ -67,10 +67,10 @@ class MaxPool2d(Saver):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Keep a byte an output."""
-        wanted, window = _wanted(x), args[0][0] * args[0][1]
-        if x.dim() != 4 or window > MOST_CELLS or not (wanted or _ours(x)):
+        asked, window = wanted(x), args[0][0] * args[0][1]
+        if x.dim() != 4 or window > MOST_CELLS or not (asked or _ours(x)):
             return self.plain(x, *args)
-        y: Tensor = ops.max_pool2d(x, *args, wanted)[0]
+        y: Tensor = ops.max_pool2d(x, *args, asked)[0]
         return y
 
     def plain(self, x: Tensor, *args: Any) -> Tensor:
@@ -84,7 +84,7 @@ class AvgPool2d(Saver):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Keep nothing."""
-        if x.dim() != 4 or not (_wanted(x) or _ours(x)):
+        if x.dim() != 4 or not (wanted(x) or _ours(x)):
             return self.plain(x, *args)
         y: Tensor = ops.avg_pool2d(x, *args)
         return y
@@ -99,7 +99,7 @@ class Dropout(Saver):
 
     def forward(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Keep a bit an element, in training."""
-        if not (training and 0 < p < 1 and _wanted(x)):
+        if not (training and 0 < p < 1 and wanted(x)):
             return F.dropout(x, p, training)
         y: Tensor = ops.dropout(x, p)[0]
         return y
@@ -130,7 +130,7 @@ class DropoutOf(Bound):
     def forward(self, x: Tensor) -> Tensor:
         """Keep a bit an element, in training."""
         module = self.module
-        if _is_changed(module, (nn.Dropout,)) or not (0 < module.p < 1 and _wanted(x)):
+        if is_changed(module, (nn.Dropout,)) or not (0 < module.p < 1 and wanted(x)):
             return self.plain(x)
         if not module.training:
             return x
@@ -146,7 +146,7 @@ class DropoutOf(Bound):
         return y
 
 
-def _is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
+def is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
     """Whether `module` has become another kind, or was given hooks or another forward."""
     if type(module) not in kinds or "forward" in module.__dict__:
         return True
@@ -204,8 +204,8 @@ class Norm(Saver):
         """`[relu](F.batch_norm(x, *args) [+ residual])`; what `follows` as in `Then`."""
         then = Then(**follows)
         running_mean, running_var, weight, bias, training, momentum, eps = args
-        wanted = _wanted(x, then.residual, weight, bias)
-        if not wanted and not _ours(x):
+        asked = wanted(x, then.residual, weight, bias)
+        if not asked and not _ours(x):
             return then.finish(F.batch_norm(x, *args))
         call = NormCall(training, momentum, eps, then.relu, self.saves)
         return _norm(call, x, then, weight, bias, (running_mean, running_var))
@@ -225,10 +225,10 @@ class NormOf(Bound):
     def forward(self, x: Tensor, **follows: Any) -> Tensor:
         """`[relu](norm(x) [+ residual])`, in the mode of the norm; what `follows` as in `Then`."""
         then, norm = Then(**follows), self.module
-        if _is_changed(norm, NORMS):
+        if is_changed(norm, NORMS):
             return then.of(norm(x))
-        wanted = _wanted(x, then.residual, norm.weight, norm.bias)
-        if not wanted and not _ours(x):
+        asked = wanted(x, then.residual, norm.weight, norm.bias)
+        if not asked and not _ours(x):
             return then.finish(norm(x))
         norm._check_input_dim(x)
         momentum = norm.momentum
@@ -270,9 +270,9 @@ def _norm(
         y = then.sum(_norm(replace(call, relu=False), x, Then(), weight, bias, statistics))
         return _relu(y) if call.relu else y
     trains_weight = weight is not None and weight.requires_grad
-    if not _wanted(x, then.residual, weight, bias):
+    if not wanted(x, then.residual, weight, bias):
         call = replace(call, saves=NOTHING)
-    elif call.saves == INT8 and not call.training and not trains_weight:
+    elif call.saves != EXACT and not call.training and not trains_weight:
         call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
     args = (x, then.residual, weight, bias, *statistics)
     try:
@@ -298,5 +298,5 @@ def _move(statistics: tuple[Tensor | None, Tensor | None], new: Sequence[Tensor]
 
 
 def _relu(x: Tensor) -> Tensor:
-    y: Tensor = ops.relu(x)[0] if _wanted(x) else F.relu(x)
+    y: Tensor = ops.relu(x)[0] if wanted(x) else F.relu(x)
     return y

@@ -11,11 +11,15 @@ from torch import fx
 
 from swatfx.compiled import (
     NORM,
+    Attention,
     AvgPool2d,
     Bound,
     Dropout,
+    Elementwise,
     LayerNode,
+    LayerNorm,
     MaxPool2d,
+    Multiply,
     Norm,
     Relu,
     Saver,
@@ -27,6 +31,7 @@ from swatfx.compiled import (
     relative,
     sparse_nodes,
 )
+from swatfx.ops.coded import RULES
 from swatfx.ops.layout import laid_out
 from swatfx.ops.where import active_weight
 from swatfx.training import refresh
@@ -38,6 +43,8 @@ _PLAIN: dict[type[Saver], Callable[..., Any]] = {
     MaxPool2d: F.max_pool2d,
     AvgPool2d: F.avg_pool2d,
     Dropout: F.dropout,
+    LayerNorm: F.layer_norm,
+    Multiply: operator.mul,
 }
 
 
@@ -125,6 +132,11 @@ def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
         if isinstance(module, Bound):
             path = relative(prefix, module.path)
             plain = graph.call_module(path, node.args)
+        elif isinstance(module, Attention):
+            plain = graph.call_function(module.plain, node.args)
+        elif isinstance(module, Elementwise):
+            rule = RULES[module.rule]
+            plain = graph.call_function(rule.functions[0], node.args, dict(rule.options))
         else:
             plain = graph.call_function(_PLAIN[type(module)], node.args, options)
         if residual is not None and into is not None:

@@ -4,7 +4,7 @@ Importing this package registers them; nothing calls them by name. Where no libr
 SWATFX_KERNELS=reference, the plain-torch kernels, which define every op, stay in charge.
 """
 
-from swatfx.kernels import conv, elementwise, layout, linear, norm, pack, pool, topk
+from swatfx.kernels import coded, conv, elementwise, layout, linear, norm, pack, pool, topk
 from swatfx.kernels.fitting import LARGEST_KERNEL, LARGEST_STRIDE
 from swatfx.kernels.library import available, instruction_set, reference_only
 
@@ -12,6 +12,7 @@ __all__ = [
     "LARGEST_KERNEL",
     "LARGEST_STRIDE",
     "available",
+    "coded",
     "conv",
     "elementwise",
     "instruction_set",

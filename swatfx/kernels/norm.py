@@ -19,6 +19,7 @@ from torch import Tensor
 
 from swatfx.kernels import library
 from swatfx.kernels.library import pointer, size
+from swatfx.ops import codes as codes_of
 from swatfx.ops import norm
 from swatfx.ops.calls import NormBackwardCall, NormCall
 from swatfx.ops.layout import converted
@@ -132,6 +133,8 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
         ctypes.c_double(call.eps),
         ctypes.c_int(call.training),
         ctypes.c_int(call.relu),
+        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
+        ctypes.c_uint32(codes_of.seed()),
         library.threads(),
     )
     dtype = norm.stats_dtype(x, weight, bias, running_mean, call.training)
@@ -149,22 +152,19 @@ def _room(
     call: NormCall, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """(bits, codes, header, all of them as one): what `call.saves` asks for; views of the last."""
-    header = codes = 0
     mask = call.relu and call.saves != norm.NOTHING
-    if call.saves == norm.INT8:
-        header, codes = norm.int8_header(x.shape[1]), x.numel()
+    room = codes_of.Room.of(x.shape, call.saves) if call.saves in codes_of.BITS else None
+    if room is not None:
         mask = call.relu and residual is not None
     elif residual is None and norm.recomputes(x, call.training):
         mask = False
-    total = header + codes + (bits_size(x.numel()) if mask else 0)
-    code = x.new_empty(total, dtype=torch.uint8)
-    code[12 * x.shape[1] : header] = 0
-    return (
-        code[header + codes :] if mask else None,
-        code[header : header + codes] if codes else None,
-        code[:header] if codes else None,
-        code,
-    )
+    kept = 0 if room is None else room.total
+    code = x.new_empty(kept + (bits_size(x.numel()) if mask else 0), dtype=torch.uint8)
+    bits = code[kept:] if mask else None
+    if room is None:
+        return bits, None, None, code
+    code[room.used : room.header] = 0
+    return bits, code[room.header : kept], code[: room.header], code
 
 
 @norm.batch_norm_backward.register_kernel("cpu")
@@ -190,13 +190,12 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         return norm.batch_norm_backward_reference(*given)
     grad = converted(grad, layout)
     # What saved tensors went through on their way (hooks, the host) may have changed their order.
-    x = None if x is None or call.saves == norm.INT8 else converted(x, layout)
+    x = None if x is None or call.saves in codes_of.BITS else converted(x, layout)
     header = codes = None
     bits = code = code.contiguous()
-    if call.saves == norm.INT8:
-        start = norm.int8_header(extent.channels)
-        header, codes = code[:start], code[start : start + elements]
-        bits = code[start + elements :]
+    if call.saves in codes_of.BITS:
+        room = codes_of.Room.of(shape, call.saves)
+        header, codes, bits = code.tensor_split((room.header, room.total))
     # Held by name until C has read them: a pointer keeps no tensor alive.
     statistics = [_for_c(p) for p in (weight, bias, mean, invstd)]
     dx, dresidual = (new_in_layout(shape, layout, grad) if w else None for w in wants[:2])
@@ -218,6 +217,7 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         *extent.arguments(),
         ctypes.c_int(call.training),
         ctypes.c_int(call.relu),
+        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
         library.threads(),
     )
     return (

@@ -5,6 +5,15 @@ is the definition. Importing this package registers them all. README.md here is 
 torch, and tells which op, kernel and pass each step of it became.
 """
 
+from swatfx.ops.attention import attention, attention_backward
+from swatfx.ops.coded import (
+    elementwise,
+    elementwise_backward,
+    layer_norm,
+    layer_norm_backward,
+    multiply,
+    multiply_backward,
+)
 from swatfx.ops.conv import conv, conv_backward
 from swatfx.ops.current import current
 from swatfx.ops.dropout import dropout, dropout_backward
@@ -21,6 +30,8 @@ from swatfx.ops.state import refresh, refresh_call, step
 register_flops()
 
 __all__ = [
+    "attention",
+    "attention_backward",
     "avg_pool2d",
     "avg_pool2d_backward",
     "batch_norm",
@@ -30,11 +41,17 @@ __all__ = [
     "current",
     "dropout",
     "dropout_backward",
+    "elementwise",
+    "elementwise_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "learned_gradient",
     "linear",
     "linear_backward",
     "max_pool2d",
     "max_pool2d_backward",
+    "multiply",
+    "multiply_backward",
     "pack",
     "refresh",
     "refresh_call",

@@ -188,7 +188,7 @@ class NormCall(Call):
         momentum: of the running statistics.
         eps: added to the variance.
         relu: whether ReLU follows.
-        saves: "exact", "int8", or "nothing" where no gradient will be asked for.
+        saves: "exact", "int8", "int4", or "nothing" where no gradient will be asked for.
     """
 
     training: bool

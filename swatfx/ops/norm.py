@@ -1,7 +1,8 @@
 """`swatfx::batch_norm` and its backward: batch norm, with the addition and the ReLU that follow it.
 
 Eager keeps the norm's input and ReLU's result. Here backward sees the input alone and finds ReLU's
-mask from it ("exact"), or a byte an element ("int8"). What is computed is what aten computes.
+mask from it ("exact"), or codes of the normalised input ("int8", "int4"; `swatfx.ops.codes`). What
+is computed is what aten computes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from swatfx.errors import InputError
 from swatfx.ops.calls import NormBackwardCall, NormCall, schema_of
-from swatfx.ops.norm_codes import decode, encode, int8_header, per_channel
+from swatfx.ops.codes import BITS, Room, decode
+from swatfx.ops.norm_codes import NormCode, encode_norm, per_channel
 from swatfx.ops.saved import (
     active_bits,
     bits_size,
@@ -28,18 +30,16 @@ from swatfx.tensors import layouts
 
 __all__ = [
     "EXACT",
-    "INT8",
     "NOTHING",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_backward_reference",
     "batch_norm_reference",
-    "int8_header",
     "is_complete",
     "recomputes",
     "stats_dtype",
 ]
-EXACT, INT8, NOTHING = "exact", "int8", "nothing"
+EXACT, NOTHING = "exact", "nothing"
 
 
 def recomputes(x: Tensor, training: bool) -> bool:
@@ -74,10 +74,10 @@ def batch_norm_reference(
         mean, invstd: (C,), those used.
         new_mean, new_var: (C,), what the running statistics become; empty if they do not change.
         code: uint8 [bytes] for backward. "exact": the bits of ReLU's mask, where `recomputes` is
-        false or there is a residual; else empty. "int8": `int8_header` bytes of step, low and first
-        as float32 (C,) each; a byte q an element, x-hat being low + q * step; the bits of ReLU's
-        mask if there is a residual. Without one it is q >= first, or q < first where the weight is
-        negative.
+        false or there is a residual; else empty. "int8" and "int4": x-hat as `swatfx.ops.codes`
+        has it, channels being rows; the bits of ReLU's mask if there is a residual. Without one the
+        border of the codes is where ReLU starts: it lets through what is above, or, where the
+        weight is negative, what is below.
     """
     call = NormCall(*options)
     _check_features(
@@ -112,8 +112,9 @@ def batch_norm_reference(
         y = y.relu_()
     y = in_layout(y, layout)
     code = x.new_empty(0, dtype=torch.uint8)
-    if call.saves == INT8:
-        code = encode(seen, y, mean, invstd, weight, bias, call.relu, residual is not None, layout)
+    if call.saves in BITS:
+        how = NormCode(call.relu, residual is not None, call.saves, layout)
+        code = encode_norm(how, seen, (weight, bias), (y, mean, invstd))
     elif _keeps_mask(call, x, residual):
         code = active_bits(y, layout)
     return y, mean, invstd, new_mean, new_var, code
@@ -191,8 +192,8 @@ def _(x: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
         for s in (running_mean, running_var)
     )
     size = 0
-    if call.saves == INT8:
-        size = int8_header(x.shape[1]) + x.numel()
+    if call.saves in BITS:
+        size = Room.of(x.shape, call.saves).total
         size += bits_size(x.numel()) if call.relu and residual is not None else 0
     elif _keeps_mask(call, x, residual):
         size = bits_size(x.numel())
@@ -207,11 +208,9 @@ def is_complete(
     mask = bits_size(elements)
     if code.dtype is not torch.uint8 or code.dim() != 1 or len(wants) != 4:
         return False
-    if call.saves == INT8:
-        size = (
-            int8_header(call.shape[1]) + elements + (mask if call.relu and call.has_residual else 0)
-        )
-        return code.numel() == size
+    if call.saves in BITS:
+        kept = Room.of(call.shape, call.saves).total
+        return code.numel() == kept + (mask if call.relu and call.has_residual else 0)
     reads_x = (call.training and wants[0]) or wants[2]
     if call.relu and not code.numel():
         return x is not None and call.training and not call.has_residual
@@ -231,7 +230,7 @@ def batch_norm_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `swatfx::batch_norm` for x, residual, weight and bias; those not wanted: empty.
 
-    `x` is None with "int8", and where nothing of it is needed. Options are the fields of
+    `x` is None where it is in codes, and where nothing of it is needed. Options are the fields of
     `swatfx.ops.calls.NormBackwardCall`.
     """
     call = NormBackwardCall(*options)
@@ -259,9 +258,9 @@ def batch_norm_backward_reference(
             remedy="pass on what swatfx::batch_norm returned and saved as it is",
         )
     above: Tensor | None = None
-    if call.saves == INT8:
-        seen, above = decode(code, shape, layout, grad.dtype)
-        code = code[int8_header(shape[1]) + elements :]
+    if call.saves in BITS:
+        seen, above = decode(code, shape, layout, call.saves, call.training)
+        seen, code = seen.to(grad.dtype), code[Room.of(shape, call.saves).total :]
     elif x is not None:
         seen = x
     else:  # neither a batch's gradient nor a weight's is wanted
@@ -282,7 +281,7 @@ def batch_norm_backward_reference(
             )
         grad = relu_gradient(grad, active)
     moments = (mean, invstd)
-    if call.saves == INT8:  # what is normalised already has these
+    if call.saves in BITS:  # what is normalised already has these
         moments = torch.zeros_like(mean), torch.ones_like(invstd)
         weight_seen: Tensor | None = scale
     else:

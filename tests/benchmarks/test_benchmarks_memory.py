@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import memory, planned_memory
 from benchmarks.sides import Network, StepSide
 from tests.nets.runners import check_spread, run_quick
 
@@ -88,3 +88,14 @@ def test_the_peak_is_of_what_comes_after_the_reset() -> None:
     memory.trim()
     assert memory.reset_peak()
     assert memory.peak_resident_bytes() < before + 0.5 * size
+
+
+def test_planned_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes are less than exact saves, and half bytes less than bytes."""
+    measured = run_quick(planned_memory, capsys)["networks"]
+    assert list(measured) == ["digits/cnn:4"]
+    for sides in measured["digits/cnn:4"].values():
+        kept = [side["saved_bytes"] for side in sides.values()]
+        assert list(sides) == ["exact", "int8", "int4"] and kept == sorted(kept, reverse=True)
+        for side in sides.values():
+            assert side["over_dense"] == side["saved_bytes"] / side["dense_saved_bytes"]

@@ -1,7 +1,7 @@
 """What storing less costs in precision: gradients, as swatfx/kernels/README.md gives them.
 
 `pytest -s -m '' tests/kernels/test_gradient_errors.py` prints what it measures. A step on random
-images, SWAT-U at 90%: gradients with `norm_saves="int8"` or `value_dtype="bf16"` against those
+images, SWAT-U at 90%: gradients with other `norm_saves` or `value_dtype="bf16"` against those
 without.
 """
 
@@ -22,6 +22,7 @@ SHAPES = {"cifar/resnet20": (32, 3, 32, 32), "resnet18": (32, 3, 64, 64)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
     "int8": {"norm_saves": "int8"},
+    "int4": {"norm_saves": "int4"},
     "bf16": {"value_dtype": "bf16"},
 }
 
@@ -53,9 +54,11 @@ def errors(name: str, option: str, seed: int, outlier: float) -> tuple[float, fl
 
 # (option, outlier): (least, most of all gradients; least, most of the worst parameter), fractions.
 BOUNDS = {
-    ("int8", 0): (0.0004, 0.0025, 0.007, 0.04),
-    ("int8", 100): (0.0015, 0.015, 0.025, 0.2),
-    ("int8", 1000): (0.015, 0.08, 0.12, 0.95),
+    ("int8", 0): (0.0004, 0.0025, 0.007, 0.02),
+    ("int8", 100): (0.0005, 0.008, 0.007, 0.02),
+    ("int8", 1000): (0.0015, 0.015, 0.007, 0.02),
+    ("int4", 0): (0.009, 0.08, 0.15, 0.7),
+    ("int4", 1000): (0.03, 0.3, 0.15, 1.0),
     ("bf16", 0): (0.0008, 0.0030, 0.0012, 0.0030),
     ("bf16", 1000): (0.0008, 0.0030, 0.0012, 0.0030),
 }
@@ -70,7 +73,7 @@ BOUNDS = {
     ],
 )
 def test_errors_are_as_documented(name: str, seed: int) -> None:
-    """Within a factor of about two of what was measured, from both sides."""
+    """Within a factor of about two of what was measured; int8 below 2%, whatever the outlier."""
     for (option, outlier), (least, most, least_worst, most_worst) in BOUNDS.items():
         whole, worst = errors(name, option, seed, outlier)
         assert least < whole < most, (option, outlier, whole)

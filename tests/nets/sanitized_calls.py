@@ -17,6 +17,7 @@ from torch import Tensor
 from swatfx import kernels, selectors
 from swatfx.density import Density
 from swatfx.kernels import library
+from swatfx.ops import codes
 from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import active_weight
 from swatfx.selectors import Axes, topk
@@ -125,7 +126,7 @@ def leaves() -> None:
         channels = rest[0]
         for x in activations((batch, *rest)):
             for saves, training, relu, plus in itertools.product(
-                ("exact", "int8", "nothing"), (True, False), (True, False), (True, False)
+                ("exact", "int8", "int4", "nothing"), (True, False), (True, False), (True, False)
             ):
                 if training and batch * torch.Size(rest[1:]).numel() <= 1:
                     continue
@@ -137,6 +138,10 @@ def leaves() -> None:
                     )[0]
                     if y.requires_grad:
                         y.backward(torch.randn_like(y))
+            for saves in codes.BITS if x.numel() else ():
+                code = codes.encode_flat(x.reshape(-1), saves)
+                codes.decode_flat(code, x.numel(), saves, x.dtype)
+                codes.decode_flat(torch.full_like(code, 255), x.numel(), saves, x.dtype)
             for op in (OPS.relu, lambda t: OPS.dropout(t, 0.3)):
                 leaf = x.clone().requires_grad_()
                 op(leaf)[0].backward(x)

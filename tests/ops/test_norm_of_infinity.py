@@ -10,7 +10,7 @@ from swatfx.tensors import layouts
 @pytest.mark.parametrize(
     "layout", [layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST]
 )
-@pytest.mark.parametrize("saves", ["exact", "int8"])
+@pytest.mark.parametrize("saves", ["exact", "int8", "int4"])
 @pytest.mark.parametrize("odd", [torch.inf, torch.nan])
 def test_an_infinite_input_has_a_finite_gradient(odd: float, saves: str, layout: str) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx.ops import norm
-from swatfx.ops.norm_codes import decode
+from swatfx.ops.codes import BITS, decode
 from swatfx.tensors import layouts
 from tests.nets.saving_ops import leaf, saved_by
 
@@ -185,7 +185,7 @@ def test_norm_in_the_kernels_layout(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("saves", ["exact", "int8", "nothing"])
+@pytest.mark.parametrize("saves", ["exact", "int8", "int4", "nothing"])
 @pytest.mark.parametrize("name", CASES)
 def test_norm_opcheck(name: str, saves: str) -> None:
     case = CASES[name]
@@ -196,7 +196,7 @@ def test_norm_opcheck(name: str, saves: str) -> None:
 
 
 @pytest.mark.parametrize("wants", [(True,) * 4, (True, False, True, False), (False, True) * 2])
-@pytest.mark.parametrize("saves", ["exact", "int8"])
+@pytest.mark.parametrize("saves", ["exact", "int8", "int4"])
 @pytest.mark.parametrize("name", CASES)
 def test_norm_backward_opcheck(name: str, saves: str, wants: tuple[bool, ...]) -> None:
     case = CASES[name]
@@ -213,9 +213,9 @@ def test_norm_backward_opcheck(name: str, saves: str, wants: tuple[bool, ...]) -
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_norm_keeps(name: str) -> None:
-    """Its input or a byte an element, mean and deviation; a bit where the mask is needed."""
+    """Its input, or codes by groups; mean and deviation; a bit where the mask is needed."""
     case = CASES[name]
-    for saves in ("exact", "int8"):
+    for saves in ("exact", "int8", "int4"):
         t = case.tensors()
         x, elements, channels = t["x"], t["x"].numel(), case.shape[1]
         stats = torch.float32 if case.options.get("params") or not case.training else case.dtype
@@ -225,8 +225,9 @@ def test_what_a_norm_keeps(name: str) -> None:
         size = sum(s.untyped_storage().nbytes() for s in kept)
         known = 2 * channels * stats.itemsize
         mask = (elements + 7) // 8
-        if saves == "int8":
-            known += norm.int8_header(channels) + elements
+        if saves in BITS:
+            groups = -(-elements // channels // 256)
+            known += -(-channels * groups * 9 // 64) * 64 + -(-elements * BITS[saves] // 8)
             known += mask if case.relu and t["residual"] is not None else 0
         else:
             recomputed = t["residual"] is None and norm.recomputes(x, case.training)
@@ -246,7 +247,7 @@ def test_running_statistics_are_not_written() -> None:
 
 
 def test_nan_reaches_output_and_gradient() -> None:
-    for saves in ("exact", "int8"):
+    for saves in ("exact", "int8", "int4"):
         case = CASES["2d_relu"]
         t, other = case.tensors(), case.tensors()
         for values in (t, other):
@@ -273,24 +274,27 @@ def test_norm_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(call, tuple(t[n] for n in names), fast_mode=True)
 
 
-# ---- A byte an element ---------------------------------------------------------------------------
+# ---- A byte an element, or half ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("saves", BITS)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.shape[0]])
-def test_int8_mask_is_exact_and_error_bounded(name: str) -> None:
-    """x-hat within half a cell; ReLU's mask, and what needs only it, as with exact saves."""
+def test_mask_is_exact_and_error_bounded(name: str, saves: str) -> None:
+    """x-hat within a cell; ReLU's mask, and what needs only it, as with exact saves."""
     case = CASES[name]
     t, other = case.tensors(), case.tensors()
-    y, mean, invstd, _, _, code = OPS.batch_norm(*case.args(t, "int8"))
+    y, mean, invstd, _, _, code = OPS.batch_norm(*case.args(t, saves))
     exact = OPS.batch_norm(*case.args(other))
     assert torch.equal(y, exact[0])
     x = t["x"].detach().double()
     view = (1, -1, *[1] * (x.dim() - 2))
     normed = (x - mean.double().view(view)) * invstd.double().view(view)
-    decoded, _ = decode(code, x.shape, layouts.layout_of(t["x"]), torch.float64)
-    dims = [d for d in range(x.dim()) if d != 1]
-    cell = (normed.amax(dims, keepdim=True) - normed.amin(dims, keepdim=True)) / 254
-    room = 0.5 * cell + 1e-5 * (1 + normed.abs())
+    layout = layouts.layout_of(t["x"])
+    decoded = decode(code, x.shape, layout, saves)[0].double()
+    # Of roots, a cell is at most this: its widest in x-hat is at the ends, and 254 or 14 are there.
+    root = normed.abs().sqrt()
+    cell = 2 * root.amax() / (2 ** BITS[saves] - 4)
+    room = cell * (2 * root + cell) * (0.5 if saves == "int8" else 1) + 1e-5 * (1 + normed.abs())
     assert bool(((decoded - normed).abs() <= room).all())
     grad = torch.randn_like(y)
     grads, expected = gradients(y, t, grad), gradients(exact[0], other, grad)
@@ -325,12 +329,13 @@ def test_int8_gradient_error() -> None:
 @pytest.mark.parametrize("weight", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize("bias", [-9.0, -0.5, 0.0, 0.5, 9.0])
 @pytest.mark.parametrize("constant", [False, True])
-def test_int8_mask_at_the_edges(weight: float, bias: float, constant: bool) -> None:
+@pytest.mark.parametrize("saves", BITS)
+def test_mask_at_the_edges(saves: str, weight: float, bias: float, constant: bool) -> None:
     """Channels all active, all inactive, constant, of zero or negative weight."""
     x = leaf((4, 3, 5, 5))
     if constant:
         x.data.fill_(1.5)
     w, b = torch.full((3,), weight), torch.full((3,), bias, requires_grad=True)
-    y = OPS.batch_norm(x, None, w, b, None, None, True, 0.1, 1e-5, True, "int8")[0]
+    y = OPS.batch_norm(x, None, w, b, None, None, True, 0.1, 1e-5, True, saves)[0]
     (grad,) = torch.autograd.grad(y, b, torch.ones_like(y))
     assert torch.equal(grad, (y > 0).sum((0, 2, 3)).float())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.tracing.composites.common import additive, call
+from swatfx.compiled import Heads
 from swatfx.errors import InputError
 
 
@@ -120,6 +121,27 @@ def attention_core(
         weights = F.dropout(weights, p=drop)
     out = torch.bmm(weights, v).transpose(0, 1).contiguous().view(length * batch, width)
     return out, weights.view(batch, heads, length, source)
+
+
+def attention_heads(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Heads | None:
+    """What `attention_core` is as one op; None where it is more, or of another result."""
+    padding, mask, heads, dropout, training, need_weights, causal, unbatched, *biases = options
+    masked = padding is not None or mask is not None or causal or biases
+    if masked or need_weights or unbatched or (training and dropout > 0):
+        return None
+    length, batch, width = query.shape
+    head = width // heads
+    q, k, v = (
+        t.reshape(t.shape[0], batch * heads, head)
+        .transpose(0, 1)
+        .view(batch, heads, t.shape[0], head)
+        for t in (query, key, value)
+    )
+
+    def finish(out: Tensor) -> tuple[Tensor, None]:
+        return out.permute(2, 0, 1, 3).contiguous().view(length * batch, width), None
+
+    return Heads(q, k, v, None, None, finish)
 
 
 def _merge(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from passes.tracing.composites.common import call
+from swatfx.compiled import Heads
 
 Sizes = Sequence[int]
 
@@ -82,6 +83,33 @@ def window_attend(
         scores = (scores + mask.unsqueeze(1).unsqueeze(0)).view(-1, heads, volume, volume)
     weights = F.dropout(F.softmax(scores, dim=-1), p=dropout, training=training)
     return weights.matmul(v).transpose(1, 2).reshape(windows, volume, channels)
+
+
+def window_heads(
+    qkv: Tensor,
+    x: Tensor,
+    bias: Tensor,
+    window: Sizes,
+    shift: Sizes,
+    heads: int,
+    dropout: float,
+    training: bool,
+    logit_scale: Tensor | None,
+) -> Heads | None:
+    """What `window_attend` is as one op; None where it is more than that."""
+    if logit_scale is not None or (training and dropout > 0):
+        return None
+    windows, volume, packed = qkv.shape
+    channels = packed // 3
+    split = qkv.reshape(windows, volume, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
+    padded = _padded(x, window)
+    moved = _moved(padded, window, shift)
+    mask = _region_mask(padded, window, moved, x) if sum(moved) > 0 else None
+
+    def finish(out: Tensor) -> Tensor:
+        return out.transpose(1, 2).reshape(windows, volume, channels)
+
+    return Heads(split[0], split[1], split[2], bias, mask, finish)
 
 
 def _region_mask(sizes: Sizes, window: Sizes, moved: Sizes, x: Tensor) -> Tensor:

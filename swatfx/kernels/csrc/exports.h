@@ -239,8 +239,9 @@ EXPORT void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, in
  * [channels], or both NULL in training. y: [n] = relu(norm(x) + residual). mean, invstd: [channels], of the
  * batch, or in eval mode of the running statistics. new_mean, new_var: [channels], in training the running
  * statistics moved on by `momentum`; NULL if there are none, or in eval mode not written. bits: [ceil(n /
- * 8)], where the ReLU let through, not y <= 0, or NULL. codes: [n], header: [3][channels] (step, low, first;
- * swatfx/ops/norm.py), or both NULL.
+ * 8)], where the ReLU let through, not y <= 0, or NULL. codes: [ceil(n * width / 8)], width being 8 or 4, and
+ * header, the arrays that lie before them (swatfx/ops/codes.py; channels are rows), or both NULL. seed: of
+ * what is drawn for codes of 4 bits.
  *
  * training, relu: 0 or 1. bits: only if relu; needed by backward if there are codes and a residual. In
  * training runs * length > 1: one element has no variance. eps and momentum may be any: they make values,
@@ -249,7 +250,7 @@ EXPORT void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float 
     const float *bias, const float *running_mean, const float *running_var, elem *y, float *mean,
     float *invstd, float *new_mean, float *new_var, uint8_t *bits, uint8_t *codes, float *header,
     int64_t channels, int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, double momentum, double eps,
-    int training, int relu, int threads);
+    int training, int relu, int width, uint32_t seed, int threads);
 
 /* grad: [n]; x: [n] or NULL; weight, bias: as forward had them; mean, invstd: [channels], from forward;
  * bits, codes, header: as forward wrote them, or NULL. dx, dresidual: [n] or NULL if not wanted; dweight,
@@ -265,7 +266,17 @@ EXPORT void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const f
     float *bias, const float *mean, const float *invstd, const uint8_t *bits, const uint8_t *codes,
     const float *header, elem *dx, elem *dresidual, float *dweight, float *dbias, int64_t channels,
     int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, int training, int relu, int
-    threads);
+    width, int threads);
+
+/* ---- Whole tensors in codes: coded.py ----
+ *
+ * x: [n]; codes: [ceil(n * width / 8)], width being 8 or 4; header: the arrays that lie before them, of one
+ * row (swatfx/ops/codes.py), aligned to 4 bytes; neither need be codes when they are read. seed: of what is
+ * drawn for codes of 4 bits. Checked by: coded.py. */
+EXPORT void TYPED(swatfx_encode)(const elem *x, uint8_t *codes, float *header, int64_t n, int width,
+    uint32_t seed, int threads);
+EXPORT void TYPED(swatfx_decode)(const uint8_t *codes, const float *header, elem *x, int64_t n, int
+    width, int threads);
 
 /* ---- Max pooling: pool.py ----
  *

@@ -11,11 +11,13 @@ void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight
                         elem *y, float *mean, float *invstd, float *new_mean, float *new_var,
                         uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
                         int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
-                        double momentum, double eps, int training, int relu, int threads) {
+                        double momentum, double eps, int training, int relu, int width,
+                        uint32_t seed, int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
-    forward f = {x,      residual, weight,   bias, running_mean, running_var, y,        mean,
-                 invstd, new_mean, new_var,  bits, codes,        header,      momentum, eps,
-                 training, relu, outgrows_cache(channels * runs * length)};
+    forward f = {x,      residual, weight,  bias, running_mean, running_var, y,        mean,
+                 invstd, new_mean, new_var, bits, codes,        header,      momentum, eps,
+                 training, relu,   width,   0,    seed};
+    f.past = outgrows_cache(channels * runs * length);
     if (is_last(&e)) {
         norm_last(&f, &e);
     } else {
@@ -29,11 +31,11 @@ void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const float *w
                                  elem *dx, elem *dresidual, float *dweight, float *dbias,
                                  int64_t channels, int64_t runs, int64_t length,
                                  int64_t run_step, int64_t channel_step, int training, int relu,
-                                 int threads) {
+                                 int width, int threads) {
     extent e = {channels, runs, length, run_step, channel_step, threads};
     enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
     backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,
-                  header, dx, dresidual, dweight, dbias, training, 0,    masks};
+                  header, dx, dresidual, dweight, dbias, training, width, 0, masks};
     b.past = outgrows_cache(channels * runs * length);
     if (is_last(&e)) {
         norm_last_backward(&b, &e);

@@ -9,15 +9,17 @@
 #ifndef SWATFX_NORM_H
 #define SWATFX_NORM_H
 
+#include "codes.h"
 #include "pieces.h"
 
 #define affine_of TYPED(affine_of)
 #define combine_moments TYPED(combine_moments)
 #define finish_moments TYPED(finish_moments)
+#define choose_grid TYPED(choose_grid)
 #define norm_runs TYPED(norm_runs)
 #define norm_last TYPED(norm_last)
 
-/* PART: what a channel is cut into between threads. BLOCK: what is added up in single precision
+/* PART: what a channel is cut into between threads, at least. BLOCK: what is added up in single precision
  * before it goes into a double. */
 enum { PART = 1 << 14, BLOCK = 1024 };
 
@@ -31,27 +33,35 @@ typedef struct {
     int64_t begin, end;
 } span;
 
-static inline int64_t parts_of(const extent *e) {
-    return e->runs * ((e->length + PART - 1) / PART);
+/* Elements of a channel. */
+static inline int64_t size_of_channel(const extent *e) { return e->runs * e->length; }
+
+/* Elements [from, to) of a channel, as far as they lie in one run. */
+static inline span span_of(const extent *e, int64_t channel, int64_t from, int64_t to) {
+    int64_t run = from / e->length, begin = from - run * e->length;
+    int64_t at = channel * e->channel_step + run * e->run_step + begin;
+    return (span){at, at + min64(e->length - begin, to - from)};
 }
 
-static inline span part_of(const extent *e, int64_t channel, int64_t part) {
-    int64_t a_run = (e->length + PART - 1) / PART, from = part % a_run * PART;
-    int64_t run = channel * e->channel_step + part / a_run * e->run_step;
-    return (span){run + from, run + min64(e->length, from + PART)};
-}
+/* Do a statement for every `all`, a span of the elements [from, to) of a channel. */
+#define EACH_SPAN(e, channel, from, to, ...)                                                        \
+    for (int64_t next = (from); next < (to);) {                                                     \
+        const span all = span_of(e, channel, next, to);                                             \
+        next += all.end - all.begin;                                                                \
+        __VA_ARGS__;                                                                                \
+    }
 
 static inline int is_last(const extent *e) { return e->length == 1 && e->channel_step == 1; }
 
 /* Whether threads share each channel rather than divide the channels. */
 static inline int shares_channels(const extent *e) {
     return e->threads > 1 && e->channels < 4 * e->threads && e->channels % e->threads &&
-           e->runs * e->length >= 2 * PART * e->threads;
+           size_of_channel(e) >= 2 * PART * e->threads;
 }
 
 /* Channels that a thread takes at a time: small ones by the dozen. */
 static inline int channels_a_task(const extent *e) {
-    return (int)(1 + PART / (e->runs * e->length + 1));
+    return (int)(1 + PART / (size_of_channel(e) + 1));
 }
 
 /* y = x * scale + shift. Backward asks for the sign of y again: it must get the same two floats, so
@@ -71,27 +81,27 @@ typedef struct {
     uint8_t *bits, *codes;
     float *header; /* of codes */
     double momentum, eps;
-    int training, relu, past;
+    int training, relu, width, past; /* width: bits of a code */
+    uint32_t seed;
 } forward;
 
 typedef struct {
     double count, mean, square; /* square: sum of squared distances from the mean */
-    float low, high;
 } moments;
-
-/* The coding of a channel, as documented at swatfx::batch_norm; `tie` is where y changes its sign. */
-typedef struct {
-    float mean, invstd, tie, inverse, first;
-} encoder;
 
 moments combine_moments(moments a, moments b);
 
-/* Writes down a channel's statistics, in eval mode the running ones, and chooses its coding. */
-encoder finish_moments(const forward *f, const extent *e, int64_t channel, moments m);
+/* Writes down a channel's statistics, in eval mode the running ones. */
+void finish_moments(const forward *f, int64_t channel, moments m);
 
-/* The same in vectors; `up` is where the weight is not negative. */
+/* Chooses the grid of a channel's group, whose elements are from `low` to `high`, and writes it down. */
+void choose_grid(const forward *f, const extent *e, int64_t channel, int64_t group, float low,
+                 float high);
+
+/* How elements are written; `up` is where the weight is not negative. */
 typedef struct {
-    wide scale, shift, mean, invstd, tie, inverse, first;
+    wide scale, shift, mean;
+    encoder grid; /* of x - mean */
     mask up;
 } writer;
 
@@ -101,7 +111,7 @@ INLINE mask lets_through(wide y) { return above(y, splat(HALF ? 0x1p-134f : 0));
 
 /* `count` elements at `at`. */
 INLINE void write_output(const forward *f, const writer *how, int64_t at, int count, int past,
-                         const int residual, const int relu, const int bits, const int codes) {
+                         const int residual, const int relu, const int bits, const int width) {
     wide x = get_some(f->x + at, count, 0), y = multiply_add(x, how->scale, how->shift);
     mask keep = how->up;
     if (residual) y = add(y, get_some(f->residual + at, count, 0));
@@ -111,14 +121,10 @@ INLINE void write_output(const forward *f, const writer *how, int64_t at, int co
         if (bits) put_bits(f->bits, at, count, to_bits(keep));
     }
     put_result(f->y + at, y, count, past);
-    if (codes) {
-        wide q = mul(sub(mul(sub(x, how->mean), how->invstd), how->tie), how->inverse);
-        q = add(whole_below(q), how->first);
-        if (relu && !residual) {
-            wide above = most(q, how->first), below = least(q, sub(how->first, splat(1)));
-            q = choose(agree(keep, how->up), above, below);
-        }
-        put_some_bytes(f->codes + at, least(most(q, splat(0)), splat(255)), count);
+    if (width) {
+        mask over = agree(keep, how->up);
+        wide q = encode(&how->grid, sub(x, how->mean), over, at, relu && !residual, width);
+        put_codes(f->codes, at, q, count, width);
     }
 }
 
@@ -126,10 +132,10 @@ INLINE void write_output(const forward *f, const writer *how, int64_t at, int co
 #define EACH_OUTPUT(f, call)                                                                        \
     do {                                                                                            \
         int residual = (f)->residual != NULL, bits = (f)->bits != NULL;                             \
-        if ((f)->codes && (f)->relu) {                                                              \
-            call(residual, 1, bits, 1);                                                             \
+        if ((f)->codes && (f)->width == 8) {                                                        \
+            EACH_CODED(f, call, 8);                                                                 \
         } else if ((f)->codes) {                                                                    \
-            call(residual, 0, 0, 1);                                                                \
+            EACH_CODED(f, call, 4);                                                                 \
         } else if ((f)->relu && residual && bits) {                                                 \
             call(1, 1, 1, 0);                                                                       \
         } else if ((f)->relu && !residual && !bits) {                                               \
@@ -138,6 +144,16 @@ INLINE void write_output(const forward *f, const writer *how, int64_t at, int co
             call(residual, 1, bits, 0);                                                             \
         } else {                                                                                    \
             call(residual, 0, 0, 0);                                                                \
+        }                                                                                           \
+    } while (0)
+#define EACH_CODED(f, call, width)                                                                  \
+    do {                                                                                            \
+        if (!(f)->relu) {                                                                           \
+            call(residual, 0, 0, width);                                                            \
+        } else if (residual) {                                                                      \
+            call(1, 1, bits, width);                                                                \
+        } else {                                                                                    \
+            call(0, 1, bits, width);                                                                \
         }                                                                                           \
     } while (0)
 

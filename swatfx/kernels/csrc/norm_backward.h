@@ -11,7 +11,7 @@
 /* Where the ReLU let through: everywhere, or as say bits, codes, the sign of y computed again. */
 enum mask_from { ALL, BITS, CODES, SIGN };
 /* What normalised x is to be had from. */
-enum source { NOTHING, X, CODE };
+enum source { NOTHING, X, BYTE, HALF_BYTE };
 
 typedef struct {
     const elem *grad, *x;
@@ -20,14 +20,14 @@ typedef struct {
     const float *header;
     elem *dx, *dresidual; /* NULL where not wanted, as the next two */
     float *dweight, *dbias;
-    int training, past;
+    int training, width, past; /* width: bits of a code */
     enum mask_from masks;
 } backward;
 
-/* Of g, the gradient below the ReLU, and of g * h, where h is x - mean, or normalised x if that was
- * what was kept. */
+/* Of g, the gradient below the ReLU, of g * h, where h is x - mean, or normalised x if that was what
+ * was kept, and of h in that case: codes change it. */
 typedef struct {
-    double g, gh;
+    double g, gh, h;
 } sums;
 
 /* dx = g * a + h * b + c. */
@@ -42,28 +42,31 @@ static inline int wants_sums(const backward *b) {
     return b->dweight || b->dbias || (b->dx && b->training);
 }
 
-/* What elements are read with, as in norm.h: normalised x is low + code * step, and codes from `first`
- * on lie where y is positive, or, where the weight is negative, below. */
+/* What elements are read with, as in norm.h; codes above the border are where y is positive, or, where
+ * the weight is negative, below. */
 typedef struct {
-    wide scale, shift, mean, step, low, first;
+    wide scale, shift, mean;
+    decoder grid;
     mask up;
 } reader;
+
+INLINE int is_coded(const enum source from_what) { return from_what == BYTE || from_what == HALF_BYTE; }
 
 /* g and h of `count` elements at `at`. */
 INLINE wide read_gradient(const backward *b, const reader *how, int64_t at, int count, wide *h,
                           const enum mask_from masks, const enum source from_what) {
     wide g = get_some(b->grad + at, count, 0), code = splat(0), x = code;
     *h = x;
-    if (from_what == CODE) {
-        code = get_some_bytes(b->codes + at, count);
-        *h = multiply_add(code, how->step, how->low);
+    if (is_coded(from_what)) {
+        code = get_codes(b->codes, at, count, from_what == BYTE ? 8 : 4);
+        *h = decode(&how->grid, code);
     } else if (from_what == X) {
         x = get_some(b->x + at, count, 0);
         *h = sub(x, how->mean);
     }
     if (masks == SIGN) g = only(lets_through(multiply_add(x, how->scale, how->shift)), g);
     if (masks == BITS) g = only(from_bits(get_bits(b->bits, at, count)), g);
-    if (masks == CODES) g = only(agree(at_least(code, how->first), how->up), g);
+    if (masks == CODES) g = only(agree(at_least(code, how->grid.first), how->up), g);
     return g;
 }
 
@@ -83,24 +86,25 @@ INLINE void write_gradient(const backward *b, const reader *how, wide of_g, wide
 #define EACH_WAY(b, call)                                                                           \
     switch ((b)->masks) {                                                                           \
     case SIGN: call(SIGN, X); break;                                                                \
-    case CODES: call(CODES, CODE); break;                                                           \
-    case BITS:                                                                                      \
-        if ((b)->codes) {                                                                           \
-            call(BITS, CODE);                                                                       \
-        } else if ((b)->x) {                                                                        \
-            call(BITS, X);                                                                          \
+    case CODES:                                                                                     \
+        if ((b)->width == 8) {                                                                      \
+            call(CODES, BYTE);                                                                      \
         } else {                                                                                    \
-            call(BITS, NOTHING);                                                                    \
+            call(CODES, HALF_BYTE);                                                                 \
         }                                                                                           \
         break;                                                                                      \
-    default:                                                                                        \
-        if ((b)->codes) {                                                                           \
-            call(ALL, CODE);                                                                        \
-        } else if ((b)->x) {                                                                        \
-            call(ALL, X);                                                                           \
-        } else {                                                                                    \
-            call(ALL, NOTHING);                                                                     \
-        }                                                                                           \
+    case BITS: EACH_SOURCE(b, call, BITS); break;                                                   \
+    default: EACH_SOURCE(b, call, ALL);                                                             \
+    }
+#define EACH_SOURCE(b, call, masks)                                                                 \
+    if ((b)->codes && (b)->width == 8) {                                                            \
+        call(masks, BYTE);                                                                          \
+    } else if ((b)->codes) {                                                                        \
+        call(masks, HALF_BYTE);                                                                     \
+    } else if ((b)->x) {                                                                            \
+        call(masks, X);                                                                             \
+    } else {                                                                                        \
+        call(masks, NOTHING);                                                                       \
     }
 
 /* The two forms of backward, as in norm.h. */

@@ -1,0 +1,176 @@
+"""What else than norms keeps codes: values are eager's, gradients near, and right in the mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swatfx.ops.coded import RULES
+from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes
+from swatfx.tensors import layouts
+from tests.nets.saving_ops import saved_by
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"  # opcheck's own
+)
+OPS = torch.ops.swatfx
+LAYOUTS = (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, layouts.BATCH_INNERMOST)
+SHAPE = (4, 6, 5, 7)
+# Largest error of a gradient, over its norm.
+NEAR = {"int8": 0.02, "int4": 0.35}
+ELEMENTWISE = [name for name, rule in RULES.items() if rule.derivative is not None]
+
+
+def leaf(shape: tuple[int, ...], layout: str = layouts.ROW_MAJOR, seed: int = 0) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (layouts.as_layout(x, layout) if x.dim() > 2 else x).detach().requires_grad_()
+
+
+def check(
+    ours: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    near: float,
+) -> None:
+    """Values bit for bit, gradients to within `near`, and all where eager has them in memory."""
+    y, wanted = ours(*inputs), eager(*inputs)
+    assert torch.equal(y, wanted) and y.stride() == wanted.stride() and y.dtype == wanted.dtype
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    pairs = (torch.autograd.grad(out, inputs, grad) for out in (y, wanted))
+    for found, exact in zip(*pairs, strict=True):
+        assert found.shape == exact.shape and found.dtype == exact.dtype
+        assert float((found - exact).norm() / exact.norm()) < near
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("saves", BITS)
+@pytest.mark.parametrize("rule", ELEMENTWISE)
+def test_functions_of_an_element(rule: str, saves: str, layout: str) -> None:
+    x, known = leaf(SHAPE, layout), RULES[rule]
+    check(
+        lambda x: OPS.elementwise(x, rule, saves)[0],
+        lambda x: known.functions[0](x, **known.options),
+        (x,),
+        NEAR[saves],
+    )
+    torch.library.opcheck(OPS.elementwise, (x, rule, saves))
+    kept = saved_by(lambda: OPS.elementwise(x, rule, saves))
+    assert [t.numel() for t in kept] == [flat_bytes(x.numel(), saves)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("saves", BITS)
+def test_products(saves: str, layout: str) -> None:
+    x, other = leaf(SHAPE, layout), leaf(SHAPE, layout, 1)
+
+    def ours(a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = OPS.multiply(a, b, saves, [True, True])[0]
+        return y
+
+    for a, b in ((x, leaf((4, 6, 1, 1))), (leaf((6, 1, 1)), x), (x, other), (leaf(()), x)):
+        check(
+            lambda a, b: OPS.multiply(a, b, saves, [True, True])[0], torch.mul, (a, b), NEAR[saves]
+        )
+        torch.library.opcheck(OPS.multiply, (a, b, saves, [True, True]))
+    kept = saved_by(lambda: OPS.multiply(x, leaf((4, 6, 1, 1)), saves, [True, True]))
+    assert sum(t.numel() for t in kept) == flat_bytes(x.numel(), saves) + 24
+    kept = saved_by(lambda: OPS.multiply(x, leaf((4, 6, 1, 1)).detach(), saves, [True, False]))
+    assert sum(t.numel() for t in kept) == 24
+
+
+@pytest.mark.parametrize("saves", BITS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norms(affine: bool, saves: str) -> None:
+    width = (64,)
+    parameters = (leaf(width, seed=1), leaf(width, seed=2)) if affine else ()
+
+    def ours(x: Tensor, *given: Tensor) -> Tensor:
+        y: Tensor = OPS.layer_norm(x, *(given or (None, None)), width, 1e-5, saves)[0]
+        return y
+
+    for shape in ((9, 5, 64), (3, 64)):
+        x = leaf(shape)
+        check(ours, lambda x, *p: F.layer_norm(x, width, *p), (x, *parameters), NEAR[saves])
+        given = parameters or (None, None)
+        torch.library.opcheck(OPS.layer_norm, (x, *given, width, 1e-5, saves))
+
+
+@pytest.mark.parametrize("saves", ["exact", *BITS])
+@pytest.mark.parametrize("form", ["fused", "biased", "masked"])
+def test_attention(form: str, saves: str) -> None:
+    q, k, v = (leaf((4, 3, 9, 8), seed=seed) for seed in range(3))
+    bias = leaf((1, 3, 9, 9), seed=3)
+    mask = torch.zeros(2, 9, 9).masked_fill_(torch.rand(2, 9, 9) < 0.3, -100.0)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        if form == "fused":
+            return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * 8**-0.5).matmul(k.transpose(-2, -1)) + rest[0]
+        if form == "masked":
+            scores = scores.view(2, 2, 3, 9, 9) + mask.unsqueeze(1).unsqueeze(0)
+        return F.softmax(scores.view(4, 3, 9, 9), dim=-1).matmul(v)
+
+    inputs = (q, k, v) if form == "fused" else (q, k, v, bias)
+    args = (None if form == "fused" else bias, mask if form == "masked" else None, saves)
+    near = {"exact": 1e-6, "int8": 0.03, "int4": 0.6}[saves]
+    check(lambda *given: OPS.attention(*given[:3], *args)[0], eager, inputs, near)
+    torch.library.opcheck(OPS.attention, (q, k, v, *args))
+    kept = saved_by(lambda: OPS.attention(q, k, v, *args))
+    if form == "fused":
+        count = q.numel()
+        size = 3 * (flat_bytes(count, saves) if saves in BITS else 4 * count)
+        assert sum(t.untyped_storage().nbytes() for t in kept) == size
+
+
+def test_half_bytes_are_right_in_the_mean() -> None:
+    """Of 200 draws, to within five deviations of their mean: what is decoded stands in no product
+    with itself. What has a chance of less than 15 in 200 may not have been drawn at all: of a cell
+    of the derivative, which is at most 0.25 wide.
+    """
+    x, scale = leaf(SHAPE), leaf((4, 6, 1, 1))
+    grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
+
+    def gradients(multiply: Callable[..., Any], gelu: Callable[..., Any]) -> list[Tensor]:
+        return [
+            *torch.autograd.grad(multiply(x, scale), (x, scale), grad),
+            *torch.autograd.grad(gelu(x), (x,), grad),
+        ]
+
+    found = []
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found.append(
+            gradients(
+                lambda a, b: OPS.multiply(a, b, "int4", [True, True])[0],
+                lambda a: OPS.elementwise(a, "gelu", "int4")[0],
+            )
+        )
+    for i, exact in enumerate(gradients(torch.mul, F.gelu)):
+        drawn = torch.stack([g[i] for g in found]).double()
+        rare = 15 / 200 * 0.25 * grad.abs() if i == 2 else 0
+        room = 5 * drawn.std(0) / 200**0.5 + rare + 1e-5 * (1 + exact.abs())
+        assert bool(((drawn.mean(0) - exact).abs() <= room).all()), i
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("saves", BITS)
+def test_vectors_of_every_length(saves: str, dtype: torch.dtype) -> None:
+    """Kernels and plain torch read each other's codes, to a float's rounding."""
+    for n in (1, 2, 15, 16, 17, 255, 256, 257, 1000, 5003):
+        x = leaf((n,), seed=n).detach().to(dtype)
+        codes = [encode_flat(x, saves), encode_flat.reference(x, saves)]
+        assert codes[0].shape == codes[1].shape == (flat_bytes(n, saves),)
+        for code in codes:
+            found = decode_flat(code, n, saves, dtype)
+            other = decode_flat.reference(code, n, saves, dtype)
+            slack = 2.0**-8 if dtype is torch.bfloat16 else 1e-6
+            torch.testing.assert_close(found, other, rtol=2 * slack, atol=1e-6)
+            root = x.double().abs().sqrt()
+            cell = 2 * root.amax() / (2 ** BITS[saves] - 1)
+            room = cell * (2 * root + cell) + 2 * slack * (1 + root * root)
+            assert bool(((found.double() - x.double()).abs() <= room).all())
