@@ -42,7 +42,8 @@ def attention_reference(
 
     Returns:
         out: (N, H, L, D).
-        code: uint8 [bytes]: codes of query, key and value; with "exact" nothing.
+        code: uint8 [bytes]: codes of query, key and value, each up to a whole number of 64 bytes;
+            with "exact" nothing.
     """
     if bias is None:
         out = F.scaled_dot_product_attention(query, key, value)
@@ -50,9 +51,20 @@ def attention_reference(
         out = _weights(query * query.shape[-1] ** -0.5, key, bias, mask).matmul(value)
     code = query.new_empty(0, dtype=torch.uint8)
     if saves in BITS:
-        code = torch.cat([encode_flat(x.reshape(-1), saves) for x in (query, key, value)])
+        code = torch.cat(
+            [_whole_lines(encode_flat(x.reshape(-1), saves)) for x in (query, key, value)]
+        )
     # What a fused kernel returns may be a view, which an op does not.
     return out.clone() if out._is_view() else out, code
+
+
+def _in_lines(size: int) -> int:
+    """`size` bytes, up to a whole number of cache lines: each code begins where floats may."""
+    return -(-size // 64) * 64
+
+
+def _whole_lines(code: Tensor) -> Tensor:
+    return F.pad(code, (0, _in_lines(code.numel()) - code.numel()))
 
 
 def _weights(scaled: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -85,7 +97,7 @@ def _(
         out = query.new_empty(query.shape)
     size = 0
     if saves in BITS:
-        size = sum(flat_bytes(x.numel(), saves) for x in (query, key, value))
+        size = sum(_in_lines(flat_bytes(x.numel(), saves)) for x in (query, key, value))
     return out, query.new_empty(size, dtype=torch.uint8)
 
 
@@ -130,7 +142,7 @@ def _decoded(
     code: Tensor, sizes: Sequence[Sequence[int]], saves: str, dtype: torch.dtype
 ) -> list[Tensor]:
     counts = [torch.Size(size).numel() for size in sizes]
-    bytes_of = [flat_bytes(count, saves) for count in counts]
+    bytes_of = [_in_lines(flat_bytes(count, saves)) for count in counts]
     if code.dtype is not torch.uint8 or code.shape != (sum(bytes_of),):
         raise InputError(
             "backward of attention got other bytes than its forward kept",
@@ -139,7 +151,11 @@ def _decoded(
         )
     parts = zip(code.split(bytes_of), counts, sizes, strict=True)
     return [
-        layouts.from_flat(decode_flat(part, count, saves, dtype), size, layouts.ROW_MAJOR)
+        layouts.from_flat(
+            decode_flat(part[: flat_bytes(count, saves)], count, saves, dtype),
+            size,
+            layouts.ROW_MAJOR,
+        )
         for part, count, size in parts
     ]
 

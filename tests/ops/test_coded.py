@@ -123,8 +123,34 @@ def test_attention(form: str, saves: str) -> None:
     kept = saved_by(lambda: OPS.attention(q, k, v, *args))
     if form == "fused":
         count = q.numel()
-        size = 3 * (flat_bytes(count, saves) if saves in BITS else 4 * count)
+        lines = -(-flat_bytes(count, saves) // 64) * 64 if saves in BITS else 4 * count
+        size = 3 * lines
         assert sum(t.untyped_storage().nbytes() for t in kept) == size
+
+
+@pytest.mark.parametrize("saves", ["exact", *BITS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 2, 3, 3, 4), (2, 1, 1, 1, 1), (2, 2, 5, 3, 33), (1, 3, 70, 9, 16), (2, 2, 0, 3, 4)],
+)
+def test_attention_of_odd_sizes(sizes: tuple[int, ...], dtype: torch.dtype, saves: str) -> None:
+    """Codes of one tensor begin behind those of another, whatever their number of bytes."""
+    batch, heads, length, source, width = sizes
+    q, k, v = (
+        leaf((batch, heads, size, width), seed=seed).detach().to(dtype).requires_grad_()
+        for seed, size in enumerate((length, source, source))
+    )
+    y = OPS.attention(q, k, v, None, None, saves)[0]
+    grad = torch.ones_like(y)
+    found = torch.autograd.grad(y, (q, k, v), grad)
+    wanted = F.scaled_dot_product_attention(q, k, v)
+    for one, other in zip(
+        (y, *found), (wanted, *torch.autograd.grad(wanted, (q, k, v), grad)), strict=True
+    ):
+        assert one.dtype is dtype and one.shape == other.shape and one.isfinite().all()
+        if saves == "exact":
+            torch.testing.assert_close(one, other)
 
 
 def test_half_bytes_are_right_in_the_mean() -> None:
