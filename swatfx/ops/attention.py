@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from swatfx.ops.saved import no_double_backward
 from swatfx.tensors import layouts
 
 aten = torch.ops.aten
+_FLASH = torch.nn.attention.SDPBackend.FLASH_ATTENTION.value
 
 
 def attention_reference(
@@ -119,7 +121,7 @@ def attention_backward_reference(
     sizes = [list(shapes[:4]), *[list(shapes[4:])] * 2]
     if query is None or key is None or value is None:
         query, key, value = _decoded(code, sizes, saves, grad.dtype)
-    if bias is None and grad.device.type == "cpu":
+    if bias is None and _runs_fused(query, key, value):
         out, total = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         fused = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, out, total, 0.0, False
@@ -136,6 +138,13 @@ def attention_backward_reference(
     of_key = of_scores.transpose(-2, -1).matmul(scaled)
     of_bias = grad.new_empty(0) if bias is None else of_scores.sum_to_size(bias.shape)
     return of_query, of_key, of_value, of_bias
+
+
+def _runs_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's fused kernel for CPUs takes these: it dies of what has no elements."""
+    if query.device.type != "cpu" or not (query.numel() and key.numel()):
+        return False
+    return bool(torch._fused_sdp_choice(query, key, value) == _FLASH)
 
 
 def _decoded(
