@@ -19,9 +19,7 @@ from swatfx.policy import Policy
 from swatfx.timing.copies import Inputs, copied, on_meta, twin
 from swatfx.timing.rounds import timed
 from swatfx.timing.steps import DTYPES, Step, autocast, failure, kept_storages
-from swatfx.training import attach
 
-_LONG = 10**6  # steps of a training whose masks do not change while it is measured
 _TURN, _MOST_STEPS = 0.1, 10  # seconds; steps
 _SPARSE_LAYOUT = "channels_last"  # of what is made sparse, where there are images
 
@@ -97,10 +95,7 @@ class Forms:
                     warnings.simplefilter("ignore", SwatWarning)
                 options: dict[str, Any] = dict(self.options.to_json())
                 model = compile_model(model, self.policy, **options)
-        step = Step(model, inputs, self.loss, DTYPES[form.dtype], form.compiled)
-        if form.policy and self.policy.needs_optimizer:
-            attach(model, step.optimizer, steps_per_epoch=_LONG, total_steps=_LONG)
-        return step
+        return Step(model, inputs, self.loss, DTYPES[form.dtype], form.compiled)
 
     def names(self, *, sparse: bool, eager: bool = False) -> list[str]:
         """Of the dense or the sparse forms that ran; with `eager` without compiled ones."""

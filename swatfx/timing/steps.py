@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swatfx.compiled import SwatModule
+from swatfx.training import attach
+
+_LONG = 10**6  # steps of a training whose masks do not change while it is measured
 DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 """What a step runs in, by name: that of autocast; None is without."""
 
@@ -44,6 +48,8 @@ class Step:
         self.dtype = dtype
         self._loss = loss
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if isinstance(model, SwatModule) and model.swat.policy.needs_optimizer:
+            attach(model, self.optimizer, steps_per_epoch=_LONG, total_steps=_LONG)
 
     def forward(self) -> Any:
         """What the model returns."""
