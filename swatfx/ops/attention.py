@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swatfx.errors import InputError
-from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes
-from swatfx.ops.saved import no_double_backward
+from swatfx.ops.codes import BITS, decode_flat, encode_lines, flat_bytes, line_bytes
+from swatfx.ops.saved import no_double_backward, once_only
 from swatfx.tensors import layouts
 
 aten = torch.ops.aten
@@ -53,20 +53,9 @@ def attention_reference(
         out = _weights(query * query.shape[-1] ** -0.5, key, bias, mask).matmul(value)
     code = query.new_empty(0, dtype=torch.uint8)
     if saves in BITS:
-        code = torch.cat(
-            [_whole_lines(encode_flat(x.reshape(-1), saves)) for x in (query, key, value)]
-        )
+        code = torch.cat([encode_lines(x.reshape(-1), saves) for x in (query, key, value)])
     # What a fused kernel returns may be a view, which an op does not.
     return out.clone() if out._is_view() else out, code
-
-
-def _in_lines(size: int) -> int:
-    """`size` bytes, up to a whole number of cache lines: each code begins where floats may."""
-    return -(-size // 64) * 64
-
-
-def _whole_lines(code: Tensor) -> Tensor:
-    return F.pad(code, (0, _in_lines(code.numel()) - code.numel()))
 
 
 def _weights(scaled: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -99,7 +88,7 @@ def _(
         out = query.new_empty(query.shape)
     size = 0
     if saves in BITS:
-        size = sum(_in_lines(flat_bytes(x.numel(), saves)) for x in (query, key, value))
+        size = sum(line_bytes(x.numel(), saves) for x in (query, key, value))
     return out, query.new_empty(size, dtype=torch.uint8)
 
 
@@ -151,7 +140,7 @@ def _decoded(
     code: Tensor, sizes: Sequence[Sequence[int]], saves: str, dtype: torch.dtype
 ) -> list[Tensor]:
     counts = [torch.Size(size).numel() for size in sizes]
-    bytes_of = [_in_lines(flat_bytes(count, saves)) for count in counts]
+    bytes_of = [line_bytes(count, saves) for count in counts]
     if code.dtype is not torch.uint8 or code.shape != (sum(bytes_of),):
         raise InputError(
             "backward of attention got other bytes than its forward kept",
@@ -201,6 +190,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     if grad is None:
         return (None,) * 6
     grads = attention_backward(grad, *ctx.saved_tensors, ctx.shapes, ctx.saves)
+    if ctx.saves in BITS:
+        grads = once_only(*grads)
     wants = ctx.needs_input_grad[:4]
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None)
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swatfx.errors import InputError
-from swatfx.ops.codes import decode_flat, encode_flat, flat_bytes
-from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward
+from swatfx.ops.codes import decode_flat, encode_flat, encode_lines, flat_bytes, line_bytes
+from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward, once_only
 from swatfx.tensors import layouts
 
 aten = torch.ops.aten
@@ -145,7 +145,8 @@ def _setup_elementwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _elementwise_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None
-    return elementwise_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+    (found,) = once_only(elementwise_backward(grad, *ctx.saved_tensors, *ctx.options))
+    return found, None, None
 
 
 elementwise.register_autograd(_elementwise_backward, setup_context=_setup_elementwise)
@@ -257,7 +258,8 @@ def _layer_norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     if grad is None:
         return (None,) * 6
     wants = list(ctx.needs_input_grad[:3])
-    grads = layer_norm_backward(grad, *ctx.saved_tensors, ctx.shape, ctx.saves, wants)
+    told = (ctx.shape, ctx.saves, wants)
+    grads = once_only(*layer_norm_backward(grad, *ctx.saved_tensors, *told))
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None, None)
 
 
@@ -281,11 +283,16 @@ def multiply_reference(
 
     Returns:
         y: the product.
-        code: uint8 [bytes], of a and then of b, in the order of each one's layout.
+        code: uint8 [bytes], of a and then of b, in the order of each one's layout, each up to a
+            whole number of cache lines.
     """
     y = a * b
     kept = _coded(a, b, wants, y.numel())
-    parts = [_codes(x, saves) for x in kept if x is not None]
+    parts = [
+        encode_lines(layouts.flat_view(x, layouts.layout_of(x)), saves)
+        for x in kept
+        if x is not None
+    ]
     return y, torch.cat(parts) if parts else a.new_empty(0, dtype=torch.uint8)
 
 
@@ -310,7 +317,7 @@ multiply = torch.library.custom_op(
 def _(a: Tensor, b: Tensor, saves: str, wants: Sequence[bool]) -> tuple[Tensor, Tensor]:
     y = a * b
     kept = [x for x in _coded(a, b, wants, y.numel()) if x is not None]
-    size = sum(flat_bytes(x.numel(), saves) for x in kept)
+    size = sum(line_bytes(x.numel(), saves) for x in kept)
     return y, a.new_empty(size, dtype=torch.uint8)
 
 
@@ -342,8 +349,10 @@ def multiply_backward_reference(
     seen: list[Tensor | None] = [a, b]
     for i, layout in enumerate(orders.split()):
         if wants[1 - i] and seen[i] is None:
-            count = flat_bytes(torch.Size(sizes[i]).numel(), saves)
-            seen[i], code = _decoded(code[:count], sizes[i], layout, saves, grad), code[count:]
+            elements = torch.Size(sizes[i]).numel()
+            own = code[: flat_bytes(elements, saves)]
+            seen[i] = _decoded(own, sizes[i], layout, saves, grad)
+            code = code[line_bytes(elements, saves) :]
     found = []
     for wanted, other, size in zip(wants, reversed(seen), sizes, strict=True):
         if wanted and other is not None:
@@ -398,7 +407,7 @@ def _multiply_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | 
     if grad is None:
         return (None,) * 4
     told = (ctx.shapes, ctx.split, ctx.orders, ctx.saves, ctx.wants)
-    grads = multiply_backward(grad, *ctx.saved_tensors, *told)
+    grads = once_only(*multiply_backward(grad, *ctx.saved_tensors, *told))
     return (*(g if want else None for g, want in zip(grads, ctx.wants, strict=True)), None, None)
 
 

@@ -172,6 +172,17 @@ def flat_bytes(elements: int, saves: str) -> int:
     return Room(1, elements, BITS[saves]).total
 
 
+def line_bytes(elements: int, saves: str) -> int:
+    """Bytes of `encode_lines`: those of `encode_flat`, up to a whole number of cache lines."""
+    return -(-flat_bytes(elements, saves) // _LINE) * _LINE
+
+
+def encode_lines(x: Tensor, saves: str) -> Tensor:
+    """As `encode_flat`, in whole cache lines: what is joined behind it is aligned."""
+    code = encode_flat(x, saves)
+    return F.pad(code, (0, line_bytes(x.numel(), saves) - code.numel()))
+
+
 @Replaceable
 def encode_flat(x: Tensor, saves: str) -> Tensor:
     """uint8 [flat_bytes] for a vector, as one row."""

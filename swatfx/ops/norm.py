@@ -24,6 +24,7 @@ from swatfx.ops.saved import (
     mask_from,
     new_in_layout,
     no_double_backward,
+    once_only,
     relu_gradient,
 )
 from swatfx.tensors import layouts
@@ -377,6 +378,8 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None,
         return (None,) * 11
     wants = list(ctx.needs_input_grad[:4])
     grads = batch_norm_backward(grad, *ctx.saved_tensors, wants, *ctx.call.options)
+    if ctx.call.saves in BITS:
+        grads = once_only(*grads)
     wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
     return (*wanted, *[None] * 7)
 

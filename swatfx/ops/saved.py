@@ -61,3 +61,28 @@ def no_double_backward(ctx: Any, *grads: Tensor) -> None:
         "double backward through a sparse layer is not defined",
         remedy="call backward without create_graph, or compile the layer with the policy 'dense'",
     )
+
+
+class _Once(torch.autograd.Function):
+    """A gradient formed from codes: it depends on what they stand for, unknown to torch."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        """`x`, with a history."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Raise SwatError."""
+        raise SwatError(
+            "double backward through what was kept in codes is not defined",
+            remedy='call backward without create_graph, or compile with norm_saves="exact"',
+        )
+
+
+def once_only(*gradients: Tensor) -> tuple[Tensor, ...]:
+    """Gradients formed from codes: where they may be differentiated in turn, that raises."""
+    if not torch.is_grad_enabled():
+        return gradients
+    anchor = torch.zeros((), requires_grad=True, device="cpu")
+    return tuple(_Once.apply(anchor, g) for g in gradients)  # type: ignore[no-untyped-call]

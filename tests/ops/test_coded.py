@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swatfx.errors import SwatError
 from swatfx.ops.coded import RULES
-from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes
+from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes, line_bytes
 from swatfx.tensors import layouts
 from tests.nets.saving_ops import saved_by
 
@@ -78,7 +79,7 @@ def test_products(saves: str, layout: str) -> None:
         )
         torch.library.opcheck(OPS.multiply, (a, b, saves, [True, True]))
     kept = saved_by(lambda: OPS.multiply(x, leaf((4, 6, 1, 1)), saves, [True, True]))
-    assert sum(t.numel() for t in kept) == flat_bytes(x.numel(), saves) + 24
+    assert sum(t.numel() for t in kept) == line_bytes(x.numel(), saves) + 24
     kept = saved_by(lambda: OPS.multiply(x, leaf((4, 6, 1, 1)).detach(), saves, [True, False]))
     assert sum(t.numel() for t in kept) == 24
 
@@ -123,7 +124,7 @@ def test_attention(form: str, saves: str) -> None:
     kept = saved_by(lambda: OPS.attention(q, k, v, *args))
     if form == "fused":
         count = q.numel()
-        lines = -(-flat_bytes(count, saves) // 64) * 64 if saves in BITS else 4 * count
+        lines = line_bytes(count, saves) if saves in BITS else 4 * count
         size = 3 * lines
         assert sum(t.untyped_storage().nbytes() for t in kept) == size
 
@@ -151,6 +152,45 @@ def test_attention_of_odd_sizes(sizes: tuple[int, ...], dtype: torch.dtype, save
         assert one.dtype is dtype and one.shape == other.shape and one.isfinite().all()
         if saves == "exact":
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("saves", BITS)
+@pytest.mark.parametrize(
+    "sizes", [((9, 33), (9, 33)), ((1,), (1,)), ((3, 5), (5,)), ((0, 3), (0, 3))]
+)
+def test_products_of_odd_sizes(sizes: tuple[tuple[int, ...], ...], saves: str) -> None:
+    a, b = (leaf(size, seed=seed) for seed, size in enumerate(sizes))
+    for given in ((a, b), (a, a)):
+        y, code = OPS.multiply(*given, saves, [True, True])
+        with torch.device("meta"):
+            fake = OPS.multiply(*(t.detach().to("meta") for t in given), saves, [True, True])[1]
+        assert code.shape == fake.shape
+        found = torch.autograd.grad(y.sum(), given)
+        wanted = torch.autograd.grad((given[0] * given[1]).sum(), given)
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= NEAR[saves] * other.norm()
+
+
+@pytest.mark.parametrize("saves", BITS)
+@pytest.mark.parametrize(
+    "kind", ["silu", "gelu", "hardswish", "multiply", "layer_norm", "norm", "attention"]
+)
+def test_no_second_derivative_is_lost(kind: str, saves: str) -> None:
+    """A gradient made of codes looked like a constant: a penalty on it was silently another."""
+    x = leaf((4, 6, 5, 8))
+    channels = torch.zeros(6), torch.ones(6)
+    made = {
+        "multiply": lambda: OPS.multiply(x, x, saves, [True, True])[0],
+        "layer_norm": lambda: OPS.layer_norm(x, None, None, (8,), 1e-5, saves)[0],
+        "norm": lambda: OPS.batch_norm(
+            x, None, None, None, *channels, True, 0.1, 1e-5, True, saves
+        )[0],
+        "attention": lambda: OPS.attention(x, x, x, None, None, saves)[0],
+    }
+    y = made.get(kind, lambda: OPS.elementwise(x, kind, saves)[0])()
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(SwatError, match="norm_saves"):
+        gradient.square().sum().backward()
 
 
 def test_half_bytes_are_right_in_the_mean() -> None:
