@@ -34,6 +34,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+_LONG = ("efficientnet", "swin")
+_MARKED = [pytest.param(n, marks=[pytest.mark.slow] * (n in _LONG)) for n in NETS]
+
 
 def compiled(name: str, saves: str) -> swatfx.SwatModule:
     torch.manual_seed(0)
@@ -53,7 +56,7 @@ def step(gm: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("saves", ["exact", "int8", "int4"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", _MARKED)
 def test_predicted_bytes_are_measured_bytes(name: str, saves: str) -> None:
     gm, x = compiled(name, saves), torch.randn(SHAPE)
     torch.manual_seed(3)
@@ -73,7 +76,7 @@ def test_predicted_bytes_are_measured_bytes(name: str, saves: str) -> None:
 
 
 @pytest.mark.parametrize(("saves", "near"), [("int8", 0.03), ("int4", 0.6)])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", _MARKED)
 def test_outputs_are_exact_and_gradients_near(name: str, saves: str, near: float) -> None:
     x = torch.randn(SHAPE)
     y, exact = step(compiled(name, "exact"), x)
@@ -99,7 +102,7 @@ def test_attention_keeps_no_more_than_the_dense_models() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", _MARKED)
 def test_exports_are_plain(name: str, tmp_path: pathlib.Path) -> None:
     gm = compiled(name, "int8").eval()
     x = torch.randn(SHAPE)

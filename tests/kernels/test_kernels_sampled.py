@@ -55,7 +55,10 @@ def dense_gradient(x: Tensor, grad: Tensor, weight: Tensor, steps: Any) -> Tenso
 
 @pytest.mark.usefixtures("no_references")
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "density",
+    [pytest.param(0.0, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_convolution(case: tuple[int, ...], density: float, dtype: torch.dtype) -> None:
     batch, groups, channels, filters, height, width, kernel, stride, padding, dilation = case
