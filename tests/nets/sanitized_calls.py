@@ -82,7 +82,7 @@ def convolutions() -> None:
 
 
 def sampled() -> None:
-    """Weight gradients at active weights, and weights by their masks."""
+    """Weight gradients at active weights, or of packed activations; weights by their masks."""
     for batch, dtype, density in itertools.product(BATCHES[1:], DTYPES[:2], (0.0, 0.2, 1.0)):
         for size, shape, steps in (
             ((7, 9), (1, 1, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
@@ -97,15 +97,19 @@ def sampled() -> None:
             x = layouts.as_layout(x, BATCH)
             call = ConvCall(*steps, sparse="w/w!", weight_selector="held:nchw", layout=BATCH)
             y = OPS.conv(x, weight, None, state, None, *call.options)
-            saved = (y, x, None, weight, state, list(x.shape), [True] * 3)
-            OPS.conv_backward(*saved, *call.options)
+            rest = (weight, state, list(x.shape), [True] * 3)
+            OPS.conv_backward(y, x, None, *rest, *call.options)
+            kept = OPS.pack(x, torch.tensor(0.5), 2, "nchw", dtype, BATCH)
+            OPS.conv_backward(y, None, kept, *rest, *call.options)
         for rows in (1, 16, 40):
             x, weight = torch.randn(rows * batch, 19).to(dtype), torch.randn(33, 19)
             state = bits.mask_to_bits(torch.rand(weight.shape) < density)
             record = LinearCall(sparse="w/w!", weight_selector="held:nchw", sparse_kernels=True)
             y = OPS.linear(x, weight, None, state, None, *record.options)
-            saved = (y, x, None, weight, state, list(x.shape), [True] * 3)
-            OPS.linear_backward(*saved, *record.options)
+            others = (weight, state, list(x.shape), [True] * 3)
+            OPS.linear_backward(y, x, None, *others, *record.options)
+            kept = OPS.pack(x, torch.tensor(0.5), 0, "nchw", dtype)
+            OPS.linear_backward(y, None, kept, *others, *record.options)
 
 
 def linear() -> None:
