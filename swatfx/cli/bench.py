@@ -23,8 +23,7 @@ from swatfx.cli.arguments import (
     whole,
 )
 from swatfx.cli.output import add_formats, check_output, show
-from swatfx.cli.subject import policy_text
-from swatfx.errors import InputError
+from swatfx.cli.subject import allocated, policy_text
 from swatfx.policy import parse
 from swatfx.timing import DTYPES, ROUNDS, SECONDS, bench
 
@@ -86,7 +85,7 @@ def run(
         torch.set_num_threads(args.threads)
     model, inputs, loss = models.resolve_with_inputs(args.model, args.num_classes)
     if inputs is None:
-        inputs = _drawn(read_shape(args), args.tokens)
+        inputs = allocated(lambda shape: _drawn(shape, args.tokens), read_shape(args))
     else:
         given = ("batch_size", "input_shape", "tokens")
         refuse_given(args, given, f"{args.model} returns its own inputs")
@@ -118,22 +117,11 @@ def _policy(args: argparse.Namespace) -> str:
 
 
 def _drawn(shape: tuple[int, ...], tokens: int | None) -> torch.Tensor:
-    """An input of random values, the same every time.
-
-    Raises:
-        InputError: it takes more memory than there is.
-    """
+    """An input of random values, the same every time."""
     generator = torch.Generator().manual_seed(0)
-    try:
-        if tokens is not None:
-            return torch.randint(tokens, shape, generator=generator)
-        return torch.randn(shape, generator=generator)
-    except RuntimeError as error:
-        raise InputError(
-            "an input of this shape cannot be allocated",
-            value=shape,
-            remedy="give a smaller --batch-size or --input-shape",
-        ) from error
+    if tokens is not None:
+        return torch.randint(tokens, shape, generator=generator)
+    return torch.randn(shape, generator=generator)
 
 
 @contextlib.contextmanager

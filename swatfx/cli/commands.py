@@ -39,7 +39,7 @@ from swatfx.cli.arguments import (
     whole,
 )
 from swatfx.cli.output import add_formats, check_output, show
-from swatfx.cli.subject import DEFAULT_POLICY, compiled, read_policy
+from swatfx.cli.subject import DEFAULT_POLICY, allocated, compiled, read_policy
 from swatfx.compiled import evaluation_mode
 from swatfx.costs import report
 from swatfx.errors import InputError, SwatError
@@ -305,18 +305,6 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
     return (batch, *shape)
 
 
-def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
-    """Raises InputError where they take more memory than there is."""
-    try:
-        return torch.zeros(shape)
-    except RuntimeError as error:
-        raise InputError(
-            "an input of this shape cannot be allocated",
-            value=shape,
-            remedy="give a smaller --batch-size or --input-shape",
-        ) from error
-
-
 def _report(args: argparse.Namespace) -> int:
     check_output(args)
     chosen = read_policy(args.policy, args.sparsity)
@@ -348,7 +336,7 @@ def _export(args: argparse.Namespace) -> int:
             args, ["batch_size"], "weights alone have no batch: this has no effect on .safetensors"
         )
     model = models.resolve(args.model, args.num_classes)
-    inputs = _zeros(read_shape(args))
+    inputs = allocated(torch.zeros, read_shape(args))
     _check_takes(model, inputs[:1])
     gm = compiled(args, model)
     export(gm, args.output, (inputs,), training=args.training)

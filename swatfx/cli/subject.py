@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from swatfx import policy
 from swatfx.checkpoint import load
@@ -48,3 +49,19 @@ def compiled(args: argparse.Namespace, model: nn.Module) -> SwatModule:
             remedy="leave --policy and --sparsity out, or --checkpoint",
         )
     return gm
+
+
+def allocated(make: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...]) -> Tensor:
+    """An input that `make` makes of its shape.
+
+    Raises:
+        InputError: it takes more memory than there is.
+    """
+    try:
+        return make(shape)
+    except RuntimeError as error:
+        raise InputError(
+            "an input of this shape cannot be allocated",
+            value=shape,
+            remedy="give a smaller --batch-size or --input-shape",
+        ) from error

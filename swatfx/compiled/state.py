@@ -302,8 +302,9 @@ class WeightThreshold(Threshold):
     def renew(self, weight: Tensor, *, zeroed: bool, same: bool) -> None:
         """Serve `weight`, which took another's place.
 
-        A held mask stays if nothing lies outside of it. Otherwise weights are selected anew, at the
-        density as it is now: in a copy, where a mask would be drawn, the largest.
+        A held mask stays for the same values, and in a copy for others, too; there it becomes that
+        of the largest weights where training would have left none of those outside of it. Otherwise
+        weights are selected anew, at the density as it is now.
 
         Args:
             weight: (F, C, *kernel).
@@ -384,16 +385,16 @@ class WeightThreshold(Threshold):
 class ActivationThreshold(Threshold):
     """State of an input activation; None where no pass will use it."""
 
+    def __init__(self, *args: Any, in_forward: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.in_forward = in_forward
+
     @torch.no_grad()
     def settle(self) -> None:
         """Let density and fraction say the same: an average may have parted them."""
         told = read_density(self.density, self.fraction)
         if told.value != self.density.item() or (told.exact is None and self.fraction.any()):
             self.set_density(told)
-
-    def __init__(self, *args: Any, in_forward: bool, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.in_forward = in_forward
 
     def forward(self, x: Tensor, step: Tensor, *weights: Tensor) -> Tensor | None:
         """Return the state to use now, if the layers that own `weights` train."""

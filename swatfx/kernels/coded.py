@@ -16,8 +16,7 @@ from swatfx.ops import codes
 
 
 def _fits(x: Tensor, dtype: torch.dtype) -> bool:
-    on_cpu = x.device.type == "cpu" and not x.is_meta
-    return library.available() and on_cpu and dtype in library.ELEMENTS
+    return library.available() and x.device.type == "cpu" and dtype in library.ELEMENTS
 
 
 @codes.encode_flat.register_kernel
@@ -42,7 +41,7 @@ def _encode(x: Tensor, saves: str) -> Tensor | None:
 @codes.decode_flat.register_kernel
 def _decode(code: Tensor, elements: int, saves: str, dtype: torch.dtype) -> Tensor | None:
     room = codes.Room(1, elements, codes.BITS[saves])
-    aligned = code.device.type == "cpu" and code.storage_offset() % 4 == 0
+    aligned = code.storage_offset() % 4 == 0
     if not _fits(code, dtype) or not aligned or not fitting.holds_bytes(code, room.total):
         return None
     x = torch.empty(elements, dtype=dtype)

@@ -129,7 +129,14 @@ def run_sampled(
     )
     if not succeeded(failed, "a sampled weight gradient"):
         return None
-    return out.to(weight.dtype) if weight.is_contiguous() else torch.empty_like(weight).copy_(out)
+    return as_weight(out, weight)
+
+
+def as_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """A row-major gradient in the dtype and memory order of `weight`."""
+    if weight.is_contiguous():
+        return gradient.to(weight.dtype)
+    return torch.empty_like(weight).copy_(gradient)
 
 
 def succeeded(failed: int, what: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.conv import run_problem, run_sampled, sparse_weight, succeeded
+from swatfx.kernels.conv import as_weight, run_problem, run_sampled, sparse_weight, succeeded
 from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
 from swatfx.ops.calls import LinearCall, Saved
 from swatfx.ops.layout import converted
@@ -75,17 +75,17 @@ def _forward(
     outputs, inputs = weight.shape
     rows = input_in_forward(call, input).reshape(count, inputs)
     used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
-    problem = forward_problem(_shapes(rows, weight), (inputs, 1, 1, 1))
+    problem = forward_problem(_shapes(count, weight), (inputs, 1, 1, 1))
     out = rows.new_empty(outputs, count)
     if not run_problem(problem, _transposed(rows), used, bias, out, threshold):
         return None
     return not_a_view(_transposed(out).view(*input.shape[:-1], outputs))
 
 
-def _shapes(rows: Tensor, weight: Tensor) -> Shapes:
+def _shapes(rows: int, weight: Tensor) -> Shapes:
     """A linear layer as a pointwise convolution: rows are images of one position."""
     one = (1, 1)
-    sizes = (rows.shape[0], weight.shape[1], 1, 1, weight.shape[0])
+    sizes = (rows, weight.shape[1], 1, 1, weight.shape[0])
     return Shapes(*sizes, one, one, (0, 0), one, 1)
 
 
@@ -109,18 +109,20 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     bias_grad = grad.reshape(count, outputs).sum(0) if wants[2] else grad.new_empty(0)
     grad = call.gradient(grad, 0)
     rows = grad.reshape(count, outputs)
-    input_grad = weight_grad = None
-    if wants[0] and call.where.backward_weight:
+    input_grad = weight_grad = reached = None
+    if wants[1] and input is not None and input.dtype is grad.dtype:
+        reached = call.reached(weight, weight_state)
+    sparse_input = wants[0] and call.where.backward_weight
+    turned = _transposed(rows) if sparse_input or reached is not None else None
+    if sparse_input and turned is not None:
         used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
-        input_grad = _input_gradient(rows, used, threshold, shape)
+        input_grad = _input_gradient(turned, used, threshold, shape)
     if wants[1] and input is None and kept is not None:
         weight_grad = _weight_gradient(rows, kept, weight, call.stored_dtype(grad))
         if weight_grad is not None:
             weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
-    if wants[1] and input is not None and input.dtype is grad.dtype:
-        reached = call.reached(weight, weight_state)
-        if reached is not None:
-            weight_grad = _sampled_gradient(rows, input.reshape(count, -1), weight, reached)
+    if reached is not None and turned is not None and input is not None:
+        weight_grad = _sampled_gradient(turned, input.reshape(count, -1), weight, reached)
     left = wants[0] and input_grad is None, wants[1] and weight_grad is None, False
     rest = (grad.new_empty(0), grad.new_empty(0))
     if any(left):
@@ -134,23 +136,23 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _input_gradient(
-    rows: Tensor, weight: Tensor, threshold: float, shape: torch.Size
+    turned: Tensor, weight: Tensor, threshold: float, shape: torch.Size
 ) -> Tensor | None:
-    """Of `shape`; None if the kernels cannot run it."""
-    inputs = weight.shape[1]
-    out, turned = rows.new_empty(inputs, rows.shape[0]), _transposed(rows)
-    for problem in input_gradient_problems(_shapes(rows, weight), (inputs, 1, 1, 1)):
+    """Of `shape`, for (outputs, rows); None if the kernels cannot run it."""
+    inputs, count = weight.shape[1], turned.shape[1]
+    out = turned.new_empty(inputs, count)
+    for problem in input_gradient_problems(_shapes(count, weight), (inputs, 1, 1, 1)):
         if not run_problem(problem, turned, weight, None, out, threshold):
             return None
     return not_a_view(_transposed(out).view(shape))
 
 
 def _sampled_gradient(
-    rows: Tensor, input: Tensor, weight: Tensor, reached: Tensor
+    turned: Tensor, input: Tensor, weight: Tensor, reached: Tensor
 ) -> Tensor | None:
-    """Zero where it does not reach; None if the kernels cannot run it."""
-    problem = forward_problem(_shapes(input, weight), (weight.shape[1], 1, 1, 1))
-    return run_sampled(problem, reached, _transposed(input), _transposed(rows), weight)
+    """For (outputs, rows); zero where it does not reach. None if the kernels cannot run it."""
+    problem = forward_problem(_shapes(len(input), weight), (weight.shape[1], 1, 1, 1))
+    return run_sampled(problem, reached, _transposed(input), turned, weight)
 
 
 def _weight_gradient(
@@ -176,4 +178,4 @@ def _weight_gradient(
     )
     if not succeeded(failed, "a sparse weight gradient"):
         return None
-    return out.to(weight.dtype) if weight.is_contiguous() else torch.empty_like(weight).copy_(out)
+    return as_weight(out, weight)

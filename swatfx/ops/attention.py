@@ -80,7 +80,6 @@ def _(
     mask: Tensor | None,
     saves: str,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(query)
     if bias is None:
         out = F.scaled_dot_product_attention(query, key, value)
         out = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)

@@ -46,6 +46,11 @@ _LINE = 64
 _WORD = 0xFFFFFFFF
 
 
+def _in_lines(size: int) -> int:
+    """`size` bytes, up to a whole number of cache lines."""
+    return -(-size // _LINE) * _LINE
+
+
 @dataclass(frozen=True)
 class Room:
     """What coded rows take in memory.
@@ -78,7 +83,7 @@ class Room:
     @property
     def header(self) -> int:
         """Bytes before the codes."""
-        return -(-self.used // _LINE) * _LINE
+        return _in_lines(self.used)
 
     @property
     def used(self) -> int:
@@ -174,7 +179,7 @@ def flat_bytes(elements: int, saves: str) -> int:
 
 def line_bytes(elements: int, saves: str) -> int:
     """Bytes of `encode_lines`: those of `encode_flat`, up to a whole number of cache lines."""
-    return -(-flat_bytes(elements, saves) // _LINE) * _LINE
+    return _in_lines(flat_bytes(elements, saves))
 
 
 def encode_lines(x: Tensor, saves: str) -> Tensor:

@@ -100,15 +100,10 @@ def attention_core(
         mask = None if mask is None else F.pad(mask, (0, 1))
     source, head = key.shape[0], width // heads
     merged = _merge(padding, mask, batch, heads, source)
-    q, k, v = (
-        t.reshape(t.shape[0], batch * heads, head)
-        .transpose(0, 1)
-        .view(batch, heads, t.shape[0], head)
-        for t in (query, key, value)
-    )
+    q, k, v = (_in_heads(t, heads) for t in (query, key, value))
     if not need_weights:
         out = F.scaled_dot_product_attention(q, k, v, merged, drop, causal)
-        return out.permute(2, 0, 1, 3).contiguous().view(length * batch, width), None
+        return _joined(out), None
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     scaled = q * math.sqrt(1.0 / float(head))
     if merged is None:
@@ -129,19 +124,25 @@ def attention_heads(query: Tensor, key: Tensor, value: Tensor, *options: Any) ->
     masked = padding is not None or mask is not None or causal or biases
     if masked or need_weights or unbatched or (training and dropout > 0):
         return None
-    length, batch, width = query.shape
-    head = width // heads
-    q, k, v = (
-        t.reshape(t.shape[0], batch * heads, head)
-        .transpose(0, 1)
-        .view(batch, heads, t.shape[0], head)
-        for t in (query, key, value)
-    )
+    q, k, v = (_in_heads(t, heads) for t in (query, key, value))
 
     def finish(out: Tensor) -> tuple[Tensor, None]:
-        return out.permute(2, 0, 1, 3).contiguous().view(length * batch, width), None
+        return _joined(out), None
 
     return Heads(q, k, v, None, None, finish)
+
+
+def _in_heads(x: Tensor, heads: int) -> Tensor:
+    """(L, N, E) -> (N, heads, L, E / heads)."""
+    length, batch, width = x.shape
+    rows = x.reshape(length, batch * heads, width // heads).transpose(0, 1)
+    return rows.view(batch, heads, length, width // heads)
+
+
+def _joined(out: Tensor) -> Tensor:
+    """(N, heads, L, E / heads) -> (L * N, E)."""
+    batch, heads, length, head = out.shape
+    return out.permute(2, 0, 1, 3).contiguous().view(length * batch, heads * head)
 
 
 def _merge(

@@ -64,25 +64,21 @@ def window_attend(
     logit_scale: Tensor | None,
 ) -> Tensor:
     """Attention in each window: (windows, volume, 3 C) -> (windows, volume, C); `x` gives *S."""
-    windows, volume, packed = qkv.shape
-    channels = packed // 3
-    split = qkv.reshape(windows, volume, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
-    q, k, v = split[0], split[1], split[2]
+    q, k, v = _in_heads(qkv, heads)
+    volume = q.shape[-2]
     if logit_scale is not None:
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         scores = scores * torch.clamp(logit_scale, max=math.log(100.0)).exp()
     else:
-        q = q * (channels // heads) ** -0.5
+        q = q * q.shape[-1] ** -0.5
         scores = q.matmul(k.transpose(-2, -1))
     scores = scores + bias
-    padded = _padded(x, window)
-    moved = _moved(padded, window, shift)
-    if sum(moved) > 0:
-        mask = _region_mask(padded, window, moved, x)
+    mask = _mask(x, window, shift)
+    if mask is not None:
         scores = scores.view(-1, mask.shape[0], heads, volume, volume)
         scores = (scores + mask.unsqueeze(1).unsqueeze(0)).view(-1, heads, volume, volume)
     weights = F.dropout(F.softmax(scores, dim=-1), p=dropout, training=training)
-    return weights.matmul(v).transpose(1, 2).reshape(windows, volume, channels)
+    return _joined(weights.matmul(v))
 
 
 def window_heads(
@@ -99,17 +95,26 @@ def window_heads(
     """What `window_attend` is as one op; None where it is more than that."""
     if logit_scale is not None or (training and dropout > 0):
         return None
+    return Heads(*_in_heads(qkv, heads), bias, _mask(x, window, shift), _joined)
+
+
+def _in_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(windows, volume, 3 C) -> query, key and value, (windows, heads, volume, C / heads) each."""
     windows, volume, packed = qkv.shape
-    channels = packed // 3
-    split = qkv.reshape(windows, volume, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
+    split = qkv.reshape(windows, volume, 3, heads, packed // 3 // heads).permute(2, 0, 3, 1, 4)
+    return split[0], split[1], split[2]
+
+
+def _joined(out: Tensor) -> Tensor:
+    """(windows, heads, volume, C / heads) -> (windows, volume, C)."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def _mask(x: Tensor, window: Sizes, shift: Sizes) -> Tensor | None:
+    """What shifted windows add to scores, (windows of an image, volume, volume), or None."""
     padded = _padded(x, window)
     moved = _moved(padded, window, shift)
-    mask = _region_mask(padded, window, moved, x) if sum(moved) > 0 else None
-
-    def finish(out: Tensor) -> Tensor:
-        return out.transpose(1, 2).reshape(windows, volume, channels)
-
-    return Heads(split[0], split[1], split[2], bias, mask, finish)
+    return _region_mask(padded, window, moved, x) if sum(moved) > 0 else None
 
 
 def _region_mask(sizes: Sizes, window: Sizes, moved: Sizes, x: Tensor) -> Tensor:
