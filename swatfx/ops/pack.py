@@ -70,9 +70,26 @@ pack = torch.library.custom_op("swatfx::pack", pack_reference, mutates_args=())
 def _(
     x: Tensor, threshold: Tensor, spatial: int, selector: str, dtype: torch.dtype, layout: str = ""
 ) -> Tensor:
-    # The size depends on the data: one symbol a call, so that torch.compile sees one graph.
-    size = torch.library.get_ctx().new_dynamic_size()
-    return x.new_empty(shape_of(layout or layouts.layout_of(x), size), dtype=torch.uint8)
+    return x.new_empty(shape_of(layout or layouts.layout_of(x), _new_size()), dtype=torch.uint8)
+
+
+def _new_size() -> torch.SymInt:
+    """A size that depends on the data: one symbol a call, so that torch.compile sees one graph.
+
+    `new_dynamic_size` would break the graph at every pack unless fullgraph=True is asked for: torch
+    is wary of ops that were written for eager. This one was not.
+    """
+    ctx = torch.library.get_ctx()
+    symbols = ctx._shape_env
+    size: torch.SymInt
+    if symbols is None:
+        size = ctx.new_dynamic_size()  # raises what tells fake tensors without symbols
+        return size
+    from torch.fx.experimental.symbolic_shapes import _constrain_range_for_size  # slow to import
+
+    size = symbols.create_unbacked_symint()
+    _constrain_range_for_size(size, min=0)
+    return size
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -158,9 +158,7 @@ class _Run:
         self.gm.train()
         self.step_module: Callable[..., Any] = self.gm
         if config.compile:
-            # Packed activations have a size that depends on data, at which torch.compile breaks the
-            # graph unless it must not; around eager parts it has to break it.
-            self.step_module = torch.compile(self.gm, fullgraph=not self.gm.eager)
+            self.step_module = torch.compile(self.gm)
         if self.folder is not None:
             self.folder.begin(identity | self._circumstances(), self.progress.epoch)
 

@@ -40,11 +40,11 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_slice_of_layers_and_networks_holds(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "found.json"
-    amount = ("--layers", "150", "--networks", "20", "--programs", "60")
+    amount = ("--layers", "100", "--networks", "14", "--programs", "40")
     result = fuzz(*amount, "--seed", "1", "--json", str(file))
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = json.loads(file.read_text())
-    assert [found[kind] for kind in ("layers", "networks", "programs")] == [150, 20, 60]
+    assert [found[kind] for kind in ("layers", "networks", "programs")] == [100, 14, 40]
     assert found["failures"] == []
 
 

@@ -236,7 +236,8 @@ def shapes_of(layout: str) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("parameters", [torch.float32, BF16, None], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norms(layout: str, parameters: torch.dtype | None, count: int) -> None:
-    shapes = shapes_of(layout)[:: 1 if count == 1 else 4]
+    thin = count > 1 or parameters is not torch.float32  # sums are the same, of what else is given
+    shapes = shapes_of(layout)[:: 4 if thin else 1]
     with threads(count):
         for shape, options in itertools.product(shapes, OPTIONS):
             if options["training"] and shape[0] * torch.Size(shape[2:]).numel() < 2:

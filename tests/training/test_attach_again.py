@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pathlib
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -216,8 +217,14 @@ def _alive(watched: Sequence[weakref.ref[Any]]) -> list[str]:
     return [type(one()).__name__ for one in watched if one() is not None]
 
 
-@pytest.mark.parametrize("deed", [None, *DEEDS])
-@pytest.mark.parametrize("name", [*POLICIES, "dst"])
+def _all_deeds() -> Iterator[Any]:
+    """Every policy with every deed; in the fast suite those whose hooks differ."""
+    for name, deed in itertools.product([*POLICIES, "dst"], [None, *DEEDS]):
+        quick = deed is None or name in ("swat-u", "rigl", "dst")
+        yield pytest.param(name, deed, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "deed"), list(_all_deeds()))
 def test_models_and_optimizers_are_let_go(name: str, deed: Deed | None) -> None:
     """Hooks on tensors are held where no garbage collector looks."""
     policy = swatfx.dst(0.01) if name == "dst" else replace(POLICIES[name], first_dense=False)
