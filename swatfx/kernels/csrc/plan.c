@@ -93,7 +93,7 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
     /* Fewer channels make lists too short to be worth loading and storing a tile for. */
     const int64_t least = p->taps > 1 ? 32 : 256;
     at.block = min64(p->channels, (p->taps > 1 ? 512 : 2048) / bytes);
-    const int64_t budget = cache_bytes() * 5 / 8 / bytes;
+    const int64_t budget = cache_bytes() * 3 / 8 / bytes; /* of more, pages that meet in its sets fall out */
     for (;;) {
         measure(p, &at, bytes);
         if (at.block * at.plane > budget && at.block > 16) {

@@ -1,13 +1,14 @@
-/* From a dense weight and a threshold to sparse rows, in a few passes at memory speed.
+/* From a dense weight and a threshold to sparse rows, in one pass at memory speed.
  *
- * First each filter's nonzeros are compressed in memory order. Forward then only translates positions
- * into scratch offsets; the input gradient, whose rows are channels, sorts them by counting.
+ * Each filter's nonzeros are compressed in memory order, and sorted by counting into cells, which are rows
+ * for every block of channels: of the filter in forward, of their channels in the input gradient.
  *
  * Stands on no other .c file.
  */
 #include "rows.h"
 
 #include <math.h>
+#include <omp.h>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,8 +17,7 @@
 /* Keeps what the reference keeps: not below the threshold (NaN stays), and not zero. */
 static inline int kept(float x, float threshold) { return (!(fabsf(x) < threshold)) & (x != 0); }
 
-/* Nonzeros of n floats: how many; written to `index` and `value` unless those are NULL.
- * Up to LANES - 1 elements past the last are written too. */
+/* Nonzeros of n floats, to `index` and `value`: how many. Up to LANES elements past the last are written too. */
 static int64_t compress(const float *w, int64_t n, float threshold, int32_t *index, float *value) {
     int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
@@ -28,32 +28,40 @@ static int64_t compress(const float *w, int64_t n, float threshold, int32_t *ind
         const __m512 x = _mm512_maskz_loadu_ps(valid, w + i);
         const __mmask16 keep = _mm512_mask_cmp_ps_mask(valid, _mm512_abs_ps(x), least, _CMP_NLT_UQ) &
                                _mm512_cmp_ps_mask(x, zero, _CMP_NEQ_UQ);
-        if (value) {
-            _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, x));
-            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
-            at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES));
-        }
+        _mm512_storeu_ps(value + count, _mm512_maskz_compress_ps(keep, x));
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(keep, at));
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES));
         count += __builtin_popcount(keep);
     }
 #else
     for (; i < n; i++) {
-        if (value) value[count] = w[i], index[count] = (int32_t)i;
+        value[count] = w[i], index[count] = (int32_t)i;
         count += kept(w[i], threshold);
     }
 #endif
     return count;
 }
 
-/* Which of n bits from `first` on are set: how many; written to `index` unless that is NULL. */
+/* Which of n bits from `first` on are set, to `index`: how many. Up to LANES elements past the last are written too. */
 static int64_t compress_bits(const uint8_t *bits, int64_t first, int64_t n, int32_t *index) {
-    int64_t count = 0;
-    for (int64_t byte = first / 8; byte <= (first + n - 1) / 8; byte++) {
-        const int64_t at = byte * 8 - first; /* of its lowest bit */
-        uint32_t set = bits[byte];
-        if (at < 0) set &= 0xffu << -at;
-        if (n - at < 8) set &= 0xffu >> (8 - (n - at));
-        for (; index && set; set &= set - 1) index[count++] = (int32_t)at + __builtin_ctz(set);
+    int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; first % 8 == 0 && i + LANES <= n; i += LANES) {
+        uint16_t set;
+        memcpy(&set, bits + (first + i) / 8, sizeof set);
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(set, at));
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES));
         count += __builtin_popcount(set);
+    }
+    if (i == n) return count;
+#endif
+    for (int64_t byte = (first + i) / 8; byte <= (first + n - 1) / 8; byte++) {
+        const int64_t from = byte * 8 - first; /* of its lowest bit */
+        uint32_t set = bits[byte];
+        if (from < i) set &= 0xffu << (i - from);
+        if (n - from < 8) set &= 0xffu >> (8 - (n - from));
+        for (; set; set &= set - 1) index[count++] = (int32_t)from + __builtin_ctz(set);
     }
     return count;
 }
@@ -69,29 +77,25 @@ static void round_values(float *value, int64_t n) {
     }
 }
 
-/* What a position within a filter, in memory order, stands for. */
+/* What a position within a filter, in memory order, stands for: in forward the block of its channel, and its
+ * place in the scratch; in the input gradient its channel, which is the row, and its tap's place. */
 typedef struct {
-    int32_t channel;
-    int32_t offset; /* of its tap in the scratch; negative where this problem has no such tap */
+    int32_t cell;
+    int32_t offset; /* negative where this problem has no such tap */
 } position;
 
-static position *positions(const conv_problem *p, const plan *at, int64_t channels, int64_t stride,
-                           int64_t size) {
+static position *positions(const conv_problem *p, const plan *at, int64_t channels, int64_t size) {
     position *out = malloc(size * sizeof(position));
     if (!out) return NULL;
     for (int64_t i = 0; i < size; i++) out[i].offset = -1;
     for (int64_t c = 0; c < channels; c++)
-        for (int64_t t = 0; t < p->taps; t++)
-            out[c * stride + p->tap[t].weight] = (position){(int32_t)c, (int32_t)at->offset[t]};
+        for (int64_t t = 0; t < p->taps; t++) {
+            const int64_t block = c / at->block, held = (c - block * at->block) * at->plane + at->offset[t];
+            out[c * p->weight_channel + p->tap[t].weight] =
+                p->rows_are_filters ? (position){(int32_t)block, (int32_t)held} : (position){(int32_t)c, (int32_t)at->offset[t]};
+        }
     return out;
 }
-
-typedef struct {
-    int64_t filters, channels, size; /* size: elements of a filter, which lie together */
-    int64_t *begin;                  /* [filters + 1] */
-    int32_t *index;
-    float *value;
-} compressed;
 
 /* What is there to be compressed: weights that are not below a threshold, or places whose bit is set. */
 typedef struct {
@@ -102,87 +106,155 @@ typedef struct {
     int64_t first;       /* bit */
 } source;
 
-static int64_t compress_filter(const compressed *c, const source *from, int64_t f, int32_t *index, float *value) {
-    if (from->bits) return compress_bits(from->bits, from->first + f * c->size, c->size, index);
-    const int64_t count = compress(from->weight + f * c->size, c->size, from->threshold, index, value);
-    if (value && from->half) round_values(value, count);
-    return count;
+/* The nonzeros of the filters that one thread compresses, filter by filter. */
+typedef struct {
+    int32_t *index;
+    float *value; /* NULL of places */
+    int64_t used, room;
+} share;
+
+/* Room for `more` nonzeros, and for what compressing writes behind them; not 0: there is none. */
+static int make_way(share *own, int64_t more, int places) {
+    if (own->used + more + LANES <= own->room) return 0;
+    const int64_t room = own->used + more + LANES + own->room;
+    int32_t *index = realloc(own->index, room * sizeof(int32_t));
+    if (index) own->index = index;
+    float *value = places ? NULL : realloc(own->value, room * sizeof(float));
+    if (value) own->value = value;
+    if (!index || !(places || value)) return 1;
+    own->room = room;
+    return 0;
 }
 
-static int compress_filters(compressed *c, const source *from, int threads) {
-    const int64_t padding = LANES;
-    c->begin = calloc(c->filters + 1, sizeof(int64_t));
-    if (!c->begin) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t f = 0; f < c->filters; f++)
-        c->begin[f + 1] = compress_filter(c, from, f, NULL, NULL) + padding;
-    for (int64_t f = 0; f < c->filters; f++) c->begin[f + 1] += c->begin[f];
-    c->index = malloc((c->begin[c->filters] + 1) * sizeof(int32_t));
-    c->value = from->bits ? NULL : malloc((c->begin[c->filters] + 1) * sizeof(float));
-    if (!c->index || !(from->bits || c->value)) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t f = 0; f < c->filters; f++) {
-        const int64_t begin = c->begin[f];
-        compress_filter(c, from, f, c->index + begin, c->value ? c->value + begin : NULL);
+/* A share for each thread, made by one: memory of other threads goes back to the system, and comes as new pages.
+ * What is never written costs nothing: there is room for a third of all, where most are a tenth. */
+static share *make_shares(int64_t threads, int64_t filters, int64_t size, int places) {
+    share *all = calloc(threads, sizeof(share));
+    for (int64_t t = 0; all && t < threads; t++)
+        if (make_way(all + t, (filters / threads + 1) * size / 3 + size, places)) return all; /* tries again */
+    return all;
+}
+
+static void free_shares(share *all, int64_t threads) {
+    for (int64_t t = 0; all && t < threads; t++) {
+        free(all[t].index);
+        free(all[t].value);
+    }
+    free(all);
+}
+
+/* Compresses filters [from, to) of `size` elements; count[f]: nonzeros of filter f. */
+static int compress_share(const source *what, int64_t size, int64_t from, int64_t to, share *own, int64_t *count) {
+    for (int64_t f = from; f < to; f++) {
+        if (make_way(own, size, what->bits != NULL)) return 1;
+        int32_t *index = own->index + own->used;
+        if (what->bits) {
+            count[f] = compress_bits(what->bits, what->first + f * size, size, index);
+        } else {
+            float *value = own->value + own->used;
+            count[f] = compress(what->weight + f * size, size, what->threshold, index, value);
+            if (what->half) round_values(value, count[f]);
+        }
+        own->used += count[f];
     }
     return 0;
 }
 
-/* Counts (fill = 0) or places (fill = 1) one filter's nonzeros; `cursor` moves as they are placed. */
-static inline void sort_filter(const compressed *c, const position *where, int64_t f, int64_t count, int by_filter,
-                               const plan *at, int64_t rows, int64_t *cursor, sparse_rows *out, int fill) {
-    const int32_t *index = c->index + c->begin[f];
-    const float *value = out->value ? c->value + c->begin[f] : NULL;
+/* Where a filter's nonzeros go: cells are [block][row]. */
+typedef struct {
+    int64_t row, block, held; /* in forward the row; in the input gradient the block and place in the scratch */
+} filter_at;
+
+static filter_at filter_of(const conv_problem *p, const plan *at, int64_t f) {
+    if (p->rows_are_filters) return (filter_at){f, 0, 0};
+    const int64_t block = f / at->block;
+    return (filter_at){0, block, (f - block * at->block) * at->plane};
+}
+
+static inline int64_t cell_of(const conv_problem *p, filter_at f, position q) {
+    return p->rows_are_filters ? q.cell * p->rows + f.row : f.block * p->rows + q.cell;
+}
+
+static void count_filter(const conv_problem *p, const position *where, filter_at f, const int32_t *index, int64_t count,
+                         int64_t *cells) {
     for (int64_t i = 0; i < count; i++) {
         const position q = where[index[i]];
-        if (q.offset < 0) continue;
-        const int64_t row = by_filter ? f : q.channel, channel = by_filter ? q.channel : f;
-        const int64_t block = channel / at->block;
-        int64_t *const to = cursor + block * rows + row;
-        if (fill) {
-            out->offset[*to] = (int32_t)((channel - block * at->block) * at->plane) + q.offset;
-            if (value)
-                out->value[*to] = value[i];
-            else
-                out->place[*to] = index[i];
-        }
-        ++*to;
+        if (q.offset >= 0) cells[cell_of(p, f, q)]++;
     }
 }
 
-static sparse_rows build(const conv_problem *p, const plan *at, source from) {
-    const int by_filter = p->rows_are_filters;
-    const int threads = (int)p->threads;
-    const int64_t cells = at->blocks * p->rows;
-    compressed c = {by_filter ? p->rows : p->channels, by_filter ? p->channels : p->rows, 0, NULL, NULL, NULL};
-    c.size = c.channels * p->weight_taps;
-    position *where = positions(p, at, c.channels, p->weight_channel, c.size);
-    sparse_rows out = {.begin = calloc(cells + 1, sizeof(int64_t))};
-    int64_t *cursor = calloc(cells + 1, sizeof(int64_t));
-    int failed = !where || !out.begin || !cursor || compress_filters(&c, &from, threads);
-    /* Filters that share a cell go to one thread, in order: one filter, or a block of them. */
-    const int64_t unit = by_filter ? 1 : at->block;
-    for (int fill = 0; fill < 2 && !failed; fill++) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t u = 0; u < ceil_div(c.filters, unit); u++)
-            for (int64_t f = u * unit; f < min64(c.filters, (u + 1) * unit); f++)
-                sort_filter(&c, where, f, c.begin[f + 1] - c.begin[f] - LANES, by_filter, at, p->rows,
-                            fill ? cursor : out.begin + 1, &out, fill);
-        if (fill) break;
-        for (int64_t i = 0; i < cells; i++) out.begin[i + 1] += out.begin[i];
-        memcpy(cursor, out.begin, cells * sizeof(int64_t));
-        out.offset = malloc((out.begin[cells] + 1) * sizeof(int32_t));
-        if (from.bits)
-            out.place = malloc((out.begin[cells] + 1) * sizeof(int32_t));
+static void place_filter(const conv_problem *p, const position *where, filter_at f, const int32_t *index,
+                         const float *value, int64_t count, int64_t *cursor, const sparse_rows *out) {
+    for (int64_t i = 0; i < count; i++) {
+        const position q = where[index[i]];
+        if (q.offset < 0) continue;
+        const int64_t to = cursor[cell_of(p, f, q)]++;
+        out->offset[to] = (int32_t)f.held + q.offset;
+        if (value)
+            out->value[to] = value[i];
         else
-            out.value = malloc((out.begin[cells] + 1) * sizeof(float));
-        failed = !out.offset || !(from.bits ? (void *)out.place : (void *)out.value);
+            out->place[to] = index[i];
     }
+}
+
+/* From counts a thread and cell to where each thread's nonzeros begin: those of a cell are in the order of
+ * filters. The number of all. */
+static int64_t begin_cells(int64_t *cells, int64_t count, int threads, int64_t *begin) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) {
+        begin[i] = all;
+        for (int t = 0; t < threads; t++) {
+            const int64_t found = cells[t * count + i];
+            cells[t * count + i] = all;
+            all += found;
+        }
+    }
+    begin[count] = all;
+    return all;
+}
+
+static int make_rows(sparse_rows *out, int64_t all, int places) {
+    out->offset = malloc((all + 1) * sizeof(int32_t));
+    if (places)
+        out->place = malloc((all + 1) * sizeof(int32_t));
+    else
+        out->value = malloc((all + 1) * sizeof(float));
+    return !out->offset || !(places ? (void *)out->place : (void *)out->value);
+}
+
+/* Weights are read once: they come from memory, all else is small. Each thread has a run of filters. */
+static sparse_rows build(const conv_problem *p, const plan *at, source from) {
+    const int64_t filters = p->rows_are_filters ? p->rows : p->channels;
+    const int64_t channels = p->rows_are_filters ? p->channels : p->rows;
+    const int64_t size = channels * p->weight_taps, count = at->blocks * p->rows;
+    position *where = positions(p, at, channels, size);
+    sparse_rows out = {.begin = malloc((count + 1) * sizeof(int64_t))};
+    int64_t *cells = calloc(p->threads * count, sizeof(int64_t)), *counts = malloc((filters + 1) * sizeof(int64_t));
+    share *shares = make_shares(p->threads, filters, size, from.bits != NULL);
+    const int ready = where && out.begin && cells && counts && shares;
+    int failed = !ready;
+#pragma omp parallel num_threads((int)p->threads)
+    if (ready) {
+        const int team = omp_get_num_threads(), me = omp_get_thread_num();
+        const int64_t f0 = filters * me / team, f1 = filters * (me + 1) / team;
+        int64_t *const cursor = cells + me * count;
+        share *const own = shares + me;
+        const int full = compress_share(&from, size, f0, f1, own, counts);
+        for (int64_t f = f0, i = 0; f < f1 && !full; i += counts[f++])
+            count_filter(p, where, filter_of(p, at, f), own->index + i, counts[f], cursor);
+#pragma omp critical(swatfx_rows)
+        failed |= full;
+#pragma omp barrier
+#pragma omp single
+        failed = failed || make_rows(&out, begin_cells(cells, count, team, out.begin), from.bits != NULL);
+        for (int64_t f = f0, i = 0; f < f1 && !failed; i += counts[f++])
+            place_filter(p, where, filter_of(p, at, f), own->index + i, own->value ? own->value + i : NULL, counts[f],
+                         cursor, &out);
+    }
+    free_shares(shares, p->threads);
     free(where);
-    free(cursor);
-    free(c.begin);
-    free(c.index);
-    free(c.value);
+    free(cells);
+    free(counts);
     if (failed) free_rows(&out);
     return out;
 }
