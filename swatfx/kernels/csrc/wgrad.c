@@ -39,8 +39,10 @@ static cut make_cut(const wgrad_problem *p) {
     for (int64_t r = 0; r < p->step_y; r++) most_y = max64(most_y, at.y[r].count);
     for (int64_t r = 0; r < p->step_x; r++) most_x = max64(most_x, at.x[r].count);
     const int64_t vectors = ceil_div(p->filters, LANES), taps = min64(MAX_TILE_ROWS, most_y) * most_x;
-    /* More filters than four vectors at a time make a scratch of few positions, and lists too short. */
-    int64_t wide = max64(1, min64(min64(vectors, 4), MAX_TILE / max64(1, min64(taps, MAX_TILE))));
+    /* More filters at a time make a scratch of few positions, and lists too short; fewer read lists too often. A
+     * pointwise product in bfloat16 has short tiles of twice as many, which stay closer. */
+    const int is_short = HALF && taps == 1;
+    int64_t wide = max64(1, min64(min64(vectors, is_short ? 8 : 4), MAX_TILE / max64(1, min64(taps, MAX_TILE))));
     if (HALF && wide == 3) wide = 2; /* a register holds two */
     /* The same width in every block; few blocks are as many for each thread. */
     int64_t blocks = ceil_div(vectors, wide);
@@ -49,7 +51,7 @@ static cut make_cut(const wgrad_problem *p) {
 
     const int64_t lanes = min64(LANES, p->batch);
     at.columns = (p->width - 1 + p->pad_x) / p->step_x + 1 + at.left + right;
-    const int64_t budget = cache_bytes() * 3 / 4 / (int64_t)sizeof(elem);
+    const int64_t budget = cache_bytes() * 3 / (is_short ? 8 : 4) / (int64_t)sizeof(elem);
     at.filters = wide * LANES;
     const int64_t row = lanes * at.columns * at.filters;
     int64_t strip = p->step_y;
