@@ -20,6 +20,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     TARGETS = {
         "avx2": ["-march=x86-64-v3"],
         "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+        "avx512bf16": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"],
     }
 FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 # A function that Python calls is declared in exports.h, or the compiler says that it is not.

@@ -1,8 +1,8 @@
 """Finds the compiled kernels that fit this machine, and calls them on tensors.
 
 The environment variable SWATFX_KERNELS, read when they are first asked for, says which: "auto" (the
-default) the best that run here; "avx512", "avx2" or "generic" those, if they run here; a path with
-a slash in it that library file, whatever it was built for; "reference" none.
+default) the best that run here; "avx512bf16", "avx512", "avx2" or "generic" those, if they run
+here; a path with a slash in it that library file, whatever it was built for; "reference" none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from swatfx.kernels import sources
 VARIABLE = "SWATFX_KERNELS"
 REFERENCE = "reference"
 # Best first; what torch says of the processor -> the libraries that run on it.
-_RUNS_ON = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+_RUNS_ON = {"AVX512": ("avx512bf16", "avx512", "avx2"), "AVX2": ("avx2",)}
 
 _state = {"off": 0}
 _lock = threading.RLock()
@@ -55,9 +55,10 @@ def _found() -> tuple[str, ctypes.CDLL | None]:
             library = ctypes.CDLL(file)
         except OSError:
             continue
-        if _is_current(library):
+        if not _is_current(library):
+            old = True
+        elif library.swatfx_runs_here():
             return name, library
-        old = True
     remedy = "Install a C compiler with OpenMP and install swatfx again"
     if old:
         remedy = "They were built from other sources: install swatfx again"
@@ -95,7 +96,7 @@ def available() -> bool:
 
 
 def instruction_set() -> str:
-    """Name of the library that runs: "avx512", "avx2", "generic", a path, or "reference"."""
+    """Name of the library that runs: as `VARIABLE` names it, a path, or "reference"."""
     return _library()[0] if available() else REFERENCE
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
+from swatfx import kernels
 from tests.nets.kernel_builds import build, sanitizer_libraries
 
-ALL = ("avx512", "avx2", "generic", "reference")
+ALL = ("avx512bf16", "avx512", "avx2", "generic", "reference")
 SANITIZE = (
     "-O1",
     "-g",
@@ -24,8 +25,8 @@ SANITIZE = (
 def here() -> list[str]:
     """Names of `ALL` that run on this machine, best first."""
     capability = torch.backends.cpu.get_cpu_capability()
-    first = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
-    return list(ALL[first:])
+    first = {"AVX512": 1, "AVX2": 2}.get(capability, 3)
+    return [*(n for n in ALL[:1] if kernels.instruction_set() == n), *ALL[first:]]
 
 
 @contextlib.contextmanager
@@ -38,9 +39,9 @@ def environment(name: str, sanitized: bool) -> Iterator[dict[str, str]]:
         yield {"SWATFX_KERNELS": name}
         return
     flags: list[str] = []
-    if name in ("avx512", "avx2"):
-        flags += ["-march=x86-64-v4", "-mprefer-vector-width=512"] if name == "avx512" else []
-        flags += ["-march=x86-64-v3"] if name == "avx2" else []
+    if name.startswith("avx512"):
+        flags += ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+    flags += {"avx512bf16": ["-mavx512bf16"], "avx2": ["-march=x86-64-v3"]}.get(name, [])
     found: dict[str, str] = {}
     if sanitized:
         flags += SANITIZE

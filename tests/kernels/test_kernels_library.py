@@ -30,6 +30,8 @@ for warning in caught:
     print(warning.category.__name__, warning.message)
 """
 BEST = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(cpu.get_cpu_capability(), ["generic"])
+if kernels.instruction_set() == "avx512bf16":  # torch names no capability after it
+    BEST = ["avx512bf16", *BEST]
 
 
 def ask(value: str | None) -> list[str]:

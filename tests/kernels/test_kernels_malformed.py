@@ -27,7 +27,7 @@ def test_no_call_kills_the_process_or_computes_something_else() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "generic"])
 def test_more_calls_on_every_instruction_set(name: str) -> None:
     if not kernels.library._built(name):
         pytest.skip(f"{name} does not run here")

@@ -56,7 +56,7 @@ def exported(library: pathlib.Path) -> set[str]:
     """Names of the functions that `library` exports for ops to call."""
     text = (ROOT / "swatfx/kernels/csrc/exports.h").read_text()
     found = set(re.findall(r"^EXPORT\s[^(]*?(?:TYPED\()?(\w+)[()]", text, re.MULTILINE))
-    found -= {"swatfx_sources"}  # which is asked once, by whoever loads the library
+    found -= {"swatfx_sources", "swatfx_runs_here"}  # asked once, by whoever loads the library
     # Each TYPED one is two, where there is a file of it in bf16/.
     symbols = library.read_bytes()
     typed = {f"{name}_bf16" for name in found}

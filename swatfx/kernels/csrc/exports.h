@@ -42,6 +42,8 @@
 
 /* Digest of the sources that it was built from (sources.py), "" if nobody said. Static: not to be freed. */
 EXPORT const char *swatfx_sources(void);
+/* Whether the processor has the instructions that it was built for, of those that torch does not name. */
+EXPORT int swatfx_runs_here(void);
 
 /* ---- Products with sparse weights or activations: conv.py, linear.py ----
  *

@@ -106,8 +106,13 @@ typedef struct {
 } writer;
 
 /* Where the ReLU lets through: where what is stored of y is above zero. Up to half of the least bfloat16
- * there is, that is zero. */
-INLINE mask lets_through(wide y) { return above(y, splat(HALF ? 0x1p-134f : 0)); }
+ * there is, that is zero; so are subnormals where the processor rounds. */
+#if defined(__AVX512BF16__)
+#define ROUNDED_TO_ZERO (0x1p-126f - 0x1p-149f)
+#else
+#define ROUNDED_TO_ZERO 0x1p-134f
+#endif
+INLINE mask lets_through(wide y) { return above(y, splat(HALF ? ROUNDED_TO_ZERO : 0)); }
 
 /* `count` elements at `at`. */
 INLINE void write_output(const forward *f, const writer *how, int64_t at, int count, int past,

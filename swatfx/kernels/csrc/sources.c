@@ -1,4 +1,5 @@
-/* Which sources the library was built from, for the loader to hold against those it finds.
+/* Which sources the library was built from, for the loader to hold against those it finds, and whether this
+ * processor has all that it was built for.
  *
  * Stands on no other .c file.
  */
@@ -9,3 +10,11 @@
 #endif
 
 const char *swatfx_sources(void) { return SWATFX_SOURCES; }
+
+int swatfx_runs_here(void) {
+#if defined(__AVX512BF16__)
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 1; /* the loader has asked torch for the rest */
+#endif
+}

@@ -114,9 +114,20 @@ ONE bits rounded(reg v) {
     return ((x | 0x400000) & nan) | (near & ~nan);
 }
 
+/* Both rounded, each element at its place. */
+ONE bits joined(reg even, reg odd) {
+#if defined(SWATFX_DOT)
+    const __m512i front = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (bits)_mm512_permutexvar_epi16(front, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
+    return rounded(even) >> 16 | (rounded(odd) & 0xffff0000);
+#endif
+}
+
 /* The chunk's elements, a column of LANES of them `col` behind the one before. */
 ONE void store_chunk(bf16 *out, int64_t col, reg even, reg odd, const int half, int stream) {
-    const bits x = rounded(even) >> 16 | (rounded(odd) & 0xffff0000);
+    const bits x = joined(even, odd);
 #if defined(__AVX512F__)
     const __m512i v = (__m512i)x;
     if (!half && col == LANES) {
