@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import swatfx
 from swatfx import kernels, ops
@@ -20,6 +20,7 @@ from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
 from tests.kernels.test_kernels_products_bf16 import CASES as PRODUCTS
 from tests.nets.kernel_calls import threads
+from tests.nets.masked_twin import assert_masked_gradients, network, step
 
 OPS = torch.ops.swatfx
 BF16 = torch.bfloat16
@@ -174,23 +175,6 @@ POLICIES = (
 )
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.Conv2d(32, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
-        *(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32)),
-    )
-
-
-def step(gm: nn.Module, x: Tensor, half: bool) -> None:
-    gm.zero_grad()
-    with torch.autocast("cpu", BF16, enabled=half):
-        loss = gm(x).float().square().mean()
-    loss.backward()
-
-
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
@@ -208,25 +192,7 @@ def test_training_is_that_of_the_masked_network(policy: str, half: bool) -> None
         torch.manual_seed(number)
         x = torch.randn(32, 3, 9, 10)
         step(gm, x, half)
-        keeps = {layer.plan.name: layer.keep() for layer in sparse_layers(gm)}
-        gradients = {}
-        for wide in (True, False):
-            twin = network().double() if wide else network()
-            twin.load_state_dict({k: v for k, v in gm.state_dict().items() if "swat." not in k})
-            for name, keep in keeps.items():
-                twin.get_submodule(name).weight.data.mul_(keep)
-            step(twin, x.double() if wide else x, half and not wide)
-            gradients[wide] = {n: p.grad for n, p in twin.named_parameters()}
-        for name, parameter in gm.named_parameters():
-            keep = keeps.get(name.removesuffix(".weight"), torch.tensor(True))
-            true = gradients[True][name] * keep
-            assert parameter.grad is not None
-            off = (parameter.grad - true).norm() / true.norm()
-            dense_off = (gradients[False][name] * keep - true).norm() / true.norm()
-            assert off <= (2 * dense_off + 2e-3 if half else 1e-4), (number, name, off, dense_off)
-            if name.removesuffix(".weight") in keeps:
-                assert (parameter.grad[~keep] == 0).all()
-                grown += int(((parameter == 0) & keep & (parameter.grad != 0)).sum())
+        grown += assert_masked_gradients(gm, x, half)
         optimizer.step()
     assert grown or policy.startswith("static")
 
