@@ -44,15 +44,29 @@ static int64_t compress(const float *w, int64_t n, float threshold, int32_t *ind
     return count;
 }
 
-/* Which of n bits from `first` on are set: how many; written to `index` unless that is NULL. */
+/* Which of n bits from `first` on are set: how many; written to `index` unless that is NULL.
+ * Up to LANES - 1 elements past the last are written too. */
 static int64_t compress_bits(const uint8_t *bits, int64_t first, int64_t n, int32_t *index) {
-    int64_t count = 0;
-    for (int64_t byte = first / 8; byte <= (first + n - 1) / 8; byte++) {
-        const int64_t at = byte * 8 - first; /* of its lowest bit */
+    int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+    __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; first % 8 == 0 && i + LANES <= n; i += LANES) {
+        uint16_t set;
+        memcpy(&set, bits + (first + i) / 8, sizeof set);
+        if (index) {
+            _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(set, at));
+            at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES));
+        }
+        count += __builtin_popcount(set);
+    }
+    if (i == n) return count;
+#endif
+    for (int64_t byte = (first + i) / 8; byte <= (first + n - 1) / 8; byte++) {
+        const int64_t from = byte * 8 - first; /* of its lowest bit */
         uint32_t set = bits[byte];
-        if (at < 0) set &= 0xffu << -at;
-        if (n - at < 8) set &= 0xffu >> (8 - (n - at));
-        for (; index && set; set &= set - 1) index[count++] = (int32_t)at + __builtin_ctz(set);
+        if (from < i) set &= 0xffu << (i - from);
+        if (n - from < 8) set &= 0xffu >> (8 - (n - from));
+        for (; index && set; set &= set - 1) index[count++] = (int32_t)from + __builtin_ctz(set);
         count += __builtin_popcount(set);
     }
     return count;
@@ -71,18 +85,23 @@ static void round_values(float *value, int64_t n) {
 
 /* What a position within a filter, in memory order, stands for. */
 typedef struct {
-    int32_t channel;
-    int32_t offset; /* of its tap in the scratch; negative where this problem has no such tap */
+    int32_t place;  /* the row, if rows are channels; else the channel's block */
+    int32_t offset; /* in the scratch: of its tap, and of its channel, if that is not the row; negative where this
+                     * problem has no such tap */
 } position;
 
 static position *positions(const conv_problem *p, const plan *at, int64_t channels, int64_t stride,
                            int64_t size) {
     position *out = malloc(size * sizeof(position));
     if (!out) return NULL;
-    for (int64_t i = 0; i < size; i++) out[i].offset = -1;
-    for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = 0; i < size; i++) out[i] = (position){0, -1};
+    for (int64_t c = 0; c < channels; c++) {
+        const int64_t block = p->rows_are_filters ? c / at->block : 0;
+        const int64_t plane = p->rows_are_filters ? (c - block * at->block) * at->plane : 0;
         for (int64_t t = 0; t < p->taps; t++)
-            out[c * stride + p->tap[t].weight] = (position){(int32_t)c, (int32_t)at->offset[t]};
+            out[c * stride + p->tap[t].weight] =
+                (position){(int32_t)(p->rows_are_filters ? block : c), (int32_t)(plane + at->offset[t])};
+    }
     return out;
 }
 
@@ -128,25 +147,47 @@ static int compress_filters(compressed *c, const source *from, int threads) {
     return 0;
 }
 
-/* Counts (fill = 0) or places (fill = 1) one filter's nonzeros; `cursor` moves as they are placed. */
-static inline void sort_filter(const compressed *c, const position *where, int64_t f, int64_t count, int by_filter,
-                               const plan *at, int64_t rows, int64_t *cursor, sparse_rows *out, int fill) {
+/* Counts (fill = 0) or places (fill = 1) one filter's nonzeros, a row's; `cursor` moves as they are placed. */
+static inline void sort_row(const compressed *c, const position *where, int64_t f, int64_t count, int64_t rows,
+                            int64_t *cursor, sparse_rows *out, int fill) {
     const int32_t *index = c->index + c->begin[f];
     const float *value = out->value ? c->value + c->begin[f] : NULL;
+    for (int64_t i = 0; i < count;) {
+        /* In most memory orders channels of a block lie together: a run of nonzeros is one cell's. */
+        const int32_t block = where[index[i]].place;
+        int64_t *const cell = cursor + block * rows + f;
+        int64_t to = *cell;
+        for (; i < count && where[index[i]].place == block; i++) {
+            const position q = where[index[i]];
+            if (q.offset < 0) continue;
+            if (fill) {
+                out->offset[to] = q.offset;
+                if (value)
+                    out->value[to] = value[i];
+                else
+                    out->place[to] = index[i];
+            }
+            to++;
+        }
+        *cell = to;
+    }
+}
+
+/* Likewise of a filter that is a channel of the scratch, whose nonzeros are all rows'. */
+static inline void sort_channel(const compressed *c, const position *where, int64_t f, int64_t count, const plan *at,
+                                int64_t rows, int64_t *cursor, sparse_rows *out, int fill) {
+    const int32_t *index = c->index + c->begin[f];
+    const float *value = c->value + c->begin[f];
+    const int64_t block = f / at->block;
+    const int32_t plane = (int32_t)((f - block * at->block) * at->plane);
+    int64_t *const cells = cursor + block * rows;
     for (int64_t i = 0; i < count; i++) {
         const position q = where[index[i]];
         if (q.offset < 0) continue;
-        const int64_t row = by_filter ? f : q.channel, channel = by_filter ? q.channel : f;
-        const int64_t block = channel / at->block;
-        int64_t *const to = cursor + block * rows + row;
-        if (fill) {
-            out->offset[*to] = (int32_t)((channel - block * at->block) * at->plane) + q.offset;
-            if (value)
-                out->value[*to] = value[i];
-            else
-                out->place[*to] = index[i];
-        }
-        ++*to;
+        const int64_t to = cells[q.place]++;
+        if (!fill) continue;
+        out->offset[to] = plane + q.offset;
+        out->value[to] = value[i];
     }
 }
 
@@ -165,9 +206,14 @@ static sparse_rows build(const conv_problem *p, const plan *at, source from) {
     for (int fill = 0; fill < 2 && !failed; fill++) {
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t u = 0; u < ceil_div(c.filters, unit); u++)
-            for (int64_t f = u * unit; f < min64(c.filters, (u + 1) * unit); f++)
-                sort_filter(&c, where, f, c.begin[f + 1] - c.begin[f] - LANES, by_filter, at, p->rows,
-                            fill ? cursor : out.begin + 1, &out, fill);
+            for (int64_t f = u * unit; f < min64(c.filters, (u + 1) * unit); f++) {
+                const int64_t count = c.begin[f + 1] - c.begin[f] - LANES;
+                int64_t *const to = fill ? cursor : out.begin + 1;
+                if (by_filter)
+                    sort_row(&c, where, f, count, p->rows, to, &out, fill);
+                else
+                    sort_channel(&c, where, f, count, at, p->rows, to, &out, fill);
+            }
         if (fill) break;
         for (int64_t i = 0; i < cells; i++) out.begin[i + 1] += out.begin[i];
         memcpy(cursor, out.begin, cells * sizeof(int64_t));
