@@ -35,6 +35,7 @@ CASES = [
     (1, 1, 700, 20, 5, 5, 5, 1, 2, 1),
     (32, 20, 1, 1, 4, 4, 3, 1, 1, 1),  # depthwise
     (17, 3, 1, 1, 70, 80, 5, 1, 2, 1),
+    (3, 3, 7, 5, 4, 4, 3, 1, 1, 1),  # groups whose bits begin within a byte
 ]
 
 
@@ -79,6 +80,33 @@ def test_convolution(case: tuple[int, ...], density: float, dtype: torch.dtype) 
     assert (found[~keep] == 0).all()
     with threads(3):
         assert torch.equal(conv_gradient(x, grad, weight, keep, steps), found)
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_weights_in_several_blocks(order: torch.memory_format) -> None:
+    """Forward and input gradient: a filter's weights lie by channel, or by position."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(16, 700, 5, 5), torch.randn(16, 20, 5, 5)
+    weight = torch.randn(20, 700, 3, 3).contiguous(memory_format=order)
+    keep = torch.rand(weight.shape) < 0.2
+    call = ops.calls.ConvCall(
+        *((1, 1), (1, 1), (1, 1), 1),
+        sparse="w/w!",
+        weight_selector="held:nchw",
+        layout=BATCH_INNERMOST,
+        open=torch.tensor(0.0),
+    )
+    x, grad = (layouts.as_layout(t, BATCH_INNERMOST) for t in (x, grad))
+    state, wants = bits.mask_to_bits(keep), [True, False, False]
+    out = OPS.conv(x, weight, None, state, None, *call.options)
+    saved = (grad, x, None, weight, state, list(x.shape), wants)
+    back, _, _ = OPS.conv_backward(*saved, *call.options)
+    wide = weight.double() * keep
+    wanted = torch.nn.functional.conv2d(x.double(), wide, padding=1)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
+    wanted = torch.nn.grad.conv2d_input(x.shape, wide, grad.double(), padding=1)
+    torch.testing.assert_close(back.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("no_references")
