@@ -13,6 +13,10 @@ The rule: a layer runs sparse where all three of its products are sparse (the we
 packed activation, or at active weights alone) and its densities are at most `MOST_DENSE`, above
 which dense kernels on masked weights were measured to be as fast; where most convolutions are too
 dense or of the wrong kind, all stay dense, since conversions would eat the gain.
+
+Densities are those of now. Where they move, `follow_densities` chooses again as they cross the
+rule's, with a margin: what runs sparse goes on so up to `STAYS_SPARSE`. So the choice depends on
+the one before, which the buffers `sparse` of the layers' states remember, in checkpoints too.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ from swatfx.policy import Policy
 from swatfx.tensors.layouts import BATCH_INNERMOST
 
 MOST_DENSE = 0.3
+STAYS_SPARSE = 0.36  # of what runs sparse already: a density that wavers shall not move it about
 LEAST_FILTERS = 16  # of a group, unless it is depthwise: below, hardly a vector is filled
 SPARSE = "sparse"
 _RESHAPED = "what it makes has another name, and is written in place later"
@@ -63,6 +68,7 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     reasons = _reasons(gm, todo, None, versions)
     for layer, reason in reasons.items():
         layer.replan(kernels=_told(reason))
+        layer.layer_state.note_kernels(reason is None)
         if reason is None and not layer.is_conv:
             layer.tell(sparse_kernels=True)
     for prefix, part in all_parts(gm):
@@ -122,7 +128,8 @@ def _reasons(
             if layer.plan.name in unsafe:
                 reasons[layer] = reasons[layer] or _RESHAPED
         _agree(reasons, convolutions)
-    if asked == "auto" and 2 * len(sparse) < len(convolutions):
+    least = 0.4 if any(layer.layer_state.ran_sparse for layer in convolutions) else 0.5
+    if asked == "auto" and len(sparse) < least * len(convolutions):
         for layer in sparse:
             reasons[layer] = "most convolutions run dense"
     return reasons
@@ -136,8 +143,20 @@ def _unsafe(gm: SwatModule, sparse: list[LayerNode], versions: _Known) -> Iterat
             yield from LayoutFlow(part, versions.of(part, prefix), own).unsafe()
 
 
+def follow_densities(gm: SwatModule) -> None:
+    """Choose anew where densities have moved so far that the choice is another.
+
+    Not to be called inside of backward: what it recomputes has to run as forward did.
+    """
+    if gm.__dict__["choose_kernels"] is None or not gm.swat.policy.moves_densities:
+        return
+    reasons = _reasons(gm, list(sparse_nodes(gm)), None, _Known(gm))
+    if any((why is None) != (layer.plan.kernels == SPARSE) for layer, why in reasons.items()):
+        choose_again(gm, Context(gm.swat.policy))
+
+
 def choose_again(gm: SwatModule, ctx: Context) -> None:
-    """Choose anew, as if nothing were chosen: the model moved to another device or dtype."""
+    """Choose anew: the model moved to another device or dtype, or its densities moved."""
     for _, part in all_parts(gm):
         for node in list(part.graph.nodes):
             if node.target is laid_out:
@@ -172,13 +191,18 @@ def _why_dense(layer: LayerNode, asked: str, device: torch.device | None) -> str
     unfit = _unfit(plan, call) if layer.is_conv else None
     if unfit is not None or asked == "sparse":
         return unfit
-    densities = {"weight": plan.weight_density.value}
-    if plan.rule.backward_activation:
-        densities["activation"] = plan.activation_density.value
-    for name, density in densities.items():
-        if density > MOST_DENSE:
-            return f"{name} density {density:g} is above {MOST_DENSE}"
-    return _too_few(plan, call, layer.is_conv)
+    return too_dense(layer) or _too_few(plan, call, layer.is_conv)
+
+
+def too_dense(layer: LayerNode) -> str | None:
+    """Why the densities of a layer, as they are now, do not allow sparse kernels, or None."""
+    most = STAYS_SPARSE if layer.layer_state.ran_sparse else MOST_DENSE
+    for name, density in layer.densities_now.items():
+        if density > most:
+            moves = layer.layer_state.remembers_kernels
+            now = "density is" if moves else f"density {density:g} is"
+            return f"{name} {now} above {MOST_DENSE}{' now' if moves else ''}"
+    return None
 
 
 def _unsuited(weight: Tensor | None, device: torch.device | None) -> str | None:
@@ -202,8 +226,6 @@ def _dense_product(rule: Policy) -> str | None:
         return f"{name} runs forward on dense weights"
     if not rule.backward_weight:
         return f"{name} takes input gradients from dense weights"
-    if rule.ramp != "none":
-        return f"{name} begins with dense weights"
     if rule.backward_activation or rule.update == "active":
         return None
     if masks.needs(rule):

@@ -45,7 +45,8 @@ class States:
             while hasattr(self.swat, candidate):
                 candidate, count = f"{base}_{count}", count + 1
             self._names[name] = candidate
-            self.swat.add_module(candidate, LayerState())
+            moves = self.swat.policy.moves_densities
+            self.swat.add_module(candidate, LayerState(moves))
         child = self.swat.get_submodule(self._names[name])
         assert isinstance(child, LayerState)
         return self._names[name], child

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from swatfx import meta
 from swatfx.compiled.module import SwatModule
 from swatfx.compiled.parts import all_parts, join
-from swatfx.compiled.state import Pack
+from swatfx.compiled.state import ActivationThreshold, Pack, WeightThreshold
+from swatfx.compiled.swat_state import LayerState
 from swatfx.compiled.weights import evaluate
 from swatfx.meta import LayerPlan, NodeRecord
 
@@ -102,6 +103,28 @@ class LayerNode(Place):
         pack = self.pack
         state = self.node.kwargs.get("activation_state") if pack is None else pack.args[1]
         return state if isinstance(state, fx.Node) else None
+
+    @property
+    def layer_state(self) -> LayerState:
+        """The layer's thresholds, and what ran it last."""
+        state = self.part.swat.get_submodule(self.plan.state)
+        assert isinstance(state, LayerState)
+        return state
+
+    @property
+    def densities_now(self) -> dict[str, float]:
+        """Of the weight, and of the activation where one is packed: targets, as they are now."""
+        weight = self.layer_state.get_submodule("weight_threshold")
+        assert isinstance(weight, WeightThreshold)
+        found = {"weight": float(weight.density)}
+        if self.plan.rule.backward_activation:
+            state, density = self.activation_state, self.plan.activation_density.value
+            if state is not None:
+                module = self.part.get_submodule(str(state.target))
+                assert isinstance(module, ActivationThreshold)
+                density = float(module.density)
+            found["activation"] = density
+        return found
 
     def weight_now(self) -> Tensor | None:
         """The weight as it is; None where inputs decide it."""

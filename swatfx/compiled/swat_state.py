@@ -16,7 +16,43 @@ from swatfx.policy import Policy
 
 
 class LayerState(nn.Module):
-    """Container of one layer's thresholds and packs."""
+    """Container of one layer's thresholds and packs.
+
+    Where densities move, which kernels run the layer depends on those that ran it before: the
+    buffer `sparse`, uint8 0-dim on the host, is 1 if they were sparse.
+
+    Args:
+        remembers_kernels: whether densities move; else there is no buffer.
+    """
+
+    sparse: Tensor | None
+
+    def __init__(self, remembers_kernels: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("sparse", None)
+        if remembers_kernels:
+            self.sparse = torch.zeros((), dtype=torch.uint8, device="cpu")
+
+    @property
+    def remembers_kernels(self) -> bool:
+        """Whether densities move."""
+        return self.sparse is not None
+
+    @property
+    def ran_sparse(self) -> bool:
+        """Whether sparse kernels ran the layer when it was looked at last."""
+        return self.sparse is not None and bool(self.sparse)
+
+    def note_kernels(self, sparse: bool) -> None:
+        """Remember which kernels run the layer."""
+        if self.sparse is not None:
+            self.sparse.fill_(sparse)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerState:
+        sparse, self._buffers["sparse"] = self.sparse, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["sparse"] = sparse
+        return self
 
 
 class SwatState(nn.Module):
@@ -68,13 +104,15 @@ class SwatState(nn.Module):
         saved_policy.check(self.policy, state_dict, prefix, own)
 
     def spare_keys(self) -> set[str]:
-        """Keys that checkpoints of earlier versions lack: those of calls that had no state."""
-        return {
+        """Keys that checkpoints of earlier versions lack: of calls without a state, of kernels."""
+        calls = {
             f"{path}.{key}"
             for path, threshold in self.thresholds()
             for key in threshold.state_dict()
             if threshold.is_spare or key.startswith("later")
         }
+        layers = ((name, m) for name, m in self.named_children() if isinstance(m, LayerState))
+        return calls | {f"{name}.sparse" for name, layer in layers if layer.remembers_kernels}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from passes.choose_kernels import follow_densities
 from swatfx.arguments import COUNT, checked, instance, optional
 from swatfx.compiled import SwatModule, sparse_layers, unwrap
 from swatfx.masks import held_by, optimizers_of
@@ -58,6 +59,7 @@ def after_load(module: nn.Module, incompatible: Any) -> None:
             threshold = layer.weight_threshold
             if not (module.swat.clock.updates.item() or threshold.is_copy):
                 threshold.recompute(layer.weight)  # held masks, too, were of other weights
+    follow_densities(module)
     if attachment is not None:
         attachment.restart()
 

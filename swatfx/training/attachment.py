@@ -32,9 +32,10 @@ from swatfx.masks import (
     overflowed,
 )
 from swatfx.policy import Policy
+from swatfx.training.following import KernelChoice
 from swatfx.training.momentum import Redistribution
 
-Updater = MaskUpdater | Redistribution
+Updater = MaskUpdater | Redistribution | KernelChoice
 
 
 @dataclass(eq=False)
@@ -157,6 +158,9 @@ class Attachment:
                 check_weights(gm, rule, layers)
                 memory = functools.partial(gm.swat.memory_of, position + 1)
                 updaters.append(MaskUpdater(schedule, layers, owners, memory, all_ranks))
+        if self._policy.moves_densities:
+            moving = [layer for _, _, layers in self._budgets for layer in layers]
+            updaters.append(KernelChoice(gm, moving))
         for optimizer in optimizers:
             learned.check_parameters(gm, optimizer)
         return Plan(owners, updaters, times, all_ranks)

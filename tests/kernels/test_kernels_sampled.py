@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import swatfx
 from swatfx import kernels, ops
@@ -20,6 +20,7 @@ from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import BATCH_INNERMOST
 from tests.kernels.test_kernels_products_bf16 import CASES as PRODUCTS
 from tests.nets.kernel_calls import threads
+from tests.nets.masked_twin import assert_masked_gradients, network, step
 
 OPS = torch.ops.swatfx
 BF16 = torch.bfloat16
@@ -34,6 +35,7 @@ CASES = [
     (1, 1, 700, 20, 5, 5, 5, 1, 2, 1),
     (32, 20, 1, 1, 4, 4, 3, 1, 1, 1),  # depthwise
     (17, 3, 1, 1, 70, 80, 5, 1, 2, 1),
+    (3, 3, 7, 5, 4, 4, 3, 1, 1, 1),  # groups whose bits begin within a byte
 ]
 
 
@@ -78,6 +80,33 @@ def test_convolution(case: tuple[int, ...], density: float, dtype: torch.dtype) 
     assert (found[~keep] == 0).all()
     with threads(3):
         assert torch.equal(conv_gradient(x, grad, weight, keep, steps), found)
+
+
+@pytest.mark.usefixtures("no_references")
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_weights_in_several_blocks(order: torch.memory_format) -> None:
+    """Forward and input gradient: a filter's weights lie by channel, or by position."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(16, 700, 5, 5), torch.randn(16, 20, 5, 5)
+    weight = torch.randn(20, 700, 3, 3).contiguous(memory_format=order)
+    keep = torch.rand(weight.shape) < 0.2
+    call = ops.calls.ConvCall(
+        *((1, 1), (1, 1), (1, 1), 1),
+        sparse="w/w!",
+        weight_selector="held:nchw",
+        layout=BATCH_INNERMOST,
+        open=torch.tensor(0.0),
+    )
+    x, grad = (layouts.as_layout(t, BATCH_INNERMOST) for t in (x, grad))
+    state, wants = bits.mask_to_bits(keep), [True, False, False]
+    out = OPS.conv(x, weight, None, state, None, *call.options)
+    saved = (grad, x, None, weight, state, list(x.shape), wants)
+    back, _, _ = OPS.conv_backward(*saved, *call.options)
+    wide = weight.double() * keep
+    wanted = torch.nn.functional.conv2d(x.double(), wide, padding=1)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=1e-4)
+    wanted = torch.nn.grad.conv2d_input(x.shape, wide, grad.double(), padding=1)
+    torch.testing.assert_close(back.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("no_references")
@@ -174,23 +203,6 @@ POLICIES = (
 )
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.Conv2d(32, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
-        *(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 32)),
-    )
-
-
-def step(gm: nn.Module, x: Tensor, half: bool) -> None:
-    gm.zero_grad()
-    with torch.autocast("cpu", BF16, enabled=half):
-        loss = gm(x).float().square().mean()
-    loss.backward()
-
-
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
@@ -208,25 +220,7 @@ def test_training_is_that_of_the_masked_network(policy: str, half: bool) -> None
         torch.manual_seed(number)
         x = torch.randn(32, 3, 9, 10)
         step(gm, x, half)
-        keeps = {layer.plan.name: layer.keep() for layer in sparse_layers(gm)}
-        gradients = {}
-        for wide in (True, False):
-            twin = network().double() if wide else network()
-            twin.load_state_dict({k: v for k, v in gm.state_dict().items() if "swat." not in k})
-            for name, keep in keeps.items():
-                twin.get_submodule(name).weight.data.mul_(keep)
-            step(twin, x.double() if wide else x, half and not wide)
-            gradients[wide] = {n: p.grad for n, p in twin.named_parameters()}
-        for name, parameter in gm.named_parameters():
-            keep = keeps.get(name.removesuffix(".weight"), torch.tensor(True))
-            true = gradients[True][name] * keep
-            assert parameter.grad is not None
-            off = (parameter.grad - true).norm() / true.norm()
-            dense_off = (gradients[False][name] * keep - true).norm() / true.norm()
-            assert off <= (2 * dense_off + 2e-3 if half else 1e-4), (number, name, off, dense_off)
-            if name.removesuffix(".weight") in keeps:
-                assert (parameter.grad[~keep] == 0).all()
-                grown += int(((parameter == 0) & keep & (parameter.grad != 0)).sum())
+        grown += assert_masked_gradients(gm, x, half)
         optimizer.step()
     assert grown or policy.startswith("static")
 

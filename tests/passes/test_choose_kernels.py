@@ -125,7 +125,6 @@ def test_methods_that_are_not_sparse_in_every_product_run_dense() -> None:
         ("meprop:0.9", "meProp runs forward on dense weights"),
         (only_forward, "only-forward takes input gradients from dense weights"),
         ("snfs:0.9", "masks of SNFS need dense weight gradients"),
-        ("gradual-magnitude:0.9", "gradual-magnitude begins with dense weights"),
         ("dst", "DST leaves activations dense, and so weight gradients"),
         ("swat-u:0.9,backward_activation=False", "swat-u leaves activations dense, and so weight"),
         (swatfx.per_layer({"*": "snfs:0.9"}, default="swat-u:0.9"), "masks of SNFS need dense"),
