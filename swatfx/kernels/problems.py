@@ -49,7 +49,7 @@ class Shapes:
     @staticmethod
     def of(
         input_shape: Sequence[int],
-        weight: Tensor,
+        weight_shape: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -60,11 +60,11 @@ class Shapes:
         def pair(values: Sequence[int], missing: int) -> tuple[int, int]:
             return (missing, values[0]) if len(values) == 1 else (values[0], values[1])
 
-        kernel = pair(weight.shape[2:], 1)
+        kernel = pair(weight_shape[2:], 1)
         size = pair(input_shape[2:], 1)
         steps = pair(stride, 1), pair(padding, 0), pair(dilation, 1)
         return Shapes(
-            input_shape[0], input_shape[1], *size, weight.shape[0], kernel, *steps, groups
+            input_shape[0], input_shape[1], *size, weight_shape[0], kernel, *steps, groups
         )
 
     @property
