@@ -30,12 +30,15 @@ _RUNS_ON = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 
 _state = {"off": 0}
 _lock = threading.RLock()
+_loaded: list[tuple[str, ctypes.CDLL | None]] = []
 
 
 def _library() -> tuple[str, ctypes.CDLL | None]:
     """As `_found`, in which threads that ask first at the same time do not meet."""
-    with _lock:
-        return _found()
+    if not _loaded:
+        with _lock:
+            _loaded.append(_found())
+    return _loaded[0]
 
 
 @functools.cache
@@ -134,6 +137,7 @@ def function(
 
 size = ctypes.c_int64
 real = ctypes.c_float
+_NULL = ctypes.c_void_p(0)
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -143,10 +147,11 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
         InputError: its storage was taken away or cut, as frameworks that shard parameters do.
     """
     if x is None:
-        return ctypes.c_void_p(0)
+        return _NULL
+    count = x.numel()
     # Of no elements an offset says nothing: it may lie past the end, as that of an empty slice.
-    end = x.storage_offset() + x.numel() if x.numel() else 0
-    if x.untyped_storage().nbytes() < end * x.element_size():
+    end = x.storage_offset() + count if count else 0
+    if x.untyped_storage().nbytes() < end * x.itemsize:
         raise InputError(
             "a tensor has more elements than its storage holds",
             value=tuple(x.shape),
