@@ -25,13 +25,14 @@ from torch import nn
 import swatfx
 from benchmarks import common, options
 from swatfx import models
+from swatfx.models.resnet import ResNet
 
 DENSE = "dense"
 KERNELS = ("auto", "sparse")
 
 
 def _narrow_resnet50() -> nn.Module:
-    return models.ResNet((3, 4, 6, 3), (32, 64, 128, 256), (1, 3, 1), 8, bias=False)
+    return ResNet((3, 4, 6, 3), (32, 64, 128, 256), (1, 3, 1), 8, bias=False)
 
 
 # Network -> (how it is made, shape of a batch).

@@ -111,9 +111,9 @@ def _forward(
         ctypes.c_int(call.relu),
         ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
     )
-    like = [None if p is None else torch.empty(0, dtype=p[1], device="cpu") for p in parameters]
     one = torch.empty(0, dtype=dtype, device="cpu")
-    found = norm.stats_dtype(one, *like[:3], call.training)
+    weight, bias, mean, _ = (None if p is None else one.to(p[1]) for p in parameters)
+    found = norm.stats_dtype(one, weight, bias, mean, call.training)
     plain = tuple(layouts.strides_of(shape, layout))
     return _Forward(call, layout, plain, extent.channels, found, extent.arguments(), flags)
 

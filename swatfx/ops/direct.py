@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._C._dynamo import eval_frame
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 _LIBRARY = torch.library.Library("swatfx", "FRAGMENT")
 _KEY = "AutogradCPU"
@@ -36,7 +36,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 def register_direct(op: CustomOpDef) -> None:
     """Let plain calls of `op` on CPUs take the short way.
 
-    The kernel, the context and the backward are those that `op` has when it is called.
+    The kernel is the one that `op` has when it is called; what it knows of autograd it knows now.
     """
     full = torch.library.get_kernel(op._opoverload, _KEY)
     node = _node(op)
@@ -67,7 +67,9 @@ def _node(op: CustomOpDef) -> type[torch.autograd.Function] | None:
     """What autograd records of a call; None where `op` has lists of tensors, or no backward."""
     arguments = op._opoverload._schema.arguments
     defaults = tuple(a.default_value for a in arguments)
-    if op._backward_fn is None or any("Tensor[]" in str(a.type) for a in arguments):
+    formula = op._backward_fn
+    lists = [str(a.type) for a in arguments if str(a.type).startswith("List")]
+    if formula is None or any("Tensor" in one for one in lists):
         return None
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -79,7 +81,7 @@ def _node(op: CustomOpDef) -> type[torch.autograd.Function] | None:
         return result
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return op._backward_fn(ctx, *grads)
+        return formula(ctx, *grads)
 
     # By the name that it has in torch's own.
     name = f"GeneratedBackwardFor_{op._namespace}_{op._name}_{op._opoverload._overloadname}"
