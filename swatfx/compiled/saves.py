@@ -227,23 +227,24 @@ class NormOf(Bound):
         then, norm = Then(**follows), self.module
         if is_changed(norm, NORMS):
             return then.of(norm(x))
-        asked = wanted(x, then.residual, norm.weight, norm.bias)
-        if not asked and not _ours(x):
+        weight, bias = norm.weight, norm.bias  # looked up by Python, each time that they are read
+        if not _ours(x) and not wanted(x, then.residual, weight, bias):
             return then.finish(norm(x))
         norm._check_input_dim(x)
-        momentum = norm.momentum
+        momentum, tracks = norm.momentum, norm.track_running_stats
         statistics = (norm.running_mean, norm.running_var)
         if norm.training:
-            if norm.track_running_stats and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
+            count = norm.num_batches_tracked if tracks else None
+            if count is not None:
+                count.add_(1)
                 if momentum is None:
-                    momentum = 1.0 / float(norm.num_batches_tracked)
-            if not norm.track_running_stats:
+                    momentum = 1.0 / float(count)
+            if not tracks:
                 statistics = (None, None)
         training = norm.training or statistics == (None, None)
         momentum = 0.0 if momentum is None else momentum
         call = NormCall(training, momentum, norm.eps, then.relu, self.saves)
-        return _norm(call, x, then, norm.weight, norm.bias, statistics)
+        return _norm(call, x, then, weight, bias, statistics)
 
     def plain(self, x: Tensor, **follows: Any) -> Tensor:
         """As in eager."""
@@ -259,7 +260,8 @@ def _norm(
     statistics: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """Run the op, and write the running statistics."""
-    if any(s is not None and s.requires_grad for s in statistics):
+    mean, var = statistics
+    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
         # Eager has no gradient for these, and says so where it is asked for one.
         y = F.batch_norm(x, *statistics, weight, bias, call.training, call.momentum, call.eps)
         return then.of(y)

@@ -18,7 +18,14 @@ from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.copied import Buffers, Copied, Mended, share_outside
 from swatfx.ops.current import Ranked, recall
 from swatfx.ops.recomputed import History
-from swatfx.ops.state import CALLS, check_rankable, compute_state, draw_seed, read_density
+from swatfx.ops.state import (
+    CALLS,
+    check_rankable,
+    compute_state,
+    draw_seed,
+    read_density,
+    unchanged,
+)
 from swatfx.selectors import Axes, Selector
 from swatfx.tensors import layouts
 
@@ -122,6 +129,19 @@ class Threshold(nn.Module):
         self.history.forget()
 
     def _refresh(self, x: Tensor, step: Tensor, held: Tensor | None = None) -> Tensor:
+        if self.is_weight or not self.chosen.groups:
+            known = unchanged(
+                x,
+                self.threshold,
+                self.stamp,
+                step,
+                held,
+                period=self.period,
+                own=self.is_parameter,
+                history=self.history,
+            )
+            if known is not None:
+                return known
         result: tuple[Tensor, Tensor, Tensor] = ops.refresh(
             x.detach(),
             self.threshold,

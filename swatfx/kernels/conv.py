@@ -177,7 +177,7 @@ def _forward(
     seen = converted(input_in_forward(call, input, spatial), call.layout)
     used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     size = shapes.out_size[-spatial:]
-    out = layouts.empty((shapes.batch, shapes.filters, *size), call.layout, dtype=input.dtype)
+    out = library.new((shapes.batch, shapes.filters, *size), call.layout, input.dtype)
     if shapes.is_strided_pointwise:
         seen, shapes = _take_strided(seen, shapes), shapes.without_stride()
     strides = problems.weight_strides(used)
@@ -200,13 +200,13 @@ def _take_strided(input: Tensor, shapes: Shapes) -> Tensor:
     """The positions that a pointwise convolution with a stride reads, in "batch_innermost"."""
     height, width = shapes.out_size
     shape = (shapes.batch, shapes.channels, height, width)
-    out = layouts.empty(shape, BATCH_INNERMOST, dtype=input.dtype)
+    out = library.new(shape, BATCH_INNERMOST, input.dtype)
     return _strided("take_strided", input, out, shapes)
 
 
 def _put_strided(grad: Tensor, input_shape: Sequence[int], shapes: Shapes) -> Tensor:
     """The inverse: zero where nothing was read."""
-    out = layouts.empty(input_shape, BATCH_INNERMOST, dtype=grad.dtype)
+    out = library.new(input_shape, BATCH_INNERMOST, grad.dtype)
     return _strided("put_strided", grad, out, shapes)
 
 
@@ -232,7 +232,9 @@ def _weight_gradient(
         library.pointer(grad),
         library.pointer(out),
     )
-    return out.to(weight.dtype) if succeeded(failed, "a sparse weight gradient") else None
+    if not succeeded(failed, "a sparse weight gradient"):
+        return None
+    return out if weight.dtype is torch.float32 else out.to(weight.dtype)
 
 
 def _depthwise_gradient(
@@ -270,7 +272,7 @@ def _input_gradient(
     strides = problems.weight_strides(weight)
     dense = shapes.without_stride() if shapes.is_strided_pointwise else shapes
     size = (dense.height, dense.width)[-(weight.dim() - 2) :]
-    out = layouts.empty((*input_shape[:2], *size), BATCH_INNERMOST, dtype=grad.dtype)
+    out = library.new((*input_shape[:2], *size), BATCH_INNERMOST, grad.dtype)
     for problem in _input_problems(dense, strides, torch.get_num_threads()):
         if not run_problem(problem, grad, weight, None, out, threshold):
             return None
@@ -310,9 +312,9 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
                 shapes, converted(input, call.layout), grad, weight, reached
             )
     left = [wanted and found is None for wanted, found in zip(wants, grads, strict=True)]
-    others = [grad.new_empty(0) for _ in left]
     if any(left):
         dense = replace(call, gradient_density="")  # its Top-K is taken already
-        others = list(conv_backward_reference(grad, *saved._replace(wants=left), *dense.options))
-    first, second, third = (r if g is None else g for r, g in zip(others, grads, strict=True))
+        others = conv_backward_reference(grad, *saved._replace(wants=left), *dense.options)
+        grads = [r if g is None else g for r, g in zip(others, grads, strict=True)]
+    first, second, third = (grad.new_empty(0) if g is None else g for g in grads)
     return first, second, third

@@ -6,6 +6,7 @@ plain-torch form of the op, which runs it, or raises what eager PyTorch raises.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -68,24 +69,39 @@ def convolution(
     groups: int,
 ) -> Shapes | None:
     """Shapes of a batched 1d or 2d convolution that the kernels can run, else None."""
-    spatial = weight.dim() - 2
-    kernel = weight.shape[2:]
+    if weight.dtype not in ELEMENTS:
+        return None
+    steps = tuple(stride), tuple(padding), tuple(dilation)
+    return _convolution(tuple(input_shape), weight.shape, *steps, groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def _convolution(
+    input_shape: tuple[int, ...],
+    weight_shape: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Shapes | None:
+    spatial = len(weight_shape) - 2
+    kernel = weight_shape[2:]
     steps = (stride, padding, dilation)
-    if spatial not in (1, 2) or len(input_shape) != weight.dim() or weight.dtype not in ELEMENTS:
+    if spatial not in (1, 2) or len(input_shape) != len(weight_shape):
         return None
     if any(len(numbers) != spatial for numbers in steps) or groups < 1:
         return None
-    if min(*input_shape, *weight.shape, *stride, *dilation, *(p + 1 for p in padding)) < 1:
+    if min(*input_shape, *weight_shape, *stride, *dilation, *(p + 1 for p in padding)) < 1:
         return None
-    if weight.shape[1] * groups != input_shape[1] or weight.shape[0] % groups:
+    if weight_shape[1] * groups != input_shape[1] or weight_shape[0] % groups:
         return None
     if max(stride) > LARGEST_STRIDE or max(*padding, *dilation) > LARGEST_STEP:
         return None
     if (
         max(kernel) > LARGEST_KERNEL
         or kernel.numel() > MAX_TAPS
-        or weight.numel() // len(weight) > INT32
+        or weight_shape[1:].numel() > INT32
     ):
         return None
-    shapes = Shapes.of(input_shape, weight, stride, padding, dilation, groups)
+    shapes = Shapes.of(input_shape, weight_shape, stride, padding, dilation, groups)
     return shapes if min(shapes.out_size) > 0 else None

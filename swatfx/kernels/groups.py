@@ -18,21 +18,19 @@ NAN_FROM = {torch.float32: 0x7F800001, torch.float16: 0x7C01, torch.bfloat16: 0x
 
 def plain(*tensors: Tensor) -> bool:
     """Whether kernels are there and `tensors` are memory on the host, with nothing to record."""
-    return (
-        library.available()
-        and _get_current_dispatch_mode() is None
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type == "cpu"
-            and not (t.requires_grad and torch.is_grad_enabled())
-            for t in tensors
-        )
-    )
+    if not library.available() or _get_current_dispatch_mode() is not None:
+        return False
+    for t in tensors:
+        if type(t) not in (Tensor, torch.nn.Parameter) or not t.is_cpu:
+            return False
+        if t.requires_grad and torch.is_grad_enabled():
+            return False
+    return True
 
 
-def rankable(x: Tensor) -> bool:
-    """Whether the kernels can rank `x`."""
-    return x.dtype in NAN_FROM and x.numel() > 0 and plain(x)
+def rankable(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels can rank `x`, and read the others."""
+    return x.dtype in NAN_FROM and x.numel() > 0 and plain(x, *others)
 
 
 @dataclass(frozen=True)
@@ -99,4 +97,4 @@ def matrices(x: Tensor, groups: Sequence[int]) -> Matrices | None:
         x: any tensor.
         groups: () for one group, or the size of `x` where a dimension tells groups apart, else 1.
     """
-    return _matrices(tuple(x.shape), x.stride(), tuple(groups))
+    return _matrices(x.shape, x.stride(), tuple(groups))

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swatfx.errors import InputError
 from swatfx.kernels import sources
+from swatfx.tensors import layouts
 
 VARIABLE = "SWATFX_KERNELS"
 REFERENCE = "reference"
@@ -30,12 +31,15 @@ _RUNS_ON = {"AVX512": ("avx512bf16", "avx512", "avx2"), "AVX2": ("avx2",)}
 
 _state = {"off": 0}
 _lock = threading.RLock()
+_loaded: list[tuple[str, ctypes.CDLL | None]] = []
 
 
 def _library() -> tuple[str, ctypes.CDLL | None]:
     """As `_found`, in which threads that ask first at the same time do not meet."""
-    with _lock:
-        return _found()
+    if not _loaded:
+        with _lock:
+            _loaded.append(_found())
+    return _loaded[0]
 
 
 @functools.cache
@@ -135,6 +139,7 @@ def function(
 
 size = ctypes.c_int64
 real = ctypes.c_float
+_NULL = ctypes.c_void_p(0)
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -144,16 +149,28 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
         InputError: its storage was taken away or cut, as frameworks that shard parameters do.
     """
     if x is None:
-        return ctypes.c_void_p(0)
+        return _NULL
+    count = x.numel()
     # Of no elements an offset says nothing: it may lie past the end, as that of an empty slice.
-    end = x.storage_offset() + x.numel() if x.numel() else 0
-    if x.untyped_storage().nbytes() < end * x.element_size():
+    end = x.storage_offset() + count if count else 0
+    if x.untyped_storage().nbytes() < end * x.itemsize:
         raise InputError(
             "a tensor has more elements than its storage holds",
             value=tuple(x.shape),
             remedy="give its memory back before the forward or backward that reads it",
         )
     return ctypes.c_void_p(x.data_ptr())
+
+
+def new(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the host, in a layout of `swatfx.tensors.layouts`; no view."""
+    sizes = tuple(shape)
+    return torch.empty_strided(sizes, _strides(sizes, layout), dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(maxsize=4096)
+def _strides(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    return tuple(layouts.strides_of(shape, layout))
 
 
 def threads() -> ctypes.c_int:

@@ -11,7 +11,7 @@ C gets them as float32, computes with what it found, and rounds what the op retu
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,8 @@ class _Extent(NamedTuple):
     channel_step: int
 
     @staticmethod
-    def of(shape: Sequence[int], layout: str) -> _Extent | None:
+    @functools.lru_cache(maxsize=4096)
+    def of(shape: tuple[int, ...], layout: str) -> _Extent | None:
         """None where vectors would not be filled, or where there are no channels."""
         if len(shape) < 2:
             return None
@@ -54,64 +55,107 @@ class _Extent(NamedTuple):
             return _Extent(channels, batch, length, channels * length, length)
         return None
 
-    def arguments(self) -> list[ctypes.c_int64]:
+    def arguments(self) -> tuple[ctypes.c_int64, ...]:
         """As the C functions take it."""
-        return [size(n) for n in self]
+        return tuple(size(n) for n in self)
 
 
-def _are_vectors(channels: int, elements: torch.dtype, *parameters: Tensor | None) -> bool:
+class _Forward(NamedTuple):
+    """A batch norm that C runs: what shapes, dtypes and options alone decide."""
+
+    call: NormCall
+    layout: str
+    strides: tuple[int, ...]
+    channels: int
+    stats_dtype: torch.dtype
+    sizes: tuple[Any, ...]
+    flags: tuple[Any, ...]
+
+
+_Looks = tuple[torch.Size, torch.dtype] | None  # of a tensor
+
+
+def _looks(x: Tensor | None) -> _Looks:
+    return None if x is None else (x.shape, x.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(
+    x: tuple[torch.Size, tuple[int, ...], torch.dtype],
+    residual: _Looks,
+    parameters: tuple[_Looks, ...],
+    options: tuple[Any, ...],
+) -> _Forward | None:
+    """None if C cannot run it."""
+    call, (shape, strides, dtype) = NormCall(*options), x
+    layout = layouts.layout_of_strides(shape, strides)
+    extent = _Extent.of(shape, layout)
+    running_mean, running_var = parameters[2:]
+    if (
+        extent is None
+        or dtype not in library.ELEMENTS
+        or shape.numel() == 0
+        or not layouts.is_dense(shape, strides, layout)
+        or residual not in (None, (shape, dtype))
+        or not _are_vectors(extent.channels, dtype, *parameters)
+        or (running_mean is None) != (running_var is None)
+        # One value a channel has no variance, and no running statistics no eval mode: let aten say.
+        or (call.training and extent.runs * extent.length == 1)
+        or not (call.training or (running_mean is not None and running_var is not None))
+    ):
+        return None
+    flags = (
+        ctypes.c_double(call.momentum),
+        ctypes.c_double(call.eps),
+        ctypes.c_int(call.training),
+        ctypes.c_int(call.relu),
+        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
+    )
+    one = torch.empty(0, dtype=dtype, device="cpu")
+    weight, bias, mean, _ = (None if p is None else one.to(p[1]) for p in parameters)
+    found = norm.stats_dtype(one, weight, bias, mean, call.training)
+    plain = tuple(layouts.strides_of(shape, layout))
+    return _Forward(call, layout, plain, extent.channels, found, extent.arguments(), flags)
+
+
+def _are_vectors(channels: int, elements: torch.dtype, *parameters: _Looks) -> bool:
     """Whether all are one number a channel, of one dtype that torch takes to such `elements`."""
     given = [p for p in parameters if p is not None]
-    dtypes = {p.dtype for p in given}
+    dtypes = {dtype for _, dtype in given}
     known = len(dtypes) < 2 and dtypes <= {torch.float32, elements}
-    return known and all(p.shape == (channels,) for p in given)
-
-
-def _is_alike(x: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether `x` is an activation of `shape` that C can read, or None."""
-    known = dtype in library.ELEMENTS
-    return x is None or (known and x.dtype is dtype and x.shape == torch.Size(shape))
+    return known and all(shape == (channels,) for shape, _ in given)
 
 
 def _for_c(vector: Tensor | None) -> Tensor | None:
     """One float32 a channel, in one piece."""
-    return None if vector is None else vector.to(torch.float32).contiguous()
+    if vector is None or (vector.dtype is torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.to(torch.float32).contiguous()
 
 
 def _for_torch(found: Tensor | None, owner: Tensor | None, like: Tensor) -> Tensor:
     """What C wrote for `owner`, in its dtype; if it wrote nothing, no elements, as in `like`."""
     if found is None or owner is None:
         return like.new_empty(0)
-    return found.to(owner.dtype)
+    return found if found.dtype is owner.dtype else found.to(owner.dtype)
 
 
 @norm.batch_norm.register_kernel("cpu")
 def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
-    x, residual, weight, bias, running_mean, running_var, *options = given
-    call = NormCall(*options)
-    layout = layouts.layout_of(x)
-    extent = _Extent.of(x.shape, layout)
-    given_parameters = (weight, bias, running_mean, running_var)
-    if (
-        not library.available()
-        or extent is None
-        or x.numel() == 0
-        or (layout == layouts.ROW_MAJOR and not x.is_contiguous())
-        or not _is_alike(x, x.shape, x.dtype)
-        or not _is_alike(residual, x.shape, x.dtype)
-        or not _are_vectors(extent.channels, x.dtype, *given_parameters)
-        or (running_mean is None) != (running_var is None)
-        # One value a channel has no variance, and no running statistics no eval mode: let aten say.
-        or (call.training and extent.runs * extent.length == 1)
-        or not (call.training or (running_mean is not None and running_var is not None))
-    ):
+    x, residual, *rest = given
+    given_parameters, options = rest[:4], tuple(rest[4:])
+    looks = tuple([_looks(p) for p in given_parameters])
+    told = (x.shape, x.stride(), x.dtype), _looks(residual), looks, options
+    known = _forward(*told) if library.available() else None
+    if known is None:
         return norm.batch_norm_reference(*given)
+    call = known.call
     if residual is not None:
-        residual = converted(residual, layout)
-    y = new_in_layout(x.shape, layout, x)
+        residual = converted(residual, known.layout)
+    y = torch.empty_strided(x.shape, known.strides, dtype=x.dtype, device=x.device)
     # Held by name until C has read them: a pointer keeps no tensor alive.
     parameters = [_for_c(p) for p in given_parameters]
-    mean, invstd = (x.new_empty(extent.channels, dtype=torch.float32) for _ in range(2))
+    mean, invstd = (x.new_empty(known.channels, dtype=torch.float32) for _ in range(2))
     new_mean, new_var = (
         torch.empty_like(p) if call.training and p is not None else None for p in parameters[2:]
     )
@@ -128,20 +172,17 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
         pointer(bits),
         pointer(codes),
         pointer(header),
-        *extent.arguments(),
-        ctypes.c_double(call.momentum),
-        ctypes.c_double(call.eps),
-        ctypes.c_int(call.training),
-        ctypes.c_int(call.relu),
-        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
+        *known.sizes,
+        *known.flags,
         ctypes.c_uint32(codes_of.seed()),
         library.threads(),
     )
-    dtype = norm.stats_dtype(x, weight, bias, running_mean, call.training)
+    dtype = known.stats_dtype
+    running_mean, running_var = given_parameters[2:]
     return (
         y,
-        mean.to(dtype),
-        invstd.to(dtype),
+        mean if dtype is torch.float32 else mean.to(dtype),
+        invstd if dtype is torch.float32 else invstd.to(dtype),
         _for_torch(new_mean, running_mean, x),
         _for_torch(new_var, running_var, x),
         code,
@@ -167,23 +208,32 @@ def _room(
     return bits, code[room.header : kept], code[: room.header], code
 
 
+@functools.lru_cache(maxsize=4096)
+def _backward(
+    shape: tuple[int, ...], layout: str, grad: _Looks, x: _Looks, parameters: tuple[_Looks, ...]
+) -> tuple[Any, ...] | None:
+    """The sizes that C is told; None if it cannot run the backward."""
+    extent = _Extent.of(shape, layout)
+    wide = grad is not None and grad[0] == shape and x in (None, grad)
+    if extent is None or grad is None or not wide or grad[1] not in library.ELEMENTS:
+        return None
+    fits = all(_are_vectors(extent.channels, grad[1], *p) for p in (parameters[:2], parameters[2:]))
+    # None for statistics is what the dispatcher makes of None.
+    fits = fits and None not in parameters[2:] and torch.Size(shape).numel() > 0
+    return extent.arguments() if fits else None
+
+
 @norm.batch_norm_backward.register_kernel("cpu")
 def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
     grad, x, code, weight, bias, mean, invstd, wants, *options = given
     call = NormBackwardCall(*options)
     shape, layout = call.shape, call.layout
-    extent = _Extent.of(shape, layout)
-    elements = torch.Size(shape).numel()
+    given_parameters = (weight, bias, mean, invstd)
+    looks = tuple([_looks(p) for p in given_parameters])
+    known = _backward(tuple(shape), layout, _looks(grad), _looks(x), looks)
     if (
         not library.available()
-        or extent is None
-        or elements == 0
-        or not _is_alike(grad, shape, grad.dtype)
-        or not _is_alike(x, shape, grad.dtype)
-        or not _are_vectors(extent.channels, grad.dtype, weight, bias)
-        or not _are_vectors(extent.channels, grad.dtype, mean, invstd)
-        or mean is None  # what the dispatcher makes of None
-        or invstd is None
+        or known is None
         or code.data_ptr() % 4  # it begins with floats
         or not norm.is_complete(call, x, code, wants)
     ):
@@ -197,7 +247,7 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         room = codes_of.Room.of(shape, call.saves)
         header, codes, bits = code.tensor_split((room.header, room.total))
     # Held by name until C has read them: a pointer keeps no tensor alive.
-    statistics = [_for_c(p) for p in (weight, bias, mean, invstd)]
+    statistics = [_for_c(p) for p in given_parameters]
     dx, dresidual = (new_in_layout(shape, layout, grad) if w else None for w in wants[:2])
     dweight, dbias = (
         torch.empty_like(p, dtype=torch.float32) if wanted and p is not None else None
@@ -214,7 +264,7 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         pointer(dresidual),
         pointer(dweight),
         pointer(dbias),
-        *extent.arguments(),
+        *known,
         ctypes.c_int(call.training),
         ctypes.c_int(call.relu),
         ctypes.c_int(codes_of.BITS.get(call.saves, 0)),

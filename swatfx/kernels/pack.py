@@ -28,7 +28,7 @@ def _(
 ) -> Tensor:
     chosen = selectors.get(selector)
     shape = chosen.state_shape(tuple(x.shape), Axes.of(x.dim(), spatial, False))
-    fits = chosen.ranks_magnitudes and rankable(x) and plain(threshold)
+    fits = chosen.ranks_magnitudes and rankable(x, threshold)
     if fits and threshold.dtype is torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
         threshold = _least_at(threshold, x.dtype)
     if fits and threshold.dtype == x.dtype and threshold.shape == shape:
@@ -76,25 +76,27 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
     )
     if count < 0:
         raise MemoryError("packing an activation could not allocate its tables")
-    out, values = _room(mask, count, dtype, layout)
-    kept = values if dtype == x.dtype else torch.empty(count, dtype=x.dtype)
+    header = mask.numel()
+    out = torch.empty(shape_of(layout, header + count * dtype.itemsize), dtype=torch.uint8)
+    start = out.data_ptr()
+    ctypes.memmove(start, mask.data_ptr(), header)
+    converts = dtype != x.dtype
+    kept = torch.empty(count, dtype=x.dtype) if converts else None
+    values = ctypes.c_void_p(start + header) if kept is None else pointer(kept)
     function("swatfx_pack_join")(
-        pointer(staged), x.element_size(), pointer(parts), pointer(kept), ctypes.c_int(team)
+        pointer(staged), x.element_size(), pointer(parts), values, ctypes.c_int(team)
     )
-    if kept is not values:
-        values.copy_(kept)
+    if kept is not None and count:
+        out.view(-1)[header:].view(dtype).copy_(kept)
     return out
 
 
-def _room(
-    mask: Tensor, count: int, dtype: torch.dtype, layout: str = layouts.ROW_MAJOR
-) -> tuple[Tensor, Tensor]:
+def _room(mask: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A packed tensor with its mask, and the place for its `count` values."""
     header = mask.numel()
-    out = torch.empty(shape_of(layout, header + count * dtype.itemsize), dtype=torch.uint8)
-    flat = out.view(-1)
-    flat[:header] = mask
-    return out, flat[header:].view(dtype) if count else torch.empty(0, dtype=dtype)
+    out = torch.empty(header + count * dtype.itemsize, dtype=torch.uint8)
+    out[:header] = mask
+    return out, out[header:].view(dtype) if count else torch.empty(0, dtype=dtype)
 
 
 @bits.pack.register_kernel

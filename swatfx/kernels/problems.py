@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,7 @@ class Shapes:
     @staticmethod
     def of(
         input_shape: Sequence[int],
-        weight: Tensor,
+        weight_shape: Sequence[int],
         stride: Sequence[int],
         padding: Sequence[int],
         dilation: Sequence[int],
@@ -60,14 +61,14 @@ class Shapes:
         def pair(values: Sequence[int], missing: int) -> tuple[int, int]:
             return (missing, values[0]) if len(values) == 1 else (values[0], values[1])
 
-        kernel = pair(weight.shape[2:], 1)
+        kernel = pair(weight_shape[2:], 1)
         size = pair(input_shape[2:], 1)
         steps = pair(stride, 1), pair(padding, 0), pair(dilation, 1)
         return Shapes(
-            input_shape[0], input_shape[1], *size, weight.shape[0], kernel, *steps, groups
+            input_shape[0], input_shape[1], *size, weight_shape[0], kernel, *steps, groups
         )
 
-    @property
+    @functools.cached_property
     def out_size(self) -> tuple[int, int]:
         """(height, width) of the result."""
         sizes = zip(
@@ -96,6 +97,7 @@ class Shapes:
         """Whether it is pointwise but for a stride: most inputs are then not read at all."""
         return self.kernel == (1, 1) and self.padding == (0, 0) and self.stride != (1, 1)
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - as many as fitting.convolution remembers
     def without_stride(self) -> Shapes:
         """A strided pointwise convolution, of the inputs that it reads."""
         height, width = self.out_size

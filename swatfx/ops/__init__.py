@@ -16,6 +16,7 @@ from swatfx.ops.coded import (
 )
 from swatfx.ops.conv import conv, conv_backward
 from swatfx.ops.current import current
+from swatfx.ops.direct import register_direct
 from swatfx.ops.dropout import dropout, dropout_backward
 from swatfx.ops.flops import register_flops
 from swatfx.ops.layout import to_layout
@@ -28,6 +29,38 @@ from swatfx.ops.relu import relu, relu_backward
 from swatfx.ops.state import refresh, refresh_call, step
 
 register_flops()
+for _op in (
+    attention,
+    attention_backward,
+    avg_pool2d,
+    avg_pool2d_backward,
+    batch_norm,
+    batch_norm_backward,
+    conv,
+    conv_backward,
+    current,
+    dropout,
+    dropout_backward,
+    elementwise,
+    elementwise_backward,
+    layer_norm,
+    layer_norm_backward,
+    learned_gradient,
+    linear,
+    linear_backward,
+    max_pool2d,
+    max_pool2d_backward,
+    multiply,
+    multiply_backward,
+    pack,
+    refresh,
+    refresh_call,
+    relu,
+    relu_backward,
+    step,
+    to_layout,
+):
+    register_direct(_op)
 
 __all__ = [
     "attention",

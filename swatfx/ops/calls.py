@@ -50,7 +50,7 @@ class Call:
     @property
     def options(self) -> tuple[Any, ...]:
         """The fields in the order of the schema."""
-        return tuple(getattr(self, name) for name in self.__match_args__)
+        return tuple([getattr(self, name) for name in self.__match_args__])
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(required fields, those that differ from their defaults): what stands on a node."""

@@ -219,8 +219,10 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     call = ConvCall(*inputs[5:])
-    layout = call.layout or layouts.layout_of(input)
-    ctx.call = replace(call, layout=layout, activation_state=None, open=None)
+    ctx.call = call
+    if not call.layout or call.activation_state is not None or call.open is not None:
+        layout = call.layout or layouts.layout_of(input)
+        ctx.call = replace(call, layout=layout, activation_state=None, open=None)
     ctx.input_shape = tuple(input.shape)
     wants_weight = wants_weight_gradient(ctx)
     saved = input if kept is None and wants_weight else None

@@ -163,6 +163,11 @@ class History(Memory):
         else:
             self._add(_Period(iteration, 1, state.clone()))
 
+    @property
+    def is_used(self) -> bool:
+        """Whether it is known what calls use now."""
+        return bool(self._periods)
+
     def used(self, iteration: int, state: Tensor) -> None:
         """A call of `iteration` uses `state` as it found it."""
         if not self._periods:

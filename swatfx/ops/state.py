@@ -286,6 +286,53 @@ def _(
     return thresholds.new_empty(thresholds.shape[1:]), torch.empty_like(thresholds), stamps.clone()
 
 
+def unchanged(
+    x: Tensor,
+    threshold: Tensor,
+    stamp: Tensor,
+    step: Tensor,
+    held: Tensor | None,
+    *,
+    period: int,
+    own: bool,
+    history: History,
+) -> Tensor | None:
+    """The threshold to use, where a call of `swatfx::refresh` would find that all stays as it is.
+
+    Between two refreshes a module need not ask the op, nor write back what it reads. Arguments are
+    those of the op, and its `History`; not for states that follow the batch's shape.
+
+    Returns:
+        None where the op has to see to it: a refresh is due, a forward runs again in backward, or
+        something watches the calls of ops.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return None
+    if _is_watched() or x.is_meta or threshold.is_meta:
+        return None
+    iteration, recomputing, *_ = step.tolist()
+    if recomputing:
+        return None
+    if not old_masks.is_held(stamp, held):
+        if iteration % period == 0 or int(stamp) < 0 or history.is_owed or not history.is_used:
+            return None
+        if own:
+            if history.origin.is_other(x):
+                return None
+            history.origin.accept(x)
+    return threshold.clone()
+
+
+def _is_watched() -> bool:
+    """Whether something sees the calls of ops: a mode, a functorch transform, a profiler."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
 def _refreshed(
     call: RefreshCall,
     x: Tensor,

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,6 +34,7 @@ class Where:
     active_only: bool = False
 
     @staticmethod
+    @functools.cache
     def parse(text: str) -> Where:
         """Read the string form."""
         forward, _, backward = text.rstrip("!").partition("/")

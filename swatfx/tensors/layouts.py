@@ -7,6 +7,7 @@ A layout says in what order a tensor's elements lie; shapes stay (N, C, *spatial
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,10 +17,13 @@ from torch import Tensor
 ROW_MAJOR = "row_major"
 CHANNELS_LAST = "channels_last"
 BATCH_INNERMOST = "batch_innermost"
+_INNERMOST = {BATCH_INNERMOST: 0, CHANNELS_LAST: 1}  # dimension
 
 
 def layout_of(x: Tensor) -> str:
     """The layout of `x`: row-major if in doubt, also for what is dense in no known order."""
+    if type(x) in _KNOWN_SIZES and not torch.compiler.is_compiling():
+        return layout_of_strides(x.shape, x.stride())
     if x.dim() < 3 or x.is_contiguous():
         return ROW_MAJOR
     if x.dim() > 3 and x.movedim(1, -1).is_contiguous():
@@ -29,8 +33,45 @@ def layout_of(x: Tensor) -> str:
 
 def lies_in(x: Tensor, layout: str) -> bool:
     """Whether `x` is dense in `layout`; it may be so in others as well."""
-    axis = {BATCH_INNERMOST: 0, CHANNELS_LAST: 1}.get(layout)
-    return (x if axis is None else x.movedim(axis, -1)).is_contiguous()
+    axis = _INNERMOST.get(layout)
+    if axis is None:
+        return x.is_contiguous()
+    if type(x) in _KNOWN_SIZES and not torch.compiler.is_compiling():
+        return _is_dense(x.shape, x.stride(), axis)
+    return x.movedim(axis, -1).is_contiguous()
+
+
+# Of these, sizes are numbers and can be looked up: the two above are asked many times a layer.
+_KNOWN_SIZES = (Tensor, torch.nn.Parameter)
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_of_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> str:
+    """`layout_of` a tensor with such sizes."""
+    if len(shape) < 3 or _is_dense(shape, strides, None):
+        return ROW_MAJOR
+    if len(shape) > 3 and _is_dense(shape, strides, 1):
+        return CHANNELS_LAST
+    return BATCH_INNERMOST if _is_dense(shape, strides, 0) else ROW_MAJOR
+
+
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...], layout: str) -> bool:
+    """`lies_in` of a tensor with such sizes."""
+    return _is_dense(shape, strides, _INNERMOST.get(layout))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], innermost: int | None) -> bool:
+    """Whether the elements have no gaps, in row-major order but for one dimension."""
+    order = [d for d in range(len(shape)) if d != innermost]
+    order += [] if innermost is None else [innermost]
+    expected = 1
+    for d in reversed(order):
+        if shape[d] != 1:
+            if strides[d] != expected:
+                return 0 in shape
+            expected *= shape[d]
+    return True
 
 
 def as_layout(x: Tensor, layout: str) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import swatfx
-from benchmarks import common, compile_cost
+from benchmarks import common, compile_cost, small
 from benchmarks import topk as topk_runner
 from swatfx.compiled.state import Threshold
 from swatfx.density import Density
@@ -164,6 +164,17 @@ def test_topk(capsys: pytest.CaptureFixture[str]) -> None:
         for side in case["sides"].values():
             check_spread(side["seconds"])
     assert measured["growth_exponents"] == {} and measured["targets"] == []
+
+
+def test_small(capsys: pytest.CaptureFixture[str]) -> None:
+    (network,) = run_quick(small, capsys)["networks"]
+    assert network["network"] == "resnet50/8"
+    ours = [side for side in network["sides"] if side != small.DENSE]
+    assert [side.rpartition(" ")[2] for side in ours] == list(small.KERNELS)
+    for ratios in network["overhead"].values():
+        assert list(ratios) == ours
+        for values in ratios.values():
+            check_spread(values)
 
 
 def test_topk_targets_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:
