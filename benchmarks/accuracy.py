@@ -76,9 +76,8 @@ def sides(policy: str) -> dict[str, Side]:
 
 
 def policy_sides(policies: list[str]) -> dict[str, Side]:
-    """The dense side, and one a policy, under the policy's own text."""
-    fast = {text: Side(StepSide("channels_last", text)) for text in policies}
-    return {"dense": Side(StepSide("channels_last"))} | fast
+    """One a policy, under the policy's own text."""
+    return {text: Side(StepSide("channels_last", text)) for text in policies}
 
 
 def train(
@@ -277,7 +276,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=options.policy,
         metavar="POLICY",
-        help="to train beside the dense side, in place of --policy and --sides",
+        help="to train, in place of --policy and --sides",
     )
     parser.add_argument("--sides", nargs="+", choices=names, default=names, help="to train")
     add_arguments(parser, seeds=2, epochs=_EPOCHS[0])
