@@ -1,10 +1,12 @@
 """A real training run, side by side: dense, reference kernels, fast kernels, smaller saves.
 
     python -m benchmarks.accuracy --data DIR_OR_NPZ [--limit N] [--epochs N] [--seeds N] [--json]
+                                  [--policies POLICY ...]
 
 Trains cifar/resnet20 on the first `--limit` images of CIFAR-10, augmented, by the recipe of
 `swatfx.runs.recipes` stretched to `--epochs`, and tests on all 10,000 test images. Runs of one seed
-start from the same weights and see the same batches. Beside the JSON file stands one in Markdown,
+start from the same weights and see the same batches. With `--policies` these are compared with the
+first of them, all with fast kernels. Beside the JSON file stands one in Markdown,
 and the loss curves as PNG where matplotlib is installed. Runs that are finished are kept in the
 file `--partial` until all are: started again with the same options, the runner takes them thence.
 """
@@ -73,6 +75,11 @@ def sides(policy: str) -> dict[str, Side]:
     }
 
 
+def policy_sides(policies: list[str]) -> dict[str, Side]:
+    """One a policy, under the policy's own text."""
+    return {text: Side(StepSide("channels_last", text)) for text in policies}
+
+
 def train(
     side: Side,
     data: datasets.Dataset,
@@ -111,11 +118,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All sides with all seeds."""
     fill(args, epochs=_EPOCHS)
     data = load_data(args)
-    chosen = {name: side for name, side in sides(args.policy).items() if name in args.sides}
+    if args.policies:
+        chosen, base = policy_sides(args.policies), args.policies[0]
+    else:
+        made, base = sides(args.policy), _REFERENCE
+        chosen = {name: side for name, side in made.items() if name in args.sides}
     unavailable = {name: why for name, side in chosen.items() if (why := side.missing())}
     names = [name for name in chosen if name not in unavailable]
     keys = ("model", "dataset", "policy", "epochs", "batch_size")
     settings: dict[str, Any] = {key: getattr(args, key) for key in keys}
+    if args.policies:
+        settings["policy"] = " ".join(args.policies)
     settings |= {"train_images": len(data.train_images), "test_images": len(data.test_images)}
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     versions = common.versions() | {"kernels": kernels.instruction_set(), "allocator": tunables}
@@ -139,15 +152,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     partial.remove()
     summary = {name: summarise(found) for name, found in runs.items()}
     differences = {
-        name: compare(runs[name], runs[_REFERENCE])
-        for name in names
-        if _REFERENCE in runs and name != _REFERENCE
+        name: compare(runs[name], runs[base]) for name in names if base in runs and name != base
     }
     return {
         "settings": settings,
         "unavailable": unavailable,
         "summary": summary,
-        "differences_to_reference_kernels": differences,
+        "base": base,
+        "differences_to_base": differences,
         "runs": runs,
     }
 
@@ -181,10 +193,10 @@ def compare(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str,
 def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     """One row a side."""
     headers = ["side", "accuracy, mean", "std", "seeds", "loss", "seconds a run"]
-    headers.append("accuracy less reference")
+    headers.append(f"accuracy less {measured['base']}")
     rows: list[common.Row] = []
     for name, summary in measured["summary"].items():
-        gap = measured["differences_to_reference_kernels"].get(name, {})
+        gap = measured["differences_to_base"].get(name, {})
         std = summary["final_accuracy_std"]
         rows.append(
             [
@@ -258,6 +270,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = list(sides("dense"))
     parser.add_argument(
         "--policy", type=options.policy, default="swat-u:0.9", help="of all sides but the dense one"
+    )
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        type=options.policy,
+        metavar="POLICY",
+        help="to train, in place of --policy and --sides",
     )
     parser.add_argument("--sides", nargs="+", choices=names, default=names, help="to train")
     add_arguments(parser, seeds=2, epochs=_EPOCHS[0])

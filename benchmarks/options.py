@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from swatfx import selectors
 from swatfx.cli import arguments as cli_types
 from swatfx.errors import SwatError
 from swatfx.policy import as_policy
@@ -25,6 +26,15 @@ def policy(text: str) -> str:
     """A policy's string."""
     try:
         as_policy(text)
+    except SwatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def selector(text: str) -> str:
+    """A weight selector's name."""
+    try:
+        selectors.get(text)
     except SwatError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text

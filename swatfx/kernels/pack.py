@@ -14,12 +14,24 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.kernels import fitting
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
-from swatfx.kernels.library import function, pointer, size, threads
+from swatfx.kernels.library import function, pointer, real, size, threads
 from swatfx.ops.layout import to_layout
 from swatfx.ops.pack import pack, pack_reference, shape_of
 from swatfx.ops.where import kept_top
-from swatfx.selectors import Axes
+from swatfx.selectors import Axes, BlockNorm, BlockSelector
 from swatfx.tensors import bits, layouts
+
+
+class BlockProblem(ctypes.Structure):
+    """A weight by blocks; `block_problem` in csrc/problems.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "filters channels taps filter_stride channel_stride tap_stride"
+            " block_filters block_channels threads"
+        ).split()
+    ]
 
 
 @pack.register_kernel("cpu")
@@ -181,6 +193,8 @@ def _(x: Tensor, state: Tensor, selector: str, axes: Axes) -> Tensor | None:
         return None
     if chosen.holds_mask:
         return _kept_by_mask(x, state)
+    if isinstance(chosen, BlockSelector):
+        return _kept_blocks(x, state, chosen.score)
     fits = chosen.ranks_magnitudes and not state.dim() and state.dtype == x.dtype
     if not fits or matrices(x, ()) is None:
         return None
@@ -205,5 +219,27 @@ def _kept_by_mask(x: Tensor, state: Tensor) -> Tensor | None:
     out = torch.empty_like(x)
     function("swatfx_keep_bits")(
         pointer(x), x.element_size(), size(x.numel()), pointer(read), pointer(out), threads()
+    )
+    return out
+
+
+def _kept_blocks(x: Tensor, state: Tensor, norm: BlockNorm) -> Tensor | None:
+    """Where the norm of the block, at one place of the kernel, is not below the threshold."""
+    if x.dtype is not torch.float32 or not fitting.is_number(state):
+        return None
+    out = torch.empty_like(x)
+    channels, taps = x.shape[1], x.shape[2:].numel()
+    if x.is_contiguous():
+        order = (channels * taps, taps, 1)
+    elif x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        order = (channels * taps, 1, channels)
+    else:
+        return None
+    if norm.channels == 1:  # then nothing tells channels from places of the kernel
+        channels, taps, order = 1, channels * taps, (channels * taps, 1, 1)
+    sizes = (x.shape[0], channels, taps, *order, norm.filters, norm.channels)
+    problem = BlockProblem(*sizes, torch.get_num_threads())
+    function("swatfx_keep_blocks")(
+        ctypes.byref(problem), pointer(x), real(float(state)), pointer(out)
     )
     return out

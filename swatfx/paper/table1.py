@@ -14,7 +14,7 @@ import torch
 
 from swatfx import selectors
 from swatfx.policy import CONSTRUCTORS, Policy, parse
-from swatfx.selectors import Axes, Held, NofM, Selector
+from swatfx.selectors import Axes, BlockSelector, Held, NofM, Selector
 from swatfx.tables import Page, Table
 
 __all__ = [
@@ -121,7 +121,7 @@ def _row(policy: Policy) -> Table1Row:
 def is_structured(selector: str) -> bool:
     """Whether the selector of this name keeps weights in groups or in a regular pattern.
 
-    It does if it scores groups of weights (channels, filters), keeps n of every m, or has
+    It does if it scores groups of weights (channels, filters, blocks), keeps n of every m, or has
     densities of its own, which the shape alone decides (a fixed pattern).
     """
     chosen = selectors.get(selector)
@@ -129,7 +129,7 @@ def is_structured(selector: str) -> bool:
     weight = torch.ones(8, 8, 3, 3)
     grouped = chosen.score(weight, Axes(0, 1)).shape != weight.shape
     pattern = type(chosen).own_density is not Selector.own_density
-    return grouped or pattern or isinstance(chosen, NofM)
+    return grouped or pattern or isinstance(chosen, (NofM, BlockSelector))
 
 
 def join(rows: Iterable[Table1Row]) -> Table1Row:

@@ -12,6 +12,7 @@ Tensors are described by `spatial`, the number of spatial dimensions: activation
 
 from swatfx.policy.fields import HELD
 from swatfx.selectors.base import Axes, Selector
+from swatfx.selectors.blocks import BlockNorm, BlockSelector
 from swatfx.selectors.masks import Held, NofM, RandomSelector
 from swatfx.selectors.names import SELECTORS, get, register
 
@@ -19,6 +20,8 @@ __all__ = [
     "HELD",
     "SELECTORS",
     "Axes",
+    "BlockNorm",
+    "BlockSelector",
     "Held",
     "NofM",
     "RandomSelector",

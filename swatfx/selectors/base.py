@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from swatfx.density import Density
-from swatfx.selectors.topk import Reduce, fused_search, grouped_kth_magnitude, kth_magnitude
+from swatfx.selectors.topk import (
+    Reduce,
+    exact_top,
+    fused_search,
+    grouped_kth_magnitude,
+    kth_magnitude,
+)
 
 
 @dataclass(frozen=True)
@@ -131,3 +137,10 @@ class Selector:
     def keep(self, x: Tensor, state: Tensor, axes: Axes) -> Tensor:
         """Bool mask of what is kept, broadcastable to `x`."""
         return torch.logical_not(self.score(x, axes) < state)
+
+    def first_top(self, x: Tensor, density: Density, axes: Axes) -> Tensor:
+        """Bool mask, broadcastable to `x`, of as many as the density asks for: of equal ones the
+        first, where `keep` keeps them all.
+        """
+        shape = self.state_shape(tuple(x.shape), axes)
+        return exact_top(self.score(x, axes), density, shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from swatfx.density import Density
 from swatfx.errors import PolicyError
 from swatfx.selectors.base import Axes, Selector
-from swatfx.selectors.topk import Reduce, exact_top
+from swatfx.selectors.topk import Reduce
 from swatfx.tensors import bits
 
 
@@ -131,8 +131,7 @@ class Held(_Mask):
             return bits.mask_to_bits(torch.ones(x.shape, dtype=torch.bool, device=x.device))
         if not isinstance(self.base, RandomSelector):
             if type(self.base).state is Selector.state:
-                shape = self.base.state_shape(tuple(x.shape), axes)
-                keep = exact_top(self.base.score(x, axes), density, shape)
+                keep = self.base.first_top(x, density, axes)
                 return bits.mask_to_bits(keep.expand_as(x))
             state = self.base.state(x, density, axes, seed, reduce)
             return bits.mask_to_bits(self.base.keep(x, state, axes).expand_as(x))

@@ -7,6 +7,7 @@ import re
 from swatfx.errors import UnknownNameError
 from swatfx.policy.fields import HELD
 from swatfx.selectors.base import Selector, filter_l2, l1_over
+from swatfx.selectors.blocks import BLOCK, BlockSelector
 from swatfx.selectors.masks import Held, NofM, RandomSelector
 from swatfx.selectors.ssc import SSC, SscSelector
 
@@ -38,19 +39,22 @@ def register(selector: Selector) -> None:
 
 
 def get(name: str) -> Selector:
-    """The selector called `name`; "2:4", "held:nchw" and their like are made on demand.
+    """The selector called `name`; "2:4", "block-4x1", "held:nchw" and such are made on demand.
 
     Raises:
         UnknownNameError: no such selector; the message lists the nearest.
+        PolicyError: no such blocks, or no such pattern of SSC.
     """
     if name in SELECTORS:
         return SELECTORS[name]
     match = re.fullmatch(r"(\d+):(\d+)", name)
     if match and 0 < int(match[1]) < int(match[2]):
         return NofM(name, weights_only=True, fixed_density=True, n=int(match[1]), m=int(match[2]))
+    if name.startswith(BLOCK):
+        return BlockSelector.parse(name)
     if name.startswith(SSC):
         return SscSelector.parse(name)
     if name.startswith(HELD):
         base = get(name.removeprefix(HELD))
         return Held(name, weights_only=True, fixed_density=base.fixed_density, base=base)
-    raise UnknownNameError("selector", name, [*SELECTORS, "2:4"])
+    raise UnknownNameError("selector", name, [*SELECTORS, "2:4", "block-4x1"])

@@ -233,6 +233,7 @@ def test_compile_cost_counts_each_first_threshold_once() -> None:
 
 _QUICKLY = {
     "layers": ["--sparsities", "0.9"],
+    "patterns": ["--selectors", "block-4x1"],
     "step": ["--budget-steps", "1"],
     "memory": ["--sides", "dense channels_last", "exact"],
     "accuracy": ["--sides", "dense", "reference kernels", "--seeds", "1"],

@@ -40,7 +40,7 @@ def test_accuracy(
             assert len(run["accuracies"]) == 2 and 0 <= run["accuracies"][-1] <= 1
         summary = measured["summary"][name]
         assert summary["seeds"] == 2 and summary["final_accuracy_std"] >= 0
-    differences = measured["differences_to_reference_kernels"]
+    differences = measured["differences_to_base"]
     assert differences["fast kernels"]["loss_largest"] < 1e-2
     assert differences["dense"]["loss_largest"] > differences["fast kernels"]["loss_largest"]
     assert json.loads(path.read_text())["allocators"]["current"] == measured

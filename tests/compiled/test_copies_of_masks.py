@@ -19,6 +19,7 @@ STRUCTURED = [
     "filter",
     "filter-l2",
     "2:4",
+    "block-4x2",
     "nchw",
 ]
 

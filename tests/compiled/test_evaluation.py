@@ -32,6 +32,7 @@ SELECTORS = [
     "input-channel",
     "random",
     "2:4",
+    "block-4x2",
 ]
 Write = Callable[[SwatModule, nn.Module], Any]
 

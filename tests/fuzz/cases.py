@@ -238,7 +238,7 @@ def _method(case: LayerCase, rng: random.Random) -> Method:
     if rng.random() < 0.2:
         sparsity = round(rng.random() * 0.99, 3)
     weights = ["chw", "hw", "channel", "channel-per-filter", "filter", "input-channel", "random"]
-    weights += ["2:4", "1:4", "ssc"]
+    weights += ["2:4", "1:4", "ssc", "block-4x1", "block-2x3"]
     selector = rng.choice(weights) if rng.random() < 0.5 else "nchw"
     if selector == "ssc":
         selector = f"ssc:g{rng.choice((1, 2, 3, 4))}:p{rng.choice((1, 2, 4, 8))}"

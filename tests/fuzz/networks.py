@@ -183,7 +183,17 @@ def random_network(seed: int, number: int) -> NetworkCase:
 
 def _method(rng: random.Random, parts: bool) -> Method:
     names = ("swat-u",) * 12 + ("swat-erk", "saw", "forward-weights", "forward-activations")
-    selectors = ("chw", "hw", "channel", "channel-per-filter", "filter", "input-channel", "random")
+    selectors = (
+        "chw",
+        "hw",
+        "channel",
+        "channel-per-filter",
+        "filter",
+        "input-channel",
+        "random",
+        "block-4x1",
+        "block-1x4",
+    )
     activations = ("chw", "hw") if parts else ("chw", "hw", "random")
     return Method(
         rng.choice((*names, "swat-active-update", "static", "static")),

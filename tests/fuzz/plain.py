@@ -114,6 +114,8 @@ def weight_scores(w: Tensor, selector: str) -> tuple[Tensor, tuple[int, ...]]:
         return size.sum([1, *taps], keepdim=True), ()
     if selector == "input-channel":
         return size.sum([0, *taps], keepdim=True), ()
+    if match := re.fullmatch(r"block-(\d+)x(\d+)", selector):
+        return block_means(w, int(match[1]), int(match[2])).sqrt(), ()
     raise ValueError(selector)
 
 
@@ -130,7 +132,8 @@ def weight_state(w: Tensor, rule: Rule) -> Tensor:
 
 def as_ranked(scores: Tensor, selector: str) -> Tensor:
     """Sums are ranked in single precision where the weights were in it."""
-    return scores.float().double() if selector in SUMMED else scores
+    summed = selector in SUMMED or selector.startswith("block-")
+    return scores.float().double() if summed else scores
 
 
 SUMMED = ("channel", "channel-per-filter", "filter", "input-channel")
@@ -142,6 +145,16 @@ def weight_keep(w: Tensor, state: Tensor, rule: Rule) -> Tensor:
         return state
     scores, _ = weight_scores(w, rule.weight_selector)
     return (as_ranked(scores, rule.weight_selector) >= state).expand_as(w)
+
+
+def block_means(w: Tensor, filters: int, channels: int) -> Tensor:
+    """Of each weight's block, the mean square."""
+    means = torch.empty_like(w)
+    for f in range(0, w.shape[0], filters):
+        for c in range(0, w.shape[1], channels):
+            block = w[f : f + filters, c : c + channels]
+            means[f : f + filters, c : c + channels] = block.square().mean((0, 1))
+    return means
 
 
 def largest_of(w: Tensor, n: int, m: int) -> Tensor:

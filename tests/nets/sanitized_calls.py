@@ -101,6 +101,14 @@ def sampled() -> None:
             OPS.conv_backward(y, x, None, *rest, *call.options)
             kept = OPS.pack(x, torch.tensor(0.5), 2, "nchw", dtype, BATCH)
             OPS.conv_backward(y, None, kept, *rest, *call.options)
+        for name, shape in (("block-4x1", (18, 9, 3, 3)), ("block-2x3", (5, 70, 1, 1))):
+            weight, steps = torch.randn(shape), ((1, 1), (1, 1), (1, 1), 1)
+            x = layouts.as_layout(torch.randn(batch, shape[1], 5, 13).to(dtype), BATCH)
+            call = ConvCall(*steps, weight_selector=name, layout=BATCH)
+            state = torch.tensor(1 - density)
+            y = OPS.conv(x, weight, None, state, None, *call.options)
+            rest = (weight, state, list(x.shape), [True, False, False])
+            OPS.conv_backward(y, None, None, *rest, *call.options)
         for rows in (1, 16, 40):
             x, weight = torch.randn(rows * batch, 19).to(dtype), torch.randn(33, 19)
             state = bits.mask_to_bits(torch.rand(weight.shape) < density)

@@ -89,7 +89,8 @@ def test_each_cell_follows_a_field(changes: dict[str, object], column: str, cell
 
 
 @pytest.mark.parametrize(
-    "name", ["channel", "channel-per-filter", "filter", "filter-l2", "input-channel", "2:4", "1:4"]
+    "name",
+    ["channel", "channel-per-filter", "filter", "filter-l2", "input-channel", "2:4", "block-4x1"],
 )
 def test_structured_selectors(name: str) -> None:
     assert is_structured(name) and is_structured("held:channel")

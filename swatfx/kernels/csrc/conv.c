@@ -54,7 +54,6 @@ static inline void fetch(const upcoming *next, int64_t share, int64_t shares) {
 
 static inline int64_t row_count(const sparse_rows *w, int64_t row) { return w->begin[row + 1] - w->begin[row]; }
 
-#if !defined(SWATFX_BF16)
 /* GROUP rows from o on, empty ones passed over, that share a pattern: their numbers, or 0. */
 static int find_group(const sparse_rows *w, int64_t base, int64_t o, int64_t end, int64_t members[GROUP]) {
     const int64_t count = row_count(w, base + o);
@@ -69,15 +68,11 @@ static int find_group(const sparse_rows *w, int64_t base, int64_t o, int64_t end
     return found == GROUP;
 }
 
-/* One row of a tile, a few vectors at a time. */
-static void run_group(const shared_nonzeros *e, const float *in, int64_t at, int64_t out_col, int64_t vectors,
-                      int first) {
-    const int64_t calls = ceil_div(vectors, MAX_GROUP_COLS), most = ceil_div(vectors, calls);
-    for (int64_t v = 0; v < vectors; v += most, in += most * LANES, at += most * out_col)
-        group_kernel(min64(most, vectors - v))(e, in, at, out_col, first);
+/* Vectors that a call for a group takes, of so many in a row; of bfloat16 an even number, as registers do. */
+static int64_t group_cols(int64_t vectors) {
+    const int64_t most = ceil_div(vectors, ceil_div(vectors, MAX_GROUP_COLS));
+    return HALF ? min64(MAX_GROUP_COLS, (most + 1) / 2 * 2) : most;
 }
-
-#endif
 
 /* How a tile's rows and columns lie in the result. */
 typedef struct {
@@ -111,59 +106,98 @@ typedef struct {
     float *sums; /* of bfloat16, where channels come in blocks: [row][row of the tile][kernel_vectors], else NULL */
 } room;
 
+/* Rows of the result over one scratch. */
+typedef struct {
+    const sparse_rows *w;
+    const float *bias;
+    const elem *held;
+    const room *own;
+    elem *out;
+    placement t;
+    int64_t in_row;            /* elements between rows of the scratch that a tile reads */
+    int64_t line, sums_plane;  /* floats of a row of a tile's sums, and of a row of the result's */
+    int64_t base, o0;          /* cell of row 0, and the first row */
+    int first, last, finite;   /* whether these are the first and the last channels; whether all that is read is */
+} pass;
+
+/* GROUP rows that share the pattern `e`, a row of the tile and a few vectors at a time. */
+static void run_group(const pass *c, nonzeros e, const int64_t members[GROUP]) {
+    const int64_t most = group_cols(c->t.vectors);
+#if defined(SWATFX_BF16)
+    shared_nonzeros_bf16 shared = {.offset = e.offset, .count = e.count, .goes_on = !c->first, .stays = !c->last};
+#else
+    shared_nonzeros shared = {.offset = e.offset, .count = e.count};
+#endif
+    for (int64_t g = 0; g < GROUP; g++) {
+        shared.value[g] = c->w->value + c->w->begin[c->base + members[g]];
+        shared.out[g] = c->out + members[g] * c->t.plane + c->t.line;
+        shared.start[g] = c->bias ? c->bias[members[g]] : 0;
+#if defined(SWATFX_BF16)
+        shared.sums[g] = c->own->sums ? c->own->sums + (members[g] - c->o0) * c->sums_plane : NULL;
+#endif
+    }
+    for (int64_t y = 0; y < c->t.height; y++)
+        for (int64_t v = 0; v < c->t.vectors; v += most) {
+            const elem *in = c->held + y * c->in_row + v * LANES;
+            const int64_t cols = min64(most, c->t.vectors - v), to = y * c->t.row + v * c->t.col;
+#if defined(SWATFX_BF16)
+            group_kernel_bf16(cols, c->finite)(&shared, in, to, c->t.col, y * c->line + v * LANES);
+#else
+            group_kernel(cols)(&shared, in, to, c->t.col, c->first);
+#endif
+        }
+}
+
+/* One row of the result, a tile at a time. */
+static void run_row(const pass *c, const conv_problem *p, const plan *at, nonzeros e, int64_t o) {
+    const placement *t = &c->t;
+    const float start = c->bias ? c->bias[o] : 0;
+    elem *to = c->out + o * t->plane + t->line;
+#if defined(SWATFX_BF16)
+    float *sums = c->own->sums ? c->own->sums + (o - c->o0) * c->sums_plane : NULL;
+#endif
+    for (int64_t y = 0; y < t->height; y += at->kernel_rows, to += at->kernel_rows * t->row) {
+        const int64_t rows = min64(at->kernel_rows, t->height - y);
+#if defined(SWATFX_BF16)
+        float *at_sums = sums ? sums + y * c->line : NULL;
+        tile_at_bf16 tile = {c->held + y * c->in_row, c->in_row, to, t->row, t->col, t->stream,
+                             c->first ? NULL : at_sums, c->last ? NULL : at_sums, c->line};
+        if (!t->direct) tile.out = c->own->buffer, tile.out_row = c->line, tile.out_col = LANES;
+        tile_kernel_bf16(rows, t->vectors, c->finite)(e, tile, start);
+        if (!t->direct && c->last) move_columns(p, at, c->own->buffer, to, rows, t->width, 0);
+#else
+        tile_at tile = {c->held + y * c->in_row, c->in_row, to, t->row, t->col, t->stream};
+        if (!t->direct) {
+            tile.out = c->own->buffer, tile.out_row = c->line, tile.out_col = LANES;
+            if (!c->first) move_columns(p, at, c->own->buffer, to, rows, t->width, 1);
+        }
+        tile_kernel(rows, t->vectors)(e, tile, c->first, start);
+        if (!t->direct) move_columns(p, at, c->own->buffer, to, rows, t->width, 0);
+#endif
+    }
+}
+
 /* All output rows [o0, o1) over one scratch; `block` tells which channels it holds. */
 static void run_tile(const conv_problem *p, const plan *at, const sparse_rows *w, const float *bias,
                      const elem *held, const room *own, elem *out, int64_t image, int64_t y0, int64_t x0,
                      int64_t o0, int64_t o1, int64_t block, upcoming next, int finite) {
-    const placement t = place(p, at, out, image, y0, x0);
-    const int64_t line = at->kernel_vectors * LANES, in_row = p->step_y * at->row, base = block * p->rows;
-    const int first = block == 0, last = block + 1 == at->blocks;
-#if !defined(SWATFX_BF16)
+    const int64_t line = at->kernel_vectors * LANES;
+    const pass c = {w, bias, held, own, out, place(p, at, out, image, y0, x0), p->step_y * at->row, line,
+                    at->tile_rows * line, block * p->rows, o0, block == 0, block + 1 == at->blocks, finite};
+    /* Sums of bfloat16 become a result with the last channels, also where these add nothing. */
+    const int writes = c.first || (HALF && c.last);
     int64_t members[GROUP], group_end = o0;
-#endif
     for (int64_t o = o0; o < o1; o++) {
         fetch(&next, o - o0, o1 - o0);
-        const nonzeros e = {w->offset + w->begin[base + o], w->value + w->begin[base + o], row_count(w, base + o)};
-        const float start = bias ? bias[o] : 0;
-        elem *to = out + o * t.plane + t.line;
-#if defined(SWATFX_BF16)
-        if (!e.count && !first && !last) continue; /* nothing to add */
-        float *sums = own->sums ? own->sums + (o - o0) * at->tile_rows * line : NULL;
-        for (int64_t y = 0; y < t.height; y += at->kernel_rows, to += at->kernel_rows * t.row) {
-            const int64_t rows = min64(at->kernel_rows, t.height - y);
-            float *at_sums = sums ? sums + y * line : NULL;
-            tile_at_bf16 tile = {held + y * in_row, in_row, to, t.row, t.col, t.stream, first ? NULL : at_sums,
-                                 last ? NULL : at_sums, line};
-            if (!t.direct) tile.out = own->buffer, tile.out_row = line, tile.out_col = LANES;
-            tile_kernel_bf16(rows, t.vectors, finite)(e, tile, start);
-            if (!t.direct && last) move_columns(p, at, own->buffer, to, rows, t.width, 0);
-        }
-#else
-        (void)last, (void)finite;
-        if (e.count ? o < group_end : !first) continue; /* done with its group; nothing to add */
-        if (e.count && t.direct && find_group(w, base, o, o1, members)) {
-            shared_nonzeros shared = {.offset = e.offset, .count = e.count};
-            for (int64_t g = 0; g < GROUP; g++) {
-                shared.value[g] = w->value + w->begin[base + members[g]];
-                shared.out[g] = out + members[g] * t.plane + t.line;
-                shared.start[g] = bias ? bias[members[g]] : 0;
-            }
-            for (int64_t y = 0; y < t.height; y++)
-                run_group(&shared, held + y * in_row, y * t.row, t.col, t.vectors, first);
+        const int64_t cell = c.base + o;
+        const nonzeros e = {w->offset + w->begin[cell], w->value + w->begin[cell], row_count(w, cell)};
+        if (e.count ? o < group_end : !writes) continue; /* done with its group; nothing to do */
+        if (e.count && c.t.direct && find_group(w, c.base, o, o1, members)) {
+            run_group(&c, e, members);
             group_end = members[GROUP - 1] + 1;
-            continue;
+        } else {
+            run_row(&c, p, at, e, o);
         }
-        for (int64_t y = 0; y < t.height; y += at->kernel_rows, to += at->kernel_rows * t.row) {
-            const int64_t rows = min64(at->kernel_rows, t.height - y);
-            tile_at tile = {held + y * in_row, in_row, to, t.row, t.col, t.stream};
-            if (!t.direct) {
-                tile.out = own->buffer, tile.out_row = line, tile.out_col = LANES;
-                if (!first) move_columns(p, at, own->buffer, to, rows, t.width, 1);
-            }
-            tile_kernel(rows, t.vectors)(e, tile, first, start);
-            if (!t.direct) move_columns(p, at, own->buffer, to, rows, t.width, 0);
-        }
-#endif
     }
 }
 

@@ -197,6 +197,10 @@ EXPORT void swatfx_keep_bits(
     const void *x, int bytes, int64_t n, const uint8_t *bits, void *out, int threads
 );
 
+/* out = x where the root mean square of its block is not below the threshold, else 0; both lie as the strides
+ * say, which number each of the weight's elements once. Any size of blocks. */
+EXPORT void swatfx_keep_blocks(const block_problem *p, const float *x, float threshold, float *out);
+
 /* ---- ReLU and dropout: elementwise.py, which checks dtype, density and the size of bits ----
  *
  * n >= 0; the order of elements does not matter, if it is the same in all. bits: [ceil(n / 8)]. Bits that

@@ -68,6 +68,15 @@ typedef struct {
     int64_t half; /* as in wgrad_problem */
 } linear_problem;
 
+/* A weight [filter][channel][tap], whatever its order, by blocks of neighbouring filters and channels at one
+ * tap; the last of either may be smaller. */
+typedef struct {
+    int64_t filters, channels, taps;
+    int64_t filter_stride, channel_stride, tap_stride; /* in floats */
+    int64_t block_filters, block_channels;
+    int64_t threads;
+} block_problem;
+
 /* Max pooling of `planes` planes of `height` x `width` positions of `inner` floats each: planes are
  * channels and `inner` images in "batch_innermost", images and channels in "channels_last"; in row-major
  * order planes are (image, channel) and `inner` is one. */

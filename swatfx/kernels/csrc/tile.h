@@ -71,7 +71,7 @@ static inline int64_t rows_of_tile(int64_t cols, int half) {
     return MAX_TILE / cols;
 }
 
-/* ---- Groups, over floats ---- */
+/* ---- Groups ---- */
 
 /* Rows of a group, which share their offsets (structured sparsity): each vector that is read serves
  * all of them. */
@@ -96,5 +96,24 @@ typedef void (*group_function)(const shared_nonzeros *e, const float *in, int64_
 
 /* The function for `cols` vectors, at most MAX_GROUP_COLS. */
 group_function group_kernel(int64_t cols);
+
+/* Likewise over bfloat16; sums are floats, those of a row side by side. */
+typedef struct {
+    const int32_t *offset;
+    const float *value[GROUP];
+    bf16 *out[GROUP];
+    float *sums[GROUP]; /* read where the product `goes_on`, else it begins with `start`; */
+    float start[GROUP];
+    int goes_on, stays; /* written where it `stays`, else it is rounded, to `out` */
+    int64_t count;
+} shared_nonzeros_bf16;
+
+/* `sums_at`: of the first vector, in each row's sums. */
+typedef void (*group_function_bf16)(const shared_nonzeros_bf16 *e, const bf16 *in, int64_t at, int64_t out_col,
+                                    int64_t sums_at);
+
+/* As tile_kernel_bf16 and tile_kernel_dot. */
+group_function_bf16 group_kernel_bf16(int64_t cols, int finite);
+group_function_bf16 group_kernel_dot(int64_t cols);
 
 #endif

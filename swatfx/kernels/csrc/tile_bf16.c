@@ -220,11 +220,124 @@ ONE void run(const int rows, const int cols, nonzeros e, tile_at_bf16 at, float 
 SHAPES(TILE)
 static const tile_function_bf16 TILES[MAX_TILE_ROWS + 1][29] = {SHAPES(NAME)};
 
+/* Rows of a group. What they share is read once, and widened once; or, as the dot product takes two pairs,
+ * interleaved once with what their next nonzero reads. Both elements of a word then count: half as many
+ * products, of sums in the order that interleaving leaves. */
+#if defined(SWATFX_DOT)
+ONE void to_interleaved(reg *even, reg *odd) {
+    const __m512 e = (__m512)*even, o = (__m512)*odd;
+    *even = (reg)_mm512_unpacklo_ps(e, o);
+    *odd = (reg)_mm512_unpackhi_ps(e, o);
+}
+
+ONE void from_interleaved(reg *low, reg *high) {
+    const __m512 l = (__m512)*low, h = (__m512)*high;
+    *low = (reg)_mm512_shuffle_ps(l, h, 0x88);
+    *high = (reg)_mm512_shuffle_ps(l, h, 0xdd);
+}
+
+ONE bits pair_of(float one, float other) {
+    uint32_t first, second;
+    memcpy(&first, &one, sizeof first);
+    memcpy(&second, &other, sizeof second);
+    return (first >> 16 | second) - (bits){0};
+}
+#endif
+
+ONE void run_group(const int cols, const shared_nonzeros_bf16 *e, const bf16 *from, int64_t at, int64_t out_col,
+                   int64_t sums_at) {
+    enum { MOST = (MAX_GROUP_COLS * LANES + 2 * R - 1) / (2 * R) };
+    const int chunks = (cols * LANES + 2 * R - 1) / (2 * R), ragged = cols * LANES % (2 * R) != 0;
+    reg even[GROUP][MOST], odd[GROUP][MOST];
+#define EACH_SUM(...)                                                                                         \
+    _Pragma("GCC unroll 4") for (int g = 0; g < GROUP; g++) {                                                 \
+        _Pragma("GCC unroll 16") for (int c = 0; c < chunks; c++) {                                           \
+            const int half = ragged && c == chunks - 1;                                                       \
+            __VA_ARGS__;                                                                                      \
+        }                                                                                                     \
+    }
+    EACH_SUM({
+        if (e->goes_on)
+            load_sums(e->sums[g] + sums_at + c * 2 * R, &even[g][c], &odd[g][c], half);
+        else
+            even[g][c] = odd[g][c] = all(e->start[g]);
+    })
+    const float *v0 = e->value[0], *v1 = e->value[1], *v2 = e->value[2], *v3 = e->value[3];
+    int64_t k = 0;
+#if defined(SWATFX_DOT)
+    EACH_SUM((void)half; to_interleaved(&even[g][c], &odd[g][c]))
+    for (; k < e->count; k += 2) {
+        const int alone = k + 1 == e->count; /* the last of an odd number is read twice, and counts once */
+        const bf16 *in = from + e->offset[k], *next = from + e->offset[k + !alone];
+#define PAIR(v) alone ? pair_of(v[k], 0) : pair_of(v[k], v[k + 1])
+        const bits w[GROUP] = {PAIR(v0), PAIR(v1), PAIR(v2), PAIR(v3)};
+#undef PAIR
+#pragma GCC unroll 16
+        for (int c = 0; c < chunks; c++) {
+            const int half = ragged && c == chunks - 1;
+            const __m512i x = (__m512i)chunk_at(in + c * 2 * R, half), y = (__m512i)chunk_at(next + c * 2 * R, half);
+            const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(x, y), high = (__m512bh)_mm512_unpackhi_epi16(x, y);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) {
+                even[g][c] = (reg)_mm512_dpbf16_ps((__m512)even[g][c], low, (__m512bh)w[g]);
+                odd[g][c] = (reg)_mm512_dpbf16_ps((__m512)odd[g][c], high, (__m512bh)w[g]);
+            }
+        }
+    }
+    EACH_SUM((void)half; from_interleaved(&even[g][c], &odd[g][c]))
+#else
+    for (; k < e->count; k++) {
+        const bf16 *in = from + e->offset[k];
+        const reg w[GROUP] = {all(v0[k]), all(v1[k]), all(v2[k]), all(v3[k])};
+#pragma GCC unroll 16
+        for (int c = 0; c < chunks; c++) {
+            const bits x = chunk_at(in + c * 2 * R, ragged && c == chunks - 1);
+            const reg low = (reg)(x << 16), high = (reg)(x & 0xffff0000);
+#pragma GCC unroll 4
+            for (int g = 0; g < GROUP; g++) even[g][c] += w[g] * low, odd[g][c] += w[g] * high;
+        }
+    }
+#endif
+    if (e->stays) {
+        EACH_SUM(store_sums(e->sums[g] + sums_at + c * 2 * R, even[g][c], odd[g][c], half))
+        return;
+    }
+    EACH_SUM({
+        const int64_t first = (int64_t)c * 2 * R;
+        bf16 *to = e->out[g] + at + first / LANES * out_col + first % LANES;
+        store_chunk(to, out_col, even[g][c], odd[g][c], half, 0);
+    })
+}
+
+#define GROUPED(C)                                                                                              \
+    TARGET static void group_##C(const shared_nonzeros_bf16 *e, const bf16 *in, int64_t at, int64_t out_col,    \
+                                 int64_t sums_at) {                                                             \
+        run_group(C, e, in, at, out_col, sums_at);                                                              \
+    }
+
+GROUPED(1)
+#if defined(__AVX512F__)
+GROUPED(2) GROUPED(3) GROUPED(4) GROUPED(5) GROUPED(6)
+#endif
+
+static const group_function_bf16 GROUPS[MAX_GROUP_COLS + 1] = {
+    NULL, group_1,
+#if defined(__AVX512F__)
+    group_2, group_3, group_4, group_5, group_6,
+#endif
+};
+
 #if defined(SWATFX_DOT)
 tile_function_bf16 tile_kernel_dot(int64_t rows, int64_t cols) { return TILES[rows][cols]; }
+group_function_bf16 group_kernel_dot(int64_t cols) { return GROUPS[cols]; }
 #else
 tile_function_bf16 tile_kernel_bf16(int64_t rows, int64_t cols, int finite) {
     const tile_function_bf16 dot = finite ? tile_kernel_dot(rows, cols) : NULL;
     return dot ? dot : TILES[rows][cols];
+}
+
+group_function_bf16 group_kernel_bf16(int64_t cols, int finite) {
+    const group_function_bf16 dot = finite ? group_kernel_dot(cols) : NULL;
+    return dot ? dot : GROUPS[cols];
 }
 #endif
