@@ -24,7 +24,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from passes.predict_kernels import WOULD_TAKE, Choice, Prediction, predicted
+from passes.predict_kernels import WOULD_TAKE, Choice, Prediction
 from passes.reading.aliasing import Versions
 from passes.writing.layout_flow import LayoutFlow
 from swatfx import kernels, masks
@@ -37,6 +37,7 @@ from swatfx.compiled import (
     relative,
     sparse_nodes,
 )
+from swatfx.errors import InputError
 from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
@@ -123,10 +124,13 @@ def _reasons(
     asked = gm.swat.options.kernels
     fixed = {layer: _why_never(layer, asked, device) for layer in layers}
     convolutions = [layer for layer in layers if layer.is_conv]
-    prediction = None
-    if asked == "auto" and None in fixed.values():
+    prediction, told = None, ""
+    if asked == "auto" and None in fixed.values() and gm.swat.example is not None:
         able = [layer for layer in convolutions if fixed[layer] is None]
-        prediction = predicted(gm, layers, _flows(gm, able, versions))
+        try:
+            prediction = Prediction(gm, layers, _flows(gm, able, versions))
+        except InputError as error:  # shapes that depend on values, say
+            told = f"kernels are chosen by densities alone: {error.problem}"
     if prediction is not None:
         fixed = {layer: reason or _too_few(layer) for layer, reason in fixed.items()}
     while True:
@@ -146,7 +150,7 @@ def _reasons(
     if asked == "auto" and 2 * len(sparse) < len(convolutions):
         for layer in sparse:
             reasons[layer] = "most convolutions run dense"
-    return reasons, ""
+    return reasons, told
 
 
 def _chosen(

@@ -8,20 +8,24 @@ memory orders. Elementwise functions take the same time in either order.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from passes.trace_shapes import Seen, observe_run
 from passes.writing.layout_flow import LayoutFlow
 from swatfx import forecast
 from swatfx.compiled import LayerNode, Pack, SwatModule, saves
-from swatfx.errors import InputError
 from swatfx.forecast import Call, Joint, Work, cheapest, total
 from swatfx.forecast.work import CONVERSION, DENSE, NORM, PLAIN, SPARSE
 
 WOULD_TAKE = "sparse kernels would take"
+_Shape = tuple[int, ...]
 _LIKE_INPUT = 1 / 4  # of its elements: what makes less sums up, in whatever order
 
 
@@ -52,11 +56,14 @@ class Prediction:
         """
         example = gm.swat.example
         assert example is not None
-        self.dtype = example.dtype
+        weights = _most_are(gm)
+        half = "bf16" if weights is torch.bfloat16 else "fp32"
+        self.dtype = half if example.autocast is None else example.autocast
         machine = forecast.this_machine()
         self.threads = machine.threads
         self.constants, self.source = forecast.read(machine)
-        self._run = observe_run(gm, example.inputs, as_dense=True)
+        inputs = pytree.tree_map_only(Tensor, partial(_as, weights), example.inputs)
+        self._run = observe_run(gm, inputs, as_dense=True)
         self._layers = layers
         self._groups = _groups(layers)
         self._plain = 0.0
@@ -121,33 +128,35 @@ class Prediction:
         between = _Between(flow)
         built = {root: _Joint() for root in between.roots()}
         seen = {node: self._run.nodes.get((prefix, node.name), []) for node in flow.nodes}
+        made = {node: _shapes(node, seen) for node in flow.nodes}
         for layer in flow.layers:
             at = self._groups[layer]
-            made = built[between.find(layer.node)]
-            made.add(at, self._converting(s.output_shape for s in seen[layer.node]))
-            read = built[between.find(layer.input)]
-            read.add(at, self._converting(s.input_shape for s in seen[layer.node]))
+            after, before = between.find(layer.node), between.find(layer.input)
+            built[after].add(at, self._converting(made[layer.node]))
+            built[before].add(at, self._converting(s.input_shape for s in seen[layer.node]))
         own = {n for layer in flow.layers for n in (layer.pack, layer.activation_state)}
         for node in flow.nodes:
             joint = built.get(between.find(node))
             if joint is not None and flow.operands[node]:
-                self._add_norm(joint, flow, node, seen[node])
+                self._add_norm(joint, flow, node, made[node])
             elif joint is not None and node not in flow.sparse:
-                joint.outside += self._converting(s.output_shape for s in seen[node])
+                joint.outside += self._converting(made[node])
             if flow.operands[node] or node in flow.sparse or node in own:
                 continue
             for source in node.all_input_nodes:  # another's reader
                 joint = built.get(between.find(source))
-                if joint is not None and source is not node and _copies(seen[source], seen[node]):
-                    joint.outside += self._converting(s.output_shape for s in seen[source])
+                if joint is not None and _copies(made[source], made[node]):
+                    joint.outside += self._converting(made[source])
         return [joint.done() for joint in built.values() if joint.calls]
 
-    def _add_norm(self, joint: _Joint, flow: LayoutFlow, node: fx.Node, seen: list[Seen]) -> None:
+    def _add_norm(
+        self, joint: _Joint, flow: LayoutFlow, node: fx.Node, shapes: list[_Shape]
+    ) -> None:
         if node.op != "call_module":
             return
         if not isinstance(flow.part.get_submodule(str(node.target)), (saves.Norm, saves.NormOf)):
             return
-        for shape in (s.output_shape for s in seen):
+        for shape in shapes:
             work = Work.of_tensor(NORM, self.dtype, math.prod(shape))
             joint.sparse += self.constants.seconds(work, SPARSE)
             joint.dense += self.constants.seconds(work, DENSE)
@@ -216,16 +225,16 @@ class Choice:
         )
 
 
-def predicted(
-    gm: SwatModule, layers: list[LayerNode], flows: Iterable[tuple[str, LayoutFlow]]
-) -> Prediction | None:
-    """A Prediction; None where the model has no example, or its shapes depend on values."""
-    if gm.swat.example is None:
-        return None
-    try:
-        return Prediction(gm, layers, flows)
-    except InputError:
-        return None
+def _most_are(gm: SwatModule) -> torch.dtype:
+    """The dtype of most parameters: a model may have been moved to another since."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in gm.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _as(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and dtype.is_floating_point else x
 
 
 @dataclass
@@ -267,10 +276,18 @@ class _Between:
         return {self.find(n) for layer in self._layers for n in (layer.node, layer.input)}
 
 
-def _copies(read: list[Seen], made: list[Seen]) -> bool:
+def _shapes(node: fx.Node, seen: Mapping[fx.Node, list[Seen]]) -> list[_Shape]:
+    """Of what a node made, call by call; of an input of the graph, as a first reader saw it."""
+    if node.op == "placeholder":
+        readers = [user for user in node.users if user.all_input_nodes[0] is node and seen[user]]
+        return [s.input_shape for reader in readers[:1] for s in seen[reader]]
+    return [s.output_shape for s in seen[node]]
+
+
+def _copies(read: list[_Shape], made: list[_Shape]) -> bool:
     """Whether a node that makes so much of what it read has to bring it into an order first."""
-    before = sum(math.prod(s.output_shape) for s in read if len(s.output_shape) > 2)
-    after = sum(math.prod(s.output_shape) for s in made)
+    before = sum(math.prod(shape) for shape in read if len(shape) > 2)
+    after = sum(map(math.prod, made))
     return before > 0 and (not after or after >= _LIKE_INPUT * before)
 
 

@@ -132,7 +132,7 @@ def compile(
         gm = _traced(model, example_inputs)
         _add_state(gm, ctx.policy, options)
         if example_inputs is not None:
-            gm.swat.example = Example(_without_values(example_inputs), _dtype_of(model))
+            gm.swat.example = Example(_without_values(example_inputs), _autocast())
         gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
         watch_loads(model, gm)
     example = None if example_inputs is None else _without_values(example_inputs)
@@ -182,12 +182,11 @@ def _without_values(example_inputs: Any) -> Any:
     return kwargs if kwargs else args
 
 
-def _dtype_of(model: nn.Module) -> str:
-    """Of activations: autocast's, where it is on, or that of most parameters."""
-    if torch.is_autocast_enabled("cpu"):
-        return "bf16" if torch.get_autocast_dtype("cpu") is torch.bfloat16 else "fp32"
-    half = sum(p.numel() for p in model.parameters() if p.dtype is torch.bfloat16)
-    return "bf16" if 2 * half > sum(p.numel() for p in model.parameters()) else "fp32"
+def _autocast() -> str | None:
+    """Of activations on the CPU, where autocast is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    return "bf16" if torch.get_autocast_dtype("cpu") is torch.bfloat16 else "fp32"
 
 
 def _macs(gm: SwatModule, example_inputs: Any) -> dict[str, int]:

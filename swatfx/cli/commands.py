@@ -251,8 +251,7 @@ def _add_model(
 ) -> None:
     text = "e.g. resnet50, cifar/vgg16, package.module:callable"
     if default is None:
-        count = {"nargs": "?"} if optional else {}
-        command.add_argument("model", type=given, help=text, **count)
+        command.add_argument("model", type=given, help=text, nargs="?" if optional else None)
     else:
         help_text = f"{text} ({default})"
         command.add_argument("model", nargs="?", type=given, default=default, help=help_text)

@@ -26,11 +26,11 @@ class Example:
 
     Attributes:
         inputs: positional ones or a dict by name, tensors on the meta device.
-        dtype: of activations, "fp32" or "bf16".
+        autocast: "fp32" or "bf16", where autocast was on; None: activations are as weights are.
     """
 
     inputs: Any
-    dtype: str
+    autocast: str | None = None
 
 
 class SwatState(nn.Module):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _cut(calls: Sequence[Call], joints: Sequence[Joint]) -> set[int]:
     """
     import networkx  # slow to import
 
-    graph = networkx.DiGraph()
+    graph: Any = networkx.DiGraph()
     graph.add_nodes_from(("sparse", "dense"))
 
     def decide(node: tuple[str, int], sparse: float, dense: float) -> None:

@@ -6,13 +6,13 @@ counts a quarter. A side's time is the least of its turns: what disturbs a measu
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swatfx import forecast, kernels
@@ -28,6 +28,7 @@ from swatfx.policy import parse
 from swatfx.tables import Shown, Table
 from swatfx.tensors import layouts
 from swatfx.timing.machine import today
+from swatfx.timing.rounds import clock
 from swatfx.timing.steps import DTYPES, autocast
 
 TURNS = 5
@@ -287,15 +288,15 @@ def _runner(dtype: str, shape: Shape, model: nn.Module, layout: str) -> Callable
     def run() -> float:
         for tensor in (*xs, *model.parameters()):
             tensor.grad = None
-        start = _clock()
+        start = clock()
         with autocast(DTYPES[dtype]):
             results = model(*xs)
-        took = _clock() - start
+        took = clock() - start
         if not outer:
             outer.extend(torch.randn_like(result) for result in results)
-        start = _clock()
+        start = clock()
         torch.autograd.backward(results, outer)
-        return took + _clock() - start
+        return took + clock() - start
 
     run()
     return run
@@ -316,7 +317,9 @@ def _tensor_samples(
         return ours(x, *given, *weights, True, 0.1, 1e-5, relu=True)  # type: ignore[no-any-return]
 
     def plain(x: Tensor) -> Tensor:
-        return torch.relu_(torch.nn.functional.batch_norm(x, *given, *weights, True))
+        mean, variance = given
+        weight, bias = weights
+        return torch.relu_(F.batch_norm(x, mean, variance, weight, bias, True))
 
     def convert(x: Tensor) -> Tensor:
         return converted(x, layouts.BATCH_INNERMOST)
@@ -338,16 +341,11 @@ def _run_on(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], flo
 
     def run() -> float:
         x.grad = None
-        start = _clock()
+        start = clock()
         function(x).backward(grad)
-        return _clock() - start
+        return clock() - start
 
     return run
-
-
-def _clock() -> float:
-    """Seconds: of the processor, where one thread is all, whatever else runs on it meanwhile."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _least(runs: list[Callable[[], float]], turns: int) -> list[float]:
