@@ -117,7 +117,7 @@ def test_layers_that_share_an_input_run_alike() -> None:
 
 def test_linear_layers_alone() -> None:
     net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 32))
-    x = torch.empty(64, 32, device="meta")
+    x = (torch.empty(64, 32, device="meta"),)
     for side, sparse in ((CHEAP, True), (DEAR, False)):
         believe(**{LINEAR: side})
         gm = swatfx.compile(copy.deepcopy(net), "swat-u:0.6", example_inputs=x)
@@ -149,7 +149,7 @@ def test_predictions_add_up_by_hand() -> None:
     )
     net = nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
     policy = "swat-u:0.9,first_dense=false"
-    x = torch.empty(4, 16, 8, 8, device="meta")
+    x = (torch.empty(4, 16, 8, 8, device="meta"),)
     gm = swatfx.compile(net, policy, example_inputs=x)
     assert set(chosen(gm).values()) == {SPARSE}
     ours, dense, plain = 2 * 0.5 + 0.25 + 2 * 0.125, 2 * 2.0 + 1.0, 2 * 1.0 + 0.5
