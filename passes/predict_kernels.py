@@ -12,17 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from passes.trace_shapes import Seen, observe_run
-from passes.writing.layout_flow import LayoutFlow
 from swatfx import forecast
 from swatfx.compiled import LayerNode, Pack, SwatModule, saves
 from swatfx.forecast import Call, Joint, Work, cheapest, total
 from swatfx.forecast.work import CONVERSION, DENSE, NORM, PLAIN, SPARSE
+
+if TYPE_CHECKING:
+    from passes.writing.layout_flow import LayoutFlow
 
 WOULD_TAKE = "sparse kernels would take"
 _Shape = tuple[int, ...]
