@@ -9,24 +9,25 @@ nothing.
 
 A model on the meta device has no device of its own yet: it is taken for one of this machine's CPU.
 
-The rule: a layer runs sparse where all three of its products are sparse (the weight gradient by a
-packed activation, or at active weights alone) and its densities are at most `MOST_DENSE`, above
-which dense kernels on masked weights were measured to be as fast; where most convolutions are too
-dense or of the wrong kind, all stay dense, since conversions would eat the gain.
-
-Densities are those of now. Where they move, `follow_densities` chooses again as they cross the
-rule's, with a margin: what runs sparse goes on so up to `STAYS_SPARSE`. So the choice depends on
-the one before, which the buffers `sparse` of the layers' states remember, in checkpoints too.
+A layer can run sparse where all three of its products are sparse (the weight gradient by a packed
+activation, or at active weights alone). Which of those that can do is the cheapest choice for the
+whole graph, conversions counted (`predict_kernels`), where `compile` was given example inputs.
+Without shapes, a rule: those whose densities are at most `MOST_DENSE`, above which dense kernels on
+masked weights were measured to be as fast; and where most convolutions are too dense or of the
+wrong kind, none. The rule also chooses where densities move: it sees those of now, and
+`follow_densities` chooses again as they cross the rule's, with a margin: what runs sparse goes on
+so up to `STAYS_SPARSE`. So the choice depends on the one before, which the buffers `sparse` of the
+layers' states remember, in checkpoints too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from passes.predict_kernels import WOULD_TAKE, Choice, Prediction
 from passes.reading.aliasing import Versions
 from passes.writing.layout_flow import LayoutFlow
 from swatfx import kernels, masks
@@ -39,6 +40,7 @@ from swatfx.compiled import (
     relative,
     sparse_nodes,
 )
+from swatfx.errors import InputError
 from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
@@ -65,7 +67,8 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     if not todo:
         return PassResult(gm, False)
     versions = _Known(gm)
-    reasons = _reasons(gm, todo, None, versions)
+    reasons, prediction = _reasons(gm, todo, None, versions)
+    gm.swat.predicted = prediction
     for layer, reason in reasons.items():
         layer.replan(kernels=_told(reason))
         layer.layer_state.note_kernels(reason is None)
@@ -78,9 +81,13 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
     layers = {layer.plan.name: reason for layer, reason in reasons.items()}
     count = sum(reason is None for reason in layers.values())
     note = f"{count} of {len(layers)} layers run sparse kernels"
-    why = Counter(reason for reason in layers.values() if reason is not None)
+    why = Counter(
+        f"{WOULD_TAKE} longer at this input" if reason.startswith(WOULD_TAKE) else reason
+        for reason in layers.values()
+        if reason is not None
+    )
     dense = [f"dense: {reason} ({times} of them)" for reason, times in why.most_common()]
-    return PassResult(gm, True, (note, *dense))
+    return PassResult(gm, True, (note, *dense, *filter(None, [prediction])))
 
 
 class _Known:
@@ -102,7 +109,8 @@ def kernels_on(gm: SwatModule, device: str) -> dict[str, str]:
     """Layer -> what `LayerPlan.kernels` would be, were the model on `device`. Changes nothing."""
     found: dict[str, str] = {}
     layers = list(sparse_nodes(gm))
-    for layer, reason in _reasons(gm, layers, torch.device(device), _Known(gm)).items():
+    reasons, _ = _reasons(gm, layers, torch.device(device), _Known(gm))
+    for layer, reason in reasons.items():
         found.setdefault(layer.plan.name, _told(reason))
     return found
 
@@ -113,34 +121,73 @@ def _told(reason: str | None) -> str:
 
 def _reasons(
     gm: SwatModule, layers: list[LayerNode], device: torch.device | None, versions: _Known
-) -> dict[LayerNode, str | None]:
-    """Why each layer runs dense, or None; `device` stands in for the model's own."""
+) -> tuple[dict[LayerNode, str | None], str]:
+    """(why each layer runs dense, or None; what that is predicted to take, for people).
+
+    `device` stands in for the model's own.
+    """
     asked = gm.swat.options.kernels
-    reasons = {layer: _why_dense(layer, asked, device) for layer in layers}
+    fixed = {layer: _why_never(layer, asked, device) for layer in layers}
     convolutions = [layer for layer in layers if layer.is_conv]
-    _agree(reasons, convolutions)
+    prediction, told = None, ""
+    moves = gm.swat.policy.moves_densities
+    if asked == "auto" and None in fixed.values() and gm.swat.example is not None and not moves:
+        able = [layer for layer in convolutions if fixed[layer] is None]
+        try:
+            prediction = Prediction(gm, layers, _flows(gm, able, versions))
+        except InputError as error:  # shapes that depend on values, say
+            told = f"kernels are chosen by densities alone: {error.problem}"
+    if prediction is not None:
+        fixed = {layer: reason or _too_few(layer) for layer, reason in fixed.items()}
     while True:
+        choice = None if prediction is None else prediction.choose(fixed)
+        reasons = _chosen(fixed, asked, prediction, choice)
+        _agree(reasons, convolutions)
         sparse = [layer for layer in convolutions if reasons[layer] is None]
-        unsafe = {layer.plan.name for layer in _unsafe(gm, sparse, versions)}
+        flows = _flows(gm, sparse, versions)
+        unsafe = {layer.plan.name for _, flow in flows for layer in flow.unsafe()}
         if not unsafe:
             break
         for layer in convolutions:  # all calls of a layer run alike
             if layer.plan.name in unsafe:
-                reasons[layer] = reasons[layer] or _RESHAPED
-        _agree(reasons, convolutions)
+                fixed[layer] = fixed[layer] or _RESHAPED
+    if prediction is not None and choice is not None:
+        return reasons, choice.told(prediction)
     least = 0.4 if any(layer.layer_state.ran_sparse for layer in convolutions) else 0.5
     if asked == "auto" and len(sparse) < least * len(convolutions):
         for layer in sparse:
             reasons[layer] = "most convolutions run dense"
+    return reasons, told
+
+
+def _chosen(
+    fixed: dict[LayerNode, str | None],
+    asked: str,
+    prediction: Prediction | None,
+    choice: Choice | None,
+) -> dict[LayerNode, str | None]:
+    """`fixed`, with the reasons why others had better run dense."""
+    reasons = dict(fixed)
+    for layer in fixed if asked == "auto" else ():
+        if reasons[layer] is not None:
+            continue
+        if prediction is None or choice is None or not prediction.reaches(layer):
+            reasons[layer] = too_dense(layer) or _too_few(layer)
+        else:
+            reasons[layer] = choice.reason(layer)
     return reasons
 
 
-def _unsafe(gm: SwatModule, sparse: list[LayerNode], versions: _Known) -> Iterator[LayerNode]:
-    """Those of `sparse` whose layout in memory would change what the graph computes."""
+def _flows(
+    gm: SwatModule, layers: list[LayerNode], versions: _Known
+) -> list[tuple[str, LayoutFlow]]:
+    """(path, the layout's flow) of each part, if the convolutions `layers` run sparse."""
+    found = []
     for prefix, part in all_parts(gm):
-        own = [layer for layer in sparse if layer.part is part]
+        own = [layer for layer in layers if layer.part is part]
         if own:
-            yield from LayoutFlow(part, versions.of(part, prefix), own).unsafe()
+            found.append((prefix, LayoutFlow(part, versions.of(part, prefix), own)))
+    return found
 
 
 def follow_densities(gm: SwatModule) -> None:
@@ -150,7 +197,7 @@ def follow_densities(gm: SwatModule) -> None:
     """
     if gm.__dict__["choose_kernels"] is None or not gm.swat.policy.moves_densities:
         return
-    reasons = _reasons(gm, list(sparse_nodes(gm)), None, _Known(gm))
+    reasons, _ = _reasons(gm, list(sparse_nodes(gm)), None, _Known(gm))
     if any((why is None) != (layer.plan.kernels == SPARSE) for layer, why in reasons.items()):
         choose_again(gm, Context(gm.swat.policy))
 
@@ -174,8 +221,8 @@ def choose_again(gm: SwatModule, ctx: Context) -> None:
     choose_kernels(gm, ctx)
 
 
-def _why_dense(layer: LayerNode, asked: str, device: torch.device | None) -> str | None:
-    """Why the layer has to run dense, or None."""
+def _why_never(layer: LayerNode, asked: str, device: torch.device | None) -> str | None:
+    """Why the layer runs dense whatever its densities are, or None."""
     plan, call = layer.plan, layer.record.call
     assert call is not None
     if asked == "dense":
@@ -188,10 +235,7 @@ def _why_dense(layer: LayerNode, asked: str, device: torch.device | None) -> str
     dense = _dense_product(plan.rule)
     if dense is not None:
         return dense
-    unfit = _unfit(plan, call) if layer.is_conv else None
-    if unfit is not None or asked == "sparse":
-        return unfit
-    return too_dense(layer) or _too_few(plan, call, layer.is_conv)
+    return _unfit(plan, call) if layer.is_conv else None
 
 
 def too_dense(layer: LayerNode) -> str | None:
@@ -233,13 +277,16 @@ def _dense_product(rule: Policy) -> str | None:
     return f"{name} leaves activations dense, and so weight gradients"
 
 
-def _too_few(plan: LayerPlan, call: LayerCall, is_conv: bool) -> str | None:
+def _too_few(layer: LayerNode) -> str | None:
+    """Why its vectors would not be filled, or None."""
+    plan, call = layer.plan, layer.record.call
+    assert call is not None
     groups = max(call.groups, 1)
     filters = plan.weight_shape[0] // groups
     is_depthwise = groups > 1 and tuple(plan.weight_shape[:2]) == (groups, 1)
     if filters >= LEAST_FILTERS or is_depthwise:
         return None
-    if not is_conv:
+    if not layer.is_conv:
         return f"too few outputs ({filters})"
     return f"too few filters{' a group' if groups > 1 else ''} ({filters})"
 

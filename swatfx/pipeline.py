@@ -26,6 +26,7 @@ from passes.tracing.random import DRAWN
 from passes.verify import verify
 from swatfx.arguments import INPUTS, SEVERAL, checked, optional
 from swatfx.compiled import (
+    Example,
     SwatModule,
     SwatState,
     all_nodes,
@@ -96,7 +97,10 @@ def compile(
         policy: what is sparse where: a Policy, or its string form such as "swat-u:0.9".
         example_inputs: a call that shall be a graph: positional inputs, or a dict of inputs by
             name. Without, the graphs are for the required arguments, and for up to three that are
-            None by default. Other calls run as Python, their layers compiled one by one.
+            None by default. Other calls run as Python, their layers compiled one by one. With
+            them, kernels are chosen by what they are predicted to take at these shapes, and under
+            the autocast that is on now (`passes.predict_kernels`); values do not matter, so that
+            tensors may be on the meta device.
         passes: instead of `default_passes()`.
         norm_saves: what norms, and what else `swatfx.ops.coded.RULES` has a rule for, keep for
             backward, where some layer packs its input: "exact", or codes (`swatfx.ops.codes`):
@@ -127,6 +131,8 @@ def compile(
     with TRACING, _collector_paused():
         gm = _traced(model, example_inputs)
         _add_state(gm, ctx.policy, options)
+        if example_inputs is not None:
+            gm.swat.example = Example(_without_values(example_inputs), _autocast())
         gm = run_passes(gm, default_passes() if passes is None else passes, ctx)
         watch_loads(model, gm)
     example = None if example_inputs is None else _without_values(example_inputs)
@@ -174,6 +180,13 @@ def _without_values(example_inputs: Any) -> Any:
         torch.Tensor, lambda x: x.detach().to("meta"), (args, kwargs)
     )
     return kwargs if kwargs else args
+
+
+def _autocast() -> str | None:
+    """Of activations on the CPU, where autocast is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    return "bf16" if torch.get_autocast_dtype("cpu") is torch.bfloat16 else "fp32"
 
 
 def _macs(gm: SwatModule, example_inputs: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from swatfx import models
+from swatfx import forecast, models
 from swatfx.cli.arguments import (
     MOST_THREADS,
     add_compile_options,
@@ -24,8 +24,9 @@ from swatfx.cli.arguments import (
 )
 from swatfx.cli.output import add_formats, check_output, show
 from swatfx.cli.subject import allocated, policy_text
+from swatfx.errors import InputError
 from swatfx.policy import parse
-from swatfx.timing import DTYPES, ROUNDS, SECONDS, bench
+from swatfx.timing import DTYPES, ROUNDS, SECONDS, bench, fit_kernel_times
 
 _PERIOD = 1000
 
@@ -63,6 +64,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=whole(1, MOST_THREADS), metavar="N", help="CPU threads")
     add("--quiet", action="store_true", help="no progress bar")
+    add(
+        "--fit",
+        action="store_true",
+        help="measure kernels alone, without a model, and store what `swatfx.compile` then chooses"
+        " them by: minutes, once a machine",
+    )
     add_compile_options(command)
     add_formats(command)
 
@@ -80,9 +87,13 @@ def run(
         SwatError: as `swatfx.bench`, or a model or an input that cannot be had.
     """
     check_output(args)
-    policy = _policy(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.fit:
+        return _fit(args)
+    if args.model is None:
+        raise InputError("bench wants a model", remedy="name one, or ask for --fit")
+    policy = _policy(args)
     model, inputs, loss = models.resolve_with_inputs(args.model, args.num_classes)
     if inputs is None:
         inputs = allocated(lambda shape: _drawn(shape, args.tokens), read_shape(args))
@@ -103,6 +114,18 @@ def run(
             tell=tell,
         )
     return show(replace(found, model=args.model), args)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    names = ("model", "policy", "sparsity", "batch_size", "input_shape", "tokens", "period")
+    refuse_given(args, (*names, "num_classes", "compile"), "--fit measures kernels, and no model")
+    with _progress(args.quiet) as tell:
+        found = fit_kernel_times(tell)
+    file = forecast.write(found.constants)
+    show(found, args)
+    if not args.quiet:
+        print(f"stored in {file}", file=sys.stderr)
+    return 0
 
 
 def _policy(args: argparse.Namespace) -> str:

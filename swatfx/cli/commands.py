@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add_formats(command)
 
     command = add("bench", _bench, "time your training step on this machine, dense and sparse")
-    _add_model(command)
+    _add_model(command, optional=True)
     cli_bench.add_arguments(command)
 
     command = add("train", cli_train.main, "train a model; resumes bit for bit after a kill")
@@ -247,10 +247,11 @@ def _add_model(
     *,
     with_policy: bool = True,
     with_batch: bool = True,
+    optional: bool = False,
 ) -> None:
     text = "e.g. resnet50, cifar/vgg16, package.module:callable"
     if default is None:
-        command.add_argument("model", type=given, help=text)
+        command.add_argument("model", type=given, help=text, nargs="?" if optional else None)
     else:
         help_text = f"{text} ({default})"
         command.add_argument("model", nargs="?", type=given, default=default, help=help_text)
@@ -309,15 +310,17 @@ def _report(args: argparse.Namespace) -> int:
     check_output(args)
     chosen = read_policy(args.policy, args.sparsity)
     shape = read_shape(args)
+    inputs = (torch.empty(shape, device="meta"),)
     gm = compile_model(
         models.resolve_on_meta(args.model, args.num_classes),
         chosen,
+        example_inputs=inputs,
         **compile_options(args),
     )
     cost = args.topk_cost
     result = report(
         gm,
-        (torch.empty(shape, device="meta"),),
+        inputs,
         accounting=args.accounting,
         activation_floor=args.activation_floor,
         topk_cost=cost if cost in (None, "paper") else tuple(cost.split(",")),

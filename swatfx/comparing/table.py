@@ -212,7 +212,7 @@ class _Counter:
         net = models.resolve_on_meta(model, self.num_classes) if isinstance(model, str) else model()
         try:
             options: Any = self.options.to_json()
-            gm = compile_model(net, policy, **options)
+            gm = compile_model(net, policy, example_inputs=self.inputs, **options)
         except (PolicyError, InputError) as error:
             raise PolicyError(
                 f"policy {name!r} on this network: {error.problem}",

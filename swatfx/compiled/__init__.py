@@ -47,7 +47,7 @@ from swatfx.compiled.state import (
     WeightThreshold,
     initial_state,
 )
-from swatfx.compiled.swat_state import LayerState, SwatState
+from swatfx.compiled.swat_state import Example, LayerState, SwatState
 from swatfx.compiled.ways import Arguments, Pattern, Ways, holds_none, label, split_inputs
 from swatfx.compiled.weights import evaluate, evaluation_mode, weight_chain
 from swatfx.compiled.wrappers import watch_wrappers
@@ -64,6 +64,7 @@ __all__ = [
     "Dropout",
     "EagerRoot",
     "Elementwise",
+    "Example",
     "FALLBACK",
     "Heads",
     "HeldThreshold",

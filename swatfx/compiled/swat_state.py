@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ class LayerState(nn.Module):
         return self
 
 
+@dataclass(frozen=True)
+class Example:
+    """The call that kernels are chosen for.
+
+    Attributes:
+        inputs: positional ones or a dict by name, tensors on the meta device.
+        autocast: "fp32" or "bf16", where autocast was on; None: activations are as weights are.
+    """
+
+    inputs: Any
+    autocast: str | None = None
+
+
 class SwatState(nn.Module):
     """The child `swat` of a compiled model: a clock, and a LayerState a layer."""
 
@@ -65,6 +79,8 @@ class SwatState(nn.Module):
         super().__init__()
         self.policy = policy
         self.options = CompileOptions() if options is None else options
+        self.example: Example | None = None
+        self.predicted = ""  # what the chosen kernels are predicted to take; for people
         self.clock = Clock(policy.name if policy.needs_optimizer else None)
         self.part_clock = PartClock(self.clock)
         self.register_buffer("memory", None)

@@ -78,6 +78,8 @@ class Report(Shown):
         policy: the policy's name.
         accounting: "paper", "torch" or "exact".
         simulation: simulated cycles, where accelerators were asked for.
+        predicted: what the chosen kernels are predicted to take beside other choices; "" where the
+            model was compiled without example inputs.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -89,6 +91,7 @@ class Report(Shown):
     norm_saves: str = "exact"
     value_dtype: str | None = None
     simulation: Simulation | None = None
+    predicted: str = ""
 
     def data(self) -> dict[str, Any]:
         """By the attributes' names."""
@@ -119,6 +122,7 @@ class Report(Shown):
         return [
             Table.of(shown),
             *_summary(self),
+            *filter(None, [self.predicted]),
             *([self._others()] if self.others else []),
             *(f"eager: {path or 'the root module'}: {why}" for path, why in self.eager.items()),
             *(() if self.simulation is None else self.simulation.blocks()),

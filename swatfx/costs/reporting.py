@@ -90,6 +90,7 @@ def report(
         root.swat.options.norm_saves,
         root.swat.options.value_dtype,
         simulated,
+        root.swat.predicted,
     )
 
 

@@ -142,17 +142,20 @@ class _Run:
             self.data = self.data.to(device)
         self.batches = self.data.train_batch_count(self.batch_size)
         model = models.resolve(config.model, self.data.num_classes).to(device)
-        self._try_model(model)
+        example = self._try_model(model)
         self.progress = _Progress()
         self.record: dict[str, Any] = {}  # the last line of the metrics
         # Over the model, whose parameters the graph shares: the order of an optimizer's parameters
         # is part of its state, and the graph need not keep it.
         self.optimizer = make_optimizer(self.recipe, model)
         if config.resume and self.folder is not None and self.folder.checkpoint.exists():
-            self.gm = load(self.folder.checkpoint, model, optimizer=self.optimizer)
+            self.gm = load(
+                self.folder.checkpoint, model, optimizer=self.optimizer, example_inputs=example
+            )
             self._restore(read_extra(self.folder.checkpoint))
         else:
-            self.gm = compile_model(model, policy, **config.compile_options())
+            options: Any = config.compile_options()
+            self.gm = compile_model(model, policy, example_inputs=example, **options)
         self.sizes = {name: plan.parameters for name, plan in all_plans(self.gm).items()}
         self.board: Any = self._open_board() if config.tensorboard else None
         self.gm.train()
@@ -162,8 +165,12 @@ class _Run:
         if self.folder is not None:
             self.folder.begin(identity | self._circumstances(), self.progress.epoch)
 
-    def _try_model(self, model: torch.nn.Module) -> None:
-        """Raise InputError unless `model` gives a number a class for images of the data set."""
+    def _try_model(self, model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+        """The input of a training step, without values.
+
+        Raises:
+            InputError: `model` does not give a number a class for images of the data set.
+        """
         images, _ = next(iter(self.data.test_batches(2, device=self.device)))
         shape, classes = tuple(images.shape), self.data.num_classes
         devices = [self.device] if self.device.type == "cuda" else []
@@ -184,6 +191,7 @@ class _Run:
                 value=tuple(output.shape),
                 remedy="let it return (images, classes), and take num_classes= where it is built",
             )
+        return (torch.empty(self.batch_size, *shape[1:], device="meta"),)
 
     def go(self) -> RunResult:
         """Train the epochs that are left."""

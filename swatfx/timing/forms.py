@@ -94,7 +94,9 @@ class Forms:
                 if self.names(sparse=True):  # what they warn of was told of the first
                     warnings.simplefilter("ignore", SwatWarning)
                 options: dict[str, Any] = dict(self.options.to_json())
-                model = compile_model(model, self.policy, **options)
+                with autocast(DTYPES[form.dtype]):  # kernels are chosen for it
+                    example = _one(on_meta(inputs))
+                    model = compile_model(model, self.policy, example_inputs=example, **options)
         return Step(model, inputs, self.loss, DTYPES[form.dtype], form.compiled)
 
     def names(self, *, sparse: bool, eager: bool = False) -> list[str]:

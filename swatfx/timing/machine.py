@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import os
-import pathlib
 import platform
-import re
 from typing import Any
 
 import torch
 
 from swatfx import kernels
+from swatfx.forecast import processor
 
 ALLOCATOR = "GLIBC_TUNABLES"  # the environment variable
 # glibc gives big buffers back at every free, and a fresh page costs more than the arithmetic that
@@ -33,7 +32,7 @@ def machine() -> dict[str, Any]:
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -41,15 +40,6 @@ def machine() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "accelerator": accelerator,
     }
-
-
-def _processor() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match[1].strip() if match else platform.processor()
 
 
 def _memory_bytes() -> int | None:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
+
 Side = Callable[[], Mapping[str, float]]
 Rounds = dict[str, dict[str, list[float]]]  # side -> quantity -> one value a round
 
@@ -62,6 +64,11 @@ def summary(rounds: Rounds) -> dict[str, dict[str, dict[str, float]]]:
 def fastest(rounds: Rounds, sides: Sequence[str], quantity: str = "seconds") -> str:
     """The side of `sides` with the smallest median."""
     return min(sides, key=lambda side: statistics.median(rounds[side][quantity]))
+
+
+def clock() -> float:
+    """Seconds: of the processor, where one thread is all, whatever else runs on it meanwhile."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def timed(function: Callable[[], object]) -> Side:

@@ -36,6 +36,7 @@ ROOMS = [
     "swatfx.products",
     "swatfx.ops",
     "swatfx.kernels",
+    "swatfx.forecast",
     "swatfx.compiled",
     "swatfx.masks",
     "swatfx.passing",
