@@ -1,11 +1,10 @@
 /* Several dot products at a time, for as many sums in registers: each vector of the one tile that all share is
  * loaded once, and every multiplication reads the other straight from memory.
  *
- * Stands on tile_bf16_dot.c.
+ * Stands on no other .c file.
  */
 #include "dots.h"
 #include "lanes.h"
-#include "tile.h"
 
 #if defined(__AVX512F__)
 enum { GROUP_OF = 8 };
@@ -21,42 +20,11 @@ enum { GROUP_OF = 4 };
             __VA_ARGS__                                                        \
         }
 
-INLINE void add_group(const int n, const int32_t *offset, dots_at at, float *sums) {
-    const int rest = (int)(at.length % LANES);
-    wide sum[GROUP_OF];
-    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) sum[i] = splat(0);
-    EACH_ROW({
-        for (int64_t k = 0; k + LANES <= at.length; k += LANES) {
-            const wide shared = get(grad + k);
-            _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
-                sum[i] = multiply_add(shared, get(in + k + offset[i]), sum[i]);
-        }
-        if (rest) {
-            const int64_t k = at.length - rest;
-            const wide shared = get_part(grad + k, rest, 0);
-            _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
-                sum[i] = multiply_add(shared, get_part(in + k + offset[i], rest, 0), sum[i]);
-        }
-    })
-    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) sums[i] += lane_sum(sum[i]);
-}
-
-static void add_all(const int32_t *offset, int64_t count, dots_at at, float *sums) {
-    int64_t i = 0;
-    for (; i + GROUP_OF <= count; i += GROUP_OF) add_group(GROUP_OF, offset + i, at, sums + i);
-#if defined(__AVX512F__)
-    if (i + 4 <= count) add_group(4, offset + i, at, sums + i), i += 4;
-#endif
-    if (i + 2 <= count) add_group(2, offset + i, at, sums + i), i += 2;
-    if (i < count) add_group(1, offset + i, at, sums + i);
-}
-
-#if defined(SWATFX_BF16) && defined(__AVX512F__) && defined(__x86_64__)
+#if defined(SWATFX_BF16) && defined(__AVX512BF16__)
 /* By the processor's dot product of pairs: twice the elements a load, nothing to widen. */
-#define TARGET __attribute__((target("avx512bf16")))
 enum { PAIRS = 2 * LANES };
 
-TARGET static inline __attribute__((always_inline)) void add_group_of_pairs(
+static inline __attribute__((always_inline)) void add_group_of_pairs(
     const int n, const int32_t *offset, dots_at at, float *sums) {
     const int rest = (int)(at.length % PAIRS);
     const __mmask32 some = (__mmask32)((1ull << rest) - 1);
@@ -79,22 +47,41 @@ TARGET static inline __attribute__((always_inline)) void add_group_of_pairs(
     _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) sums[i] += _mm512_reduce_add_ps(sum[i]);
 }
 
-TARGET static void add_all_of_pairs(const int32_t *offset, int64_t count, dots_at at, float *sums) {
+void TYPED(add_dots)(const int32_t *offset, int64_t count, dots_at at, float *sums) {
     int64_t i = 0;
     for (; i + GROUP_OF <= count; i += GROUP_OF) add_group_of_pairs(GROUP_OF, offset + i, at, sums + i);
     if (i + 4 <= count) add_group_of_pairs(4, offset + i, at, sums + i), i += 4;
     if (i + 2 <= count) add_group_of_pairs(2, offset + i, at, sums + i), i += 2;
     if (i < count) add_group_of_pairs(1, offset + i, at, sums + i);
 }
+#else
+INLINE void add_group(const int n, const int32_t *offset, dots_at at, float *sums) {
+    const int rest = (int)(at.length % LANES);
+    wide sum[GROUP_OF];
+    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) sum[i] = splat(0);
+    EACH_ROW({
+        for (int64_t k = 0; k + LANES <= at.length; k += LANES) {
+            const wide shared = get(grad + k);
+            _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+                sum[i] = multiply_add(shared, get(in + k + offset[i]), sum[i]);
+        }
+        if (rest) {
+            const int64_t k = at.length - rest;
+            const wide shared = get_part(grad + k, rest, 0);
+            _Pragma("GCC unroll 8") for (int i = 0; i < n; i++)
+                sum[i] = multiply_add(shared, get_part(in + k + offset[i], rest, 0), sum[i]);
+        }
+    })
+    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) sums[i] += lane_sum(sum[i]);
+}
 
 void TYPED(add_dots)(const int32_t *offset, int64_t count, dots_at at, float *sums) {
-    if (tile_kernel_dot(1, 1))
-        add_all_of_pairs(offset, count, at, sums);
-    else
-        add_all(offset, count, at, sums);
-}
-#else
-void TYPED(add_dots)(const int32_t *offset, int64_t count, dots_at at, float *sums) {
-    add_all(offset, count, at, sums);
+    int64_t i = 0;
+    for (; i + GROUP_OF <= count; i += GROUP_OF) add_group(GROUP_OF, offset + i, at, sums + i);
+#if defined(__AVX512F__)
+    if (i + 4 <= count) add_group(4, offset + i, at, sums + i), i += 4;
+#endif
+    if (i + 2 <= count) add_group(2, offset + i, at, sums + i), i += 2;
+    if (i < count) add_group(1, offset + i, at, sums + i);
 }
 #endif

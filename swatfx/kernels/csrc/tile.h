@@ -59,7 +59,7 @@ typedef void (*tile_function_bf16)(nonzeros, tile_at_bf16, float start);
 /* The function for a tile of `rows` by `cols` vectors, rows <= rows_of_tile. Values of nonzeros are such that
  * bfloat16 holds them; `finite`: so is all that is read. */
 tile_function_bf16 tile_kernel_bf16(int64_t rows, int64_t cols, int finite);
-/* The one that needs both; NULL where the processor has no dot product. */
+/* The one that needs both; NULL where the library was not built for a processor with a dot product. */
 tile_function_bf16 tile_kernel_dot(int64_t rows, int64_t cols);
 
 /* Rows of a tile that is `cols` vectors wide which registers can hold; at least one. */

@@ -18,12 +18,7 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (words){__VA_ARGS__})
 #endif
 
-#if defined(SWATFX_DOT)
-#define TARGET __attribute__((target("avx512bf16")))
-#else
-#define TARGET
-#endif
-#define ONE TARGET static inline __attribute__((always_inline))
+#define ONE static inline __attribute__((always_inline))
 
 /* Floats of a native register, and the permutations that part and join even and odd places. */
 #if defined(__AVX512F__)
@@ -195,7 +190,7 @@ ONE void run(const int rows, const int cols, nonzeros e, tile_at_bf16 at, float 
 }
 
 #define TILE(ROWS, COLS)                                                                      \
-    TARGET static void tile_##ROWS##_##COLS(nonzeros e, tile_at_bf16 at, float start) { \
+    static void tile_##ROWS##_##COLS(nonzeros e, tile_at_bf16 at, float start) { \
         run(ROWS, COLS, e, at, start);                                                        \
     }
 #define NAME(ROWS, COLS) [ROWS][COLS] = tile_##ROWS##_##COLS,
@@ -310,8 +305,8 @@ ONE void run_group(const int cols, const shared_nonzeros_bf16 *e, const bf16 *fr
 }
 
 #define GROUPED(C)                                                                                              \
-    TARGET static void group_##C(const shared_nonzeros_bf16 *e, const bf16 *in, int64_t at, int64_t out_col,    \
-                                 int64_t sums_at) {                                                             \
+    static void group_##C(const shared_nonzeros_bf16 *e, const bf16 *in, int64_t at, int64_t out_col,           \
+                          int64_t sums_at) {                                                                    \
         run_group(C, e, in, at, out_col, sums_at);                                                              \
     }
 
