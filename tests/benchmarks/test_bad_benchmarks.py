@@ -14,7 +14,10 @@ from benchmarks.reproduce.__main__ import _parser as reproduce_parser
 from benchmarks.reproduce.__main__ import main as reproduce
 from tests.nets import bad_commands
 
-RUNNERS = "accuracy compile_cost gpu kernel_choice layers memory patterns simulator small step topk tune".split()
+RUNNERS = [
+    *("accuracy", "compile_cost", "gpu", "kernel_choice", "layers", "memory", "patterns"),
+    *("simulator", "small", "step", "topk", "tune"),
+]
 WORDS = ["", " ", "\0", "\udcff", "no such", "a:b:c:d", "swat-u:nan", "cuda:99", "-1", "nan"]
 # What is right although it looks odd: whole numbers, rates, and text of which a run is told more.
 COUNTS = {"+1", "2147483647"}
