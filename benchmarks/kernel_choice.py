@@ -141,12 +141,18 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     return headers, rows
 
 
+def _method(text: str) -> str:
+    """A policy's name, to which a sparsity is added."""
+    options.policy(_METHOD.format(policy=text, sparsity=0.9))
+    return text
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=parse_network, nargs="+", metavar="NAME[:BATCH[:SIDE]]")
     parser.add_argument(
         "--sparsities", nargs="+", type=options.sparsity, default=[0.8, 0.9], metavar="S"
     )
-    parser.add_argument("--policy", type=options.given, default="swat-u", metavar="NAME")
+    parser.add_argument("--policy", type=_method, default="swat-u", metavar="NAME")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
 
 

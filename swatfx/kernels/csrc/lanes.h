@@ -79,18 +79,19 @@ INLINE void settle(void) { _mm_sfence(); }
 INLINE wide widened(__m256i h) {
     return (wide){_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-/* To the nearest, ties to even; NaN stays one. The processor's own instruction takes subnormals for zero. */
-INLINE __m256i narrowed(wide v) {
-#if defined(__AVX512BF16__)
-    return (__m256i)_mm512_cvtneps_pbh(v.r);
+/* To the nearest, ties to even; NaN stays one. Subnormals are zero in a file that says so, where the
+ * processor rounds. */
+#if defined(__AVX512BF16__) && defined(SWATFX_FLUSHES)
+INLINE __m256i narrowed(wide v) { return (__m256i)_mm512_cvtneps_pbh(v.r); }
 #else
+INLINE __m256i narrowed(wide v) {
     const __m512i x = _mm512_castps_si512(v.r), odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
     const __m512i near = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v.r, v.r, _CMP_UNORD_Q);
     const __m512i quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(near, nan, quiet), 16));
-#endif
 }
+#endif
 INLINE wide get_bf16(const bf16 *p) { return widened(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE void put_bf16(bf16 *p, wide v) { _mm256_storeu_si256((__m256i *)p, narrowed(v)); }
 INLINE void put_past_bf16(bf16 *p, wide v) { _mm256_stream_si256((__m256i *)p, narrowed(v)); }

@@ -9,6 +9,7 @@
 #ifndef SWATFX_NORM_H
 #define SWATFX_NORM_H
 
+#define SWATFX_FLUSHES /* see lanes.h */
 #include "codes.h"
 #include "pieces.h"
 
@@ -106,7 +107,7 @@ typedef struct {
 } writer;
 
 /* Where the ReLU lets through: where what is stored of y is above zero. Up to half of the least bfloat16
- * there is, that is zero; so are subnormals where the processor rounds. */
+ * there is, that is zero; so are all subnormals where the processor rounds. */
 #if defined(__AVX512BF16__)
 #define ROUNDED_TO_ZERO (0x1p-126f - 0x1p-149f)
 #else
