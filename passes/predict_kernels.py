@@ -69,6 +69,7 @@ class Prediction:
         self._run = observe_run(gm, inputs, as_dense=True)
         self._layers = layers
         self._groups = _groups(layers)
+        self._reached = {at for layer, at in self._groups.items() if self._run.nodes.get(layer.key)}
         self._plain = 0.0
         self._seconds = {layer: self._of_layer(layer) for layer in layers}
         self._joints: list[Joint] = []
@@ -76,8 +77,8 @@ class Prediction:
             self._joints += self._of_part(prefix, flow)
 
     def reaches(self, layer: LayerNode) -> bool:
-        """Whether the example's run called the layer."""
-        return bool(self._run.nodes.get(layer.key))
+        """Whether the example's run called the layer, or one that runs alike, in any graph."""
+        return self._groups[layer] in self._reached
 
     def choose(self, fixed: Mapping[LayerNode, str | None]) -> Choice:
         """The cheapest choice, where `fixed` says why some layers have to run dense."""

@@ -119,6 +119,7 @@ def run(
 def _fit(args: argparse.Namespace) -> int:
     names = ("model", "policy", "sparsity", "batch_size", "input_shape", "tokens", "period")
     refuse_given(args, (*names, "num_classes", "compile"), "--fit measures kernels, and no model")
+    forecast.made_path()  # before minutes are spent on what cannot be stored
     with _progress(args.quiet) as tell:
         found = fit_kernel_times(tell)
     file = forecast.write(found.constants)

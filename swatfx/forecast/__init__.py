@@ -8,7 +8,7 @@ other. It knows no graph.
 from swatfx.forecast.choice import Call, Joint, cheapest, total
 from swatfx.forecast.constants import SIDES, Constants
 from swatfx.forecast.fitting import Sample, errors, fit
-from swatfx.forecast.stored import Machine, path, processor, read, this_machine, write
+from swatfx.forecast.stored import Machine, made_path, path, processor, read, this_machine, write
 from swatfx.forecast.work import KINDS, Work
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "cheapest",
     "errors",
     "fit",
+    "made_path",
     "path",
     "processor",
     "read",

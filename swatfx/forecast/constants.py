@@ -106,6 +106,9 @@ def _entries() -> list[tuple[str, Work, str]]:
     ]
 
 
+_MOST_SECONDS = 1e6  # an operation, or a byte; sums of such are finite
+
+
 def _is_rate(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 <= value < math.inf
+    return is_number and 0 <= value < _MOST_SECONDS

@@ -6,6 +6,7 @@ constants of several machines (one home directory serves many), by processor, li
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -89,22 +90,34 @@ def read(machine: Machine) -> tuple[Constants, str]:
     return constants, f"measured here, {constants.date}, threads: {threads}"
 
 
-def write(constants: Constants) -> Path:
-    """Add constants to the user's file, in place of those of the same machine; its path.
+def made_path() -> Path:
+    """`path`, in a folder that is there and can be written: worth asking before one measures.
 
     Raises:
-        InputError, CheckpointError: there is no such folder, or it cannot be written.
+        InputError: there is no such folder.
     """
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = _of_file(file, file.stat().st_mtime_ns) if file.exists() else {}
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(
             f"no folder for the constants: {error.strerror}",
             value=str(file.parent),
             remedy="set XDG_CACHE_HOME to a folder that can be written",
         ) from error
+    return file
+
+
+def write(constants: Constants) -> Path:
+    """Add constants to the user's file, in place of those of the same machine; its path.
+
+    Raises:
+        InputError, CheckpointError: there is no such folder, or it cannot be written.
+    """
+    file = made_path()
+    found = _of_file(file, file.stat().st_mtime_ns) if file.exists() else {}
     own = _machine_of(constants)
     machines = [c.to_json() for c in {**found, own: constants}.values()]
     write_text(file, json.dumps({"format": FORMAT, "machines": machines}, indent=1) + "\n")

@@ -202,7 +202,9 @@ def recall(
     `target` are the iteration, the density and its fraction. None while traced, and where there is
     something to rank. Nobody may write into the result.
     """
-    if torch._C._len_torch_dispatch_stack() or type(weight) not in (Tensor, torch.nn.Parameter):
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return None
+    if type(weight) not in (Tensor, torch.nn.Parameter):
         return None
     if weight.is_meta:
         return None

@@ -306,9 +306,10 @@ def unchanged(
         None where the op has to see to it: a refresh is due, a forward runs again in backward, or
         something watches the calls of ops.
     """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or _is_watched() or x.is_meta or threshold.is_meta:
         return None
-    if _is_watched() or x.is_meta or threshold.is_meta:
+    # The step was made from the inputs: where they are of a subclass, so is it.
+    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, threshold, stamp, step)):
         return None
     iteration, recomputing, *_ = step.tolist()
     if recomputing:
@@ -324,9 +325,10 @@ def unchanged(
 
 
 def _is_watched() -> bool:
-    """Whether something sees the calls of ops: a mode, a functorch transform, a profiler."""
+    """Whether something sees the calls of ops: a mode, a transform, a trace, a profiler."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import swatfx
 from swatfx import ops
 from swatfx.compiled.module import SwatModule
+from swatfx.ops import state
 
 torch.set_num_threads(1)
 PERIOD = 4
@@ -135,3 +136,26 @@ def test_a_later_refresh_leaves_what_backward_waits_for(refreshes: list[str]) ->
     _train(again, PERIOD - 1)
     (found,) = torch.autograd.grad(again(_x(0)).sum(), [again.get_parameter("0.weight")])
     assert torch.equal(found, expected)
+
+
+def test_inputs_of_a_subclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is made from them, and is of it too: thresholds are those that the op gives."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    found = []
+    for always in (False, True):
+        monkeypatch.setattr(state, "_is_watched", lambda always=always: always)
+        gm = _net()
+        found.append([gm(TwoTensor(_x(i), _x(i))).a for i in range(PERIOD + 2)])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which is deprecated
+@pytest.mark.parametrize("training", [True, False])
+def test_a_trace_holds_the_op(training: bool) -> None:
+    """Not the threshold of the moment, whoever asked for it before."""
+    gm = _net().train(training)
+    for i in range(2):
+        gm(_x(i))
+    traced = torch.jit.trace(gm, (_x(2),), check_trace=False)
+    assert ("swatfx::refresh" if training else "swatfx::current") in str(traced.inlined_graph)

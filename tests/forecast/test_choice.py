@@ -226,7 +226,9 @@ def test_other_fields_are_refused(name: str, value: object) -> None:
         Constants.from_json({**constants().to_json(), name: value})
 
 
-@pytest.mark.parametrize("rates", [[], [1.0], [0, 0], [-1, 1], [math.nan, 1], ["1", 1], [True, 1]])
+@pytest.mark.parametrize(
+    "rates", [[], [1.0], [0, 0], [-1, 1], [math.nan, 1], ["1", 1], [True, 1], [10**400, 1]]
+)
 def test_rates_are_numbers_of_seconds(rates: list[object]) -> None:
     data = constants().to_json()
     data["table"][f"fp32 {CONVERSION} sparse"] = rates

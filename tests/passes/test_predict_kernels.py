@@ -155,3 +155,33 @@ def test_predictions_add_up_by_hand() -> None:
     ours, dense, plain = 2 * 0.5 + 0.25 + 2 * 0.125, 2 * 2.0 + 1.0, 2 * 1.0 + 0.5
     assert f"{ours / dense:.2f} of the time under dense kernels" in gm.swat.predicted
     assert f"{ours / plain:.2f} times the time of the model" in gm.swat.predicted
+
+
+class Twice(nn.Module):
+    """A layer that an optional argument lets run once more, in another graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 32, 3, padding=1)
+        self.b = nn.Conv2d(32, 32, 3, padding=1)
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        h: Tensor = self.b(self.a(x).relu())
+        if y is not None:
+            h = h + self.b(self.a(y).relu())
+        z: Tensor = self.fc(h.mean((2, 3)))
+        return z
+
+
+@pytest.mark.parametrize("seconds", [DEAR, CHEAP], ids=["dear", "cheap"])
+def test_all_calls_of_a_layer_run_alike(seconds: dict[str, float]) -> None:
+    """Also in a graph that the example does not take."""
+    seconds = {**seconds, DENSE: 2.0 if seconds is DEAR else 50.0}
+    believe(**dict.fromkeys((*CONVOLUTIONS, "linear"), seconds))
+    gm = swatfx.compile(Twice(), "swat-u:0.8", example_inputs=IMAGES)
+    kinds: dict[str, set[bool]] = {}
+    for layer in swatfx.compiled.sparse_nodes(gm):
+        kinds.setdefault(layer.plan.name, set()).add(layer.plan.kernels == "sparse")
+    assert set(kinds) == {"b", "fc"}
+    assert all(found == {seconds[DENSE] > 2} for found in kinds.values())
