@@ -7,6 +7,7 @@ Wants the library transformers; downloads nothing.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,10 @@ BATCH, TOKENS = 8, 128
 
 def base(layers: int = 12) -> tuple[nn.Module, dict[str, Tensor], Callable[[Any], Tensor]]:
     """BERT-base with two classes, 8 sentences of 128 tokens, all of them seen, and their loss."""
-    from transformers import BertConfig, BertForSequenceClassification
-
+    transformers: Any = importlib.import_module("transformers")
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=layers)
-    model = BertForSequenceClassification(config)
+    config = transformers.BertConfig(num_hidden_layers=layers)
+    model = transformers.BertForSequenceClassification(config)
     labels = torch.randint(2, (BATCH,))
     inputs = {
         "input_ids": torch.randint(config.vocab_size, (BATCH, TOKENS)),
