@@ -8,16 +8,17 @@ it can be kept from the call before.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import common, options
 from swatfx.compiled import ActivationThreshold, Clock, Pack, WeightThreshold, initial_state
 from swatfx.density import Density
 from swatfx.ops.layout import converted
@@ -54,6 +55,29 @@ class Layer:
     def padding(self) -> int:
         """Zeros on each side."""
         return self.kernel // 2
+
+
+def add_layers(parser: argparse.ArgumentParser, known: Sequence[Layer]) -> None:
+    """Let a command line choose some of the `known` layers, by number."""
+
+    def number(text: str) -> int:
+        value = options.positive(text)
+        if value > len(known):
+            raise argparse.ArgumentTypeError(f"there are {len(known)} layers, not {value}")
+        return value
+
+    listed = "; ".join(f"{at} {layer}" for at, layer in enumerate(known, 1))
+    told = f"which (default: all): {listed}"
+    parser.add_argument("--layers", nargs="+", type=number, metavar="NUMBER", help=told)
+
+
+def chosen_layers(
+    args: argparse.Namespace, known: Sequence[Layer], quick: Sequence[Layer]
+) -> list[Layer]:
+    """The layers that `args` name; else all, or with --quick the `quick` ones."""
+    if args.layers:
+        return [known[number - 1] for number in args.layers]
+    return list(quick if args.quick else known)
 
 
 def names_a_layout() -> bool:

@@ -27,7 +27,16 @@ from typing import Any
 import torch
 
 from benchmarks import common, options
-from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
+from benchmarks.layer_sides import (
+    PARTS,
+    Data,
+    Layer,
+    SparseConv,
+    add_layers,
+    chosen_layers,
+    dense_side,
+    graph_layout,
+)
 from swatfx.tensors import layouts
 from swatfx.timing.steps import failure
 
@@ -128,9 +137,7 @@ def measure_layer(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All layers, and the geometric means of their speed-ups."""
-    chosen = list(_QUICK_LAYERS if args.quick else LAYERS)
-    if args.layers:
-        chosen = [LAYERS[number - 1] for number in args.layers]
+    chosen = chosen_layers(args, LAYERS, _QUICK_LAYERS)
     if args.batch:
         chosen = [replace(layer, batch=args.batch) for layer in chosen]
     compiled = not (args.quick or args.no_compile)
@@ -179,22 +186,8 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     return headers, rows
 
 
-def _number(text: str) -> int:
-    value = options.positive(text)
-    if value > len(LAYERS):
-        raise argparse.ArgumentTypeError(f"there are {len(LAYERS)} layers, not {value}")
-    return value
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    listed = "; ".join(f"{number} {layer}" for number, layer in enumerate(LAYERS, 1))
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        type=_number,
-        metavar="NUMBER",
-        help=f"which (default: all): {listed}",
-    )
+    add_layers(parser, LAYERS)
     parser.add_argument("--batch", type=options.positive, help="images, for every layer")
     parser.add_argument(
         "--sparsities", nargs="+", type=options.sparsity, default=[0.8, 0.9, 0.95], metavar="S"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import common, options
-from benchmarks.layer_sides import Data, Layer
+from benchmarks.layer_sides import Data, Layer, add_layers, chosen_layers
 from benchmarks.sides import Network, StepSide, Trainer, parse_network
 from swatfx import selectors
 from swatfx.density import Density
@@ -104,9 +104,7 @@ def _compared(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All layers and networks, in each dtype."""
-    layers = list(_QUICK_LAYERS if args.quick else LAYERS)
-    if args.layers:
-        layers = [LAYERS[number - 1] for number in args.layers]
+    layers = chosen_layers(args, LAYERS, _QUICK_LAYERS)
     networks: list[Network] = args.model or [parse_network("cifar/resnet20:32")] * args.quick
     chosen = [PLAIN, *args.selectors]
     density = Density.from_sparsity(args.sparsity)
@@ -160,19 +158,11 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     return headers, rows
 
 
-def _number(text: str) -> int:
-    value = options.positive(text)
-    if value > len(LAYERS):
-        raise argparse.ArgumentTypeError(f"there are {len(LAYERS)} layers, not {value}")
-    return value
-
-
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    listed = "; ".join(f"{number} {layer}" for number, layer in enumerate(LAYERS, 1))
+    add_layers(parser, LAYERS)
     add = parser.add_argument
     add("--selectors", nargs="+", type=options.selector, default=list(SELECTORS), metavar="NAME")
     add("--sparsity", type=options.sparsity, default=0.9, metavar="S")
-    add("--layers", nargs="+", type=_number, metavar="NUMBER", help=f"default: all: {listed}")
     add("--model", nargs="+", type=parse_network, metavar="NAME", help="networks, too")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp32", "bf16"])
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from swatfx import kernels
-from swatfx.kernels import conv as conv_kernels
 from swatfx.kernels import library
-from swatfx.kernels import linear as linear_kernels
 from swatfx.runs.run import train_run
+from tests.nets.kernel_nets import forbid_references
 
 
 @pytest.fixture
@@ -79,9 +78,4 @@ def no_references(monkeypatch: pytest.MonkeyPatch) -> None:
     if not library.available():
         pytest.skip("no compiled kernels")
 
-    def fail(*args: Any) -> None:
-        raise AssertionError("a reference ran")
-
-    for module, name in ((conv_kernels, "conv"), (linear_kernels, "linear")):
-        monkeypatch.setattr(module, f"{name}_reference", fail)
-        monkeypatch.setattr(module, f"{name}_backward_reference", fail)
+    forbid_references(monkeypatch)

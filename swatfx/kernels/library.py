@@ -35,16 +35,16 @@ _loaded: list[tuple[str, ctypes.CDLL | None]] = []
 
 
 def _library() -> tuple[str, ctypes.CDLL | None]:
-    """As `_found`, in which threads that ask first at the same time do not meet."""
+    """(instruction set, library), looked for once a process, by the thread that asks first."""
     if not _loaded:
         with _lock:
-            _loaded.append(_found())
+            if not _loaded:
+                _loaded.append(_found())
     return _loaded[0]
 
 
-@functools.cache
 def _found() -> tuple[str, ctypes.CDLL | None]:
-    """(instruction set, library), looked for once a process; says why there is none."""
+    """(instruction set, library); says why there is none."""
     asked = os.environ.get(VARIABLE, "auto")
     if asked == REFERENCE:
         return REFERENCE, None

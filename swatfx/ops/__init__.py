@@ -29,38 +29,6 @@ from swatfx.ops.relu import relu, relu_backward
 from swatfx.ops.state import refresh, refresh_call, step
 
 register_flops()
-for _op in (
-    attention,
-    attention_backward,
-    avg_pool2d,
-    avg_pool2d_backward,
-    batch_norm,
-    batch_norm_backward,
-    conv,
-    conv_backward,
-    current,
-    dropout,
-    dropout_backward,
-    elementwise,
-    elementwise_backward,
-    layer_norm,
-    layer_norm_backward,
-    learned_gradient,
-    linear,
-    linear_backward,
-    max_pool2d,
-    max_pool2d_backward,
-    multiply,
-    multiply_backward,
-    pack,
-    refresh,
-    refresh_call,
-    relu,
-    relu_backward,
-    step,
-    to_layout,
-):
-    register_direct(_op)
 
 __all__ = [
     "attention",
@@ -93,3 +61,6 @@ __all__ = [
     "step",
     "to_layout",
 ]
+
+for _name in __all__:
+    register_direct(globals()[_name])

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +18,21 @@ import swatfx
 from swatfx.compiled.layers import all_plans
 from swatfx.compiled.module import SwatModule
 from swatfx.compiled.parts import all_parts
+from swatfx.kernels import conv as conv_kernels
+from swatfx.kernels import linear as linear_kernels
 from swatfx.ops.layout import laid_out
 from tests.nets.small_nets import loss_of
+
+
+def forbid_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no reference of a layer may run."""
+
+    def fail(*args: Any) -> None:
+        raise AssertionError("a reference ran")
+
+    for module, name in ((conv_kernels, "conv"), (linear_kernels, "linear")):
+        monkeypatch.setattr(module, f"{name}_reference", fail)
+        monkeypatch.setattr(module, f"{name}_backward_reference", fail)
 
 
 def block(inputs: int, outputs: int, **options: Any) -> nn.Sequential:

@@ -90,9 +90,11 @@ static position *positions(const conv_problem *p, const plan *at, int64_t channe
     for (int64_t i = 0; i < size; i++) out[i].offset = -1;
     for (int64_t c = 0; c < channels; c++)
         for (int64_t t = 0; t < p->taps; t++) {
-            const int64_t block = c / at->block, held = (c - block * at->block) * at->plane + at->offset[t];
-            out[c * p->weight_channel + p->tap[t].weight] =
-                p->rows_are_filters ? (position){(int32_t)block, (int32_t)held} : (position){(int32_t)c, (int32_t)at->offset[t]};
+            position *const to = out + c * p->weight_channel + p->tap[t].weight;
+            *to = (position){(int32_t)c, (int32_t)at->offset[t]};
+            if (!p->rows_are_filters) continue;
+            to->cell = (int32_t)(c / at->block);
+            to->offset += (int32_t)(c % at->block * at->plane);
         }
     return out;
 }

@@ -174,16 +174,8 @@ static inline __attribute__((always_inline)) void run_group(
         run_group(C, e, in, at, out_col, first);                                                            \
     }
 
-GROUPED(1)
-#if defined(__AVX512F__)
-GROUPED(2) GROUPED(3) GROUPED(4) GROUPED(5) GROUPED(6)
-#endif
+GROUP_WIDTHS(GROUPED)
 
-static const group_function GROUPS[MAX_GROUP_COLS + 1] = {
-    NULL, group_1,
-#if defined(__AVX512F__)
-    group_2, group_3, group_4, group_5, group_6,
-#endif
-};
+static const group_function GROUPS[MAX_GROUP_COLS + 1] = {GROUP_WIDTHS(GROUP_NAME)};
 
 group_function group_kernel(int64_t cols) { return GROUPS[cols]; }

@@ -78,9 +78,13 @@ static inline int64_t rows_of_tile(int64_t cols, int half) {
 enum { GROUP = 4 };
 #if defined(__AVX512F__)
 enum { MAX_GROUP_COLS = 6 };
+#define GROUP_WIDTHS(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #else
 enum { MAX_GROUP_COLS = 1 };
+#define GROUP_WIDTHS(X) X(1)
 #endif
+/* An entry of the table of their functions. */
+#define GROUP_NAME(C) [C] = group_##C,
 
 typedef struct {
     const int32_t *offset;

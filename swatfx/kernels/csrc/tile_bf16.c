@@ -310,17 +310,9 @@ ONE void run_group(const int cols, const shared_nonzeros_bf16 *e, const bf16 *fr
         run_group(C, e, in, at, out_col, sums_at);                                                              \
     }
 
-GROUPED(1)
-#if defined(__AVX512F__)
-GROUPED(2) GROUPED(3) GROUPED(4) GROUPED(5) GROUPED(6)
-#endif
+GROUP_WIDTHS(GROUPED)
 
-static const group_function_bf16 GROUPS[MAX_GROUP_COLS + 1] = {
-    NULL, group_1,
-#if defined(__AVX512F__)
-    group_2, group_3, group_4, group_5, group_6,
-#endif
-};
+static const group_function_bf16 GROUPS[MAX_GROUP_COLS + 1] = {GROUP_WIDTHS(GROUP_NAME)};
 
 #if defined(SWATFX_DOT)
 tile_function_bf16 tile_kernel_dot(int64_t rows, int64_t cols) { return TILES[rows][cols]; }
