@@ -1,4 +1,4 @@
-"""A real training run, side by side: dense, reference kernels, fast kernels, smaller saves.
+"""A real training run, side by side: dense, reference and fast kernels, bf16, smaller saves.
 
     python -m benchmarks.accuracy --data DIR_OR_NPZ [--limit N] [--epochs N] [--seeds N] [--json]
                                   [--policies POLICY ...]
@@ -63,14 +63,17 @@ def sides(policy: str) -> dict[str, Side]:
     """What is trained, by name."""
     form = "channels_last"
 
-    def fast(**options: Any) -> Side:
-        return Side(StepSide(form, policy, options))
+    def fast(dtype: torch.dtype | None = None, **options: Any) -> Side:
+        return Side(StepSide(form, policy, options, dtype=dtype))
 
     return {
         "dense": Side(StepSide(form)),
+        "dense under bf16": Side(StepSide(form, dtype=torch.bfloat16)),
         _REFERENCE: Side(StepSide(form, policy), reference=True),
         _FAST: fast(),
+        "under bf16": fast(torch.bfloat16),
         "int8 norms": fast(norm_saves="int8"),
+        "int4 norms": fast(norm_saves="int4"),
         "bf16 values": fast(value_dtype="bf16"),
     }
 
@@ -97,8 +100,10 @@ def train(
     for epoch in range(args.epochs):
         start = time.perf_counter()
         with kernels.reference_only() if side.reference else nullcontext():
-            losses = train_epoch(model, optimizer, data, args, seed, epoch, form, tick)
-            accuracy = accuracy_of(model, data, form)
+            losses = train_epoch(
+                model, optimizer, data, args, seed, epoch, form, tick, dtype=side.step.dtype
+            )
+            accuracy = accuracy_of(model, data, form, side.step.dtype)
         run["losses"] += _means(losses, _POINTS)
         run["epoch_losses"].append(statistics.fmean(losses))
         run["accuracies"].append(accuracy)
@@ -121,8 +126,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.policies:
         chosen, base = policy_sides(args.policies), args.policies[0]
     else:
-        made, base = sides(args.policy), _REFERENCE
-        chosen = {name: side for name, side in made.items() if name in args.sides}
+        chosen = {name: side for name, side in sides(args.policy).items() if name in args.sides}
+        base = next((name for name in (_REFERENCE, _FAST) if name in chosen), args.sides[0])
     unavailable = {name: why for name, side in chosen.items() if (why := side.missing())}
     names = [name for name in chosen if name not in unavailable]
     keys = ("model", "dataset", "policy", "epochs", "batch_size")

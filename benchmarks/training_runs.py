@@ -18,6 +18,7 @@ from benchmarks import common, options
 from benchmarks.sides import as_form
 from swatfx import datasets
 from swatfx.runs import learning_rate, recipe_for
+from swatfx.timing.steps import autocast
 
 _TEST_BATCH = 500
 
@@ -68,8 +69,12 @@ def train_epoch(
     form: str,
     tick: Callable[[], object],
     steps: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[float]:
-    """One epoch of the recipe stretched to `--epochs`, or its first `steps`; the losses."""
+    """One epoch of the recipe stretched to `--epochs`, or its first `steps`; the losses.
+
+    Forward and loss run under autocast to `dtype`, if it is given.
+    """
     recipe = recipe_for(args.model, args.dataset)
     count = data.train_batch_count(args.batch_size)
     losses: list[float] = []
@@ -80,7 +85,8 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(as_form(images, form)), labels)
+        with autocast(dtype):
+            loss = F.cross_entropy(model(as_form(images, form)), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
@@ -88,11 +94,13 @@ def train_epoch(
     return losses
 
 
-def accuracy_of(model: nn.Module, data: datasets.Dataset, form: str) -> float:
-    """Fraction of the test images that are classified rightly."""
+def accuracy_of(
+    model: nn.Module, data: datasets.Dataset, form: str, dtype: torch.dtype | None = None
+) -> float:
+    """Fraction of the test images that are classified rightly, under autocast to `dtype`."""
     model.eval()
     right = count = 0
-    with torch.no_grad():
+    with torch.no_grad(), autocast(dtype):
         for images, labels in data.test_batches(_TEST_BATCH, device="cpu"):
             right += int((model(as_form(images, form)).argmax(dim=1) == labels).sum().item())
             count += len(labels)

@@ -49,6 +49,17 @@ def test_accuracy(
     assert not partial.exists()
 
 
+@pytest.mark.usefixtures("_compiled")
+def test_sides_under_bf16_and_with_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["dense", "dense under bf16", "fast kernels", "under bf16", "int4 norms"]
+    measured = run_quick(accuracy, capsys, "--seeds", "1", "--sides", *names)
+    losses = {name: tuple(runs[0]["losses"]) for name, runs in measured["runs"].items()}
+    assert set(losses) == set(names) and len(set(losses.values())) == len(names)
+    differences = measured["differences_to_base"]
+    assert measured["base"] == "fast kernels" and "fast kernels" not in differences
+    assert differences["under bf16"]["first_loss_largest"] < 0.05
+
+
 def test_runs_that_ended_are_not_repeated(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
