@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.library import pointer, size
+from swatfx.kernels.library import pointer, result, size
 from swatfx.ops import codes
 
 
@@ -48,7 +48,7 @@ def _decode(code: Tensor, elements: int, saves: str, dtype: torch.dtype) -> Tens
     library.function("swatfx_decode", elements=dtype)(
         pointer(code[room.header :]),
         pointer(code),
-        pointer(x),
+        result(x),
         size(elements),
         ctypes.c_int(room.bits),
         library.threads(),

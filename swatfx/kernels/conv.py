@@ -94,7 +94,7 @@ def run_problem(
         library.pointer(input),
         library.pointer(weight),
         library.pointer(bias),
-        library.pointer(out),
+        library.result(out),
         library.real(threshold),
     )
     return succeeded(failed, "a sparse convolution")
@@ -125,7 +125,7 @@ def run_sampled(
         library.pointer(open_bits),
         library.pointer(input),
         library.pointer(grad),
-        library.pointer(out),
+        library.result(out),
     )
     if not succeeded(failed, "a sampled weight gradient"):
         return None
@@ -188,7 +188,7 @@ def _forward(
 def _strided(name: str, source: Tensor, result: Tensor, shapes: Shapes) -> Tensor:
     library.function(name, elements=source.dtype)(
         library.pointer(source),
-        library.pointer(result),
+        library.result(result),
         *map(library.size, (shapes.channels, shapes.height, shapes.width, *shapes.stride)),
         library.size(shapes.batch),
         library.threads(),
@@ -230,7 +230,7 @@ def _weight_gradient(
         library.size(bits.header_bytes(elements)),
         library.size(values),
         library.pointer(grad),
-        library.pointer(out),
+        library.result(out),
     )
     if not succeeded(failed, "a sparse weight gradient"):
         return None

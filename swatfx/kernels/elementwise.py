@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.library import pointer, real, size
+from swatfx.kernels.library import pointer, real, result, size
 from swatfx.ops.dropout import (
     dropout,
     dropout_backward,
@@ -44,7 +44,7 @@ def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
         return relu_reference(x)
     y, bits = torch.empty_like(x), _bits_of(x)
     library.function("swatfx_relu", elements=x.dtype)(
-        pointer(x), pointer(y), pointer(bits), size(x.numel()), library.threads()
+        pointer(x), result(y), pointer(bits), size(x.numel()), library.threads()
     )
     return y, bits
 
@@ -56,7 +56,7 @@ def _relu_backward(grad: Tensor, bits: Tensor, layout: str) -> Tensor:
     grad = converted(grad, layout)
     dx = new_in_layout(grad.shape, layout, grad)
     library.function("swatfx_relu_backward", elements=grad.dtype)(
-        pointer(grad), pointer(bits), pointer(dx), size(grad.numel()), library.threads()
+        pointer(grad), pointer(bits), result(dx), size(grad.numel()), library.threads()
     )
     return dx
 
@@ -77,7 +77,7 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     bits = _bits_of(x)
     library.function("swatfx_dropout", elements=x.dtype)(
         pointer(x),
-        pointer(y),
+        result(y),
         pointer(bits),
         real(_noise(p, x.dtype)),
         size(x.numel()),
@@ -95,7 +95,7 @@ def _dropout_backward(grad: Tensor, bits: Tensor, p: float, layout: str) -> Tens
     library.function("swatfx_dropout_backward", elements=grad.dtype)(
         pointer(grad),
         pointer(bits),
-        pointer(dx),
+        result(dx),
         real(_noise(p, grad.dtype)),
         size(grad.numel()),
         library.threads(),

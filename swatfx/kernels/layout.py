@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import library
-from swatfx.kernels.library import pointer, size
+from swatfx.kernels.library import pointer, result, size
 from swatfx.ops.layout import to_layout, to_layout_reference
 from swatfx.ops.saved import new_in_layout
 from swatfx.tensors import layouts
@@ -44,6 +44,6 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     positions = torch.Size(x.shape[2:]).numel()
     sizes = _TRANSPOSITIONS[found, layout](x.shape[0], x.shape[1], positions)
     library.function("swatfx_transpose", elements=x.dtype)(
-        pointer(x), pointer(y), *[size(n) for n in sizes], library.threads()
+        pointer(x), result(y), *[size(n) for n in sizes], library.threads()
     )
     return y

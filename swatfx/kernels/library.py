@@ -162,6 +162,15 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
+def result(x: Tensor | None) -> ctypes.c_void_p:
+    """`pointer`, to a tensor that the caller made just now: nobody can have cut its storage.
+
+    To ask a tensor for its storage leaves a Python object behind, with which autograd holds the
+    storage for shared: it then sums gradients into a third tensor, not in place.
+    """
+    return _NULL if x is None else ctypes.c_void_p(x.data_ptr())
+
+
 def new(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor on the host, in a layout of `swatfx.tensors.layouts`; no view."""
     sizes = tuple(shape)

@@ -174,7 +174,7 @@ def _weight_gradient(
         library.size(bits.header_bytes(count * inputs)),
         library.size(values),
         library.pointer(rows),
-        library.pointer(out),
+        library.result(out),
     )
     if not succeeded(failed, "a sparse weight gradient"):
         return None

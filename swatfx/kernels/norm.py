@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import library
-from swatfx.kernels.library import pointer, size
+from swatfx.kernels.library import pointer, result, size
 from swatfx.ops import codes as codes_of
 from swatfx.ops import norm
 from swatfx.ops.calls import NormBackwardCall, NormCall
@@ -164,7 +164,7 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
         pointer(x),
         pointer(residual),
         *[pointer(p) for p in parameters],
-        pointer(y),
+        result(y),
         pointer(mean),
         pointer(invstd),
         pointer(new_mean),
@@ -260,10 +260,10 @@ def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
         pointer(bits if bits.numel() else None),
         pointer(codes),
         pointer(header),
-        pointer(dx),
-        pointer(dresidual),
-        pointer(dweight),
-        pointer(dbias),
+        result(dx),
+        result(dresidual),
+        result(dweight),
+        result(dbias),
         *known,
         ctypes.c_int(call.training),
         ctypes.c_int(call.relu),

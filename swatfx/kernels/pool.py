@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.library import pointer
+from swatfx.kernels.library import pointer, result
 from swatfx.ops.calls import MaxPoolCall
 from swatfx.ops.layout import converted
 from swatfx.ops.pool import (
@@ -77,7 +77,7 @@ def _max_pool2d(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     index = x.new_empty(y.numel() if call.saves else 0, dtype=torch.uint8)
     library.function("swatfx_max_pool", elements=x.dtype)(
         pointer(x),
-        pointer(y),
+        result(y),
         pointer(index),
         _sizes(x.shape, out, layout, call),
         library.threads(),
@@ -108,7 +108,7 @@ def _max_pool2d_backward(
     library.function("swatfx_max_pool_backward", elements=grad.dtype)(
         pointer(grad),
         pointer(index),
-        pointer(dx),
+        result(dx),
         _sizes(shape, grad.shape, layout, call),
         library.threads(),
     )

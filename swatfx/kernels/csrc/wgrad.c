@@ -157,27 +157,31 @@ static void write_result(const wgrad_problem *p, const cut *at, const float *sum
             for (int64_t j = 0; j < px->count; j++)
                 order[py->tap[i] * p->kernel_x + px->tap[j]] = position++;
     }
-    /* Sixteen weights that lie together in the result, of sixteen filters, at a time. */
-    const int packed_taps = p->weight_x == 1 && p->weight_y == p->kernel_x && p->weight_channel == taps;
-    const int64_t size = (c1 - c0) * taps;
-    for (int64_t j = 0; j < size; j += LANES)
-        for (int64_t f = 0; f < filters; f += LANES) {
-            const int64_t count = min64(LANES, size - j);
-            const float *rows[LANES];
-            float *to[LANES];
-            for (int64_t i = 0; i < LANES; i++) {
-                const int64_t k = min64(j + i, size - 1), c = k / taps, t = k % taps;
-                rows[i] = sums + (c * taps + order[t]) * at->filters + f;
-                to[i] = out + (f0 + f) * p->weight_filter + (c0 + c) * p->weight_channel +
-                        t / p->kernel_x * p->weight_y + t % p->kernel_x * p->weight_x;
+    /* Sixteen weights that lie together in the result, of sixteen filters, at a time: of one channel after another,
+     * or, where channels are innermost, of one tap after another. */
+    const int by_tap = p->weight_channel == 1 && taps > 1;
+    const int together = taps == 1 ? p->weight_channel == 1
+                                   : by_tap || (p->weight_x == 1 && p->weight_y == p->kernel_x && p->weight_channel == taps);
+    const int64_t channels = c1 - c0, size = by_tap ? channels : channels * taps;
+    for (int64_t turn = 0; turn < (by_tap ? taps : 1); turn++)
+        for (int64_t j = 0; j < size; j += LANES)
+            for (int64_t f = 0; f < filters; f += LANES) {
+                const int64_t count = min64(LANES, size - j);
+                const float *rows[LANES];
+                float *to[LANES];
+                for (int64_t i = 0; i < LANES; i++) {
+                    const int64_t k = min64(j + i, size - 1), c = by_tap ? k : k / taps, t = by_tap ? turn : k % taps;
+                    rows[i] = sums + (c * taps + order[t]) * at->filters + f;
+                    to[i] = out + (f0 + f) * p->weight_filter + (c0 + c) * p->weight_channel +
+                            t / p->kernel_x * p->weight_y + t % p->kernel_x * p->weight_x;
+                }
+                if (together && count == LANES && filters - f >= LANES) {
+                    transpose16(rows, to[0], p->weight_filter);
+                } else {
+                    for (int64_t n = 0; n < min64(LANES, filters - f); n++)
+                        for (int64_t i = 0; i < count; i++) to[i][n * p->weight_filter] = rows[i][n];
+                }
             }
-            if (packed_taps && count == LANES && filters - f >= LANES) {
-                transpose16(rows, to[0], p->weight_filter);
-            } else {
-                for (int64_t n = 0; n < min64(LANES, filters - f); n++)
-                    for (int64_t i = 0; i < count; i++) to[i][n * p->weight_filter] = rows[i][n];
-            }
-        }
 }
 
 int TYPED(sparse_weight_gradient)(const wgrad_problem *p, const uint8_t *packed, int64_t header, int64_t values,
