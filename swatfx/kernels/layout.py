@@ -47,3 +47,20 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
         pointer(x), result(y), *[size(n) for n in sizes], library.threads()
     )
     return y
+
+
+def transpose_into(x: Tensor, y: Tensor) -> None:
+    """Write the transpose of matrix `x` to matrix `y`.
+
+    Args:
+        x: of a dtype of `library.ELEMENTS`, its rows in one piece each.
+        y: likewise, made by the caller; rows of either may lie further apart than they are long.
+    """
+    (rows, columns), (in_row, one), (out_row, other) = x.shape, x.stride(), y.stride()
+    assert y.shape == (columns, rows) and one == other == 1 and x.dtype == y.dtype
+    library.function("swatfx_transpose", elements=x.dtype)(
+        pointer(x),
+        result(y),
+        *[size(n) for n in (1, rows, columns, in_row, out_row, 0, 0)],
+        library.threads(),
+    )
