@@ -32,12 +32,13 @@ class Conv:
     bias: bool = True
     weight_threshold: float = 0.7
     activation_threshold: float = 0.8
+    weight_order: torch.memory_format = torch.contiguous_format
 
     def check(self, seed: int = 0) -> None:
         """Compare output and all gradients with the formula."""
         torch.manual_seed(seed)
         x = layouts.as_layout(torch.randn(self.input), BATCH_INNERMOST).requires_grad_()
-        w = torch.randn(self.weight, requires_grad=True)
+        w = torch.randn(self.weight).contiguous(memory_format=self.weight_order).requires_grad_()
         b = torch.randn(self.weight[0], requires_grad=True) if self.bias else None
         spatial, state = w.dim() - 2, torch.tensor(self.activation_threshold)
         kept = OPS.pack(x.detach(), state, spatial, "nchw", x.dtype, BATCH_INNERMOST)
@@ -52,6 +53,19 @@ class Conv:
             call, x, w, b, grad, self.weight_threshold, self.activation_threshold
         )
         formulas.assert_equal([t.detach() for t in found if t is not None], wanted)
+
+
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("filters", [15, 16, 33])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weights_in_channels_last(
+    channels: int, filters: int, kernel: tuple[int, int], stride: int
+) -> None:
+    """Their gradients are written sixteen channels by sixteen filters at a time."""
+    steps = ((stride, stride), (1, 0), (1, 1))
+    weight = (filters, channels, *kernel)
+    Conv((17, channels, 5, 6), weight, *steps, weight_order=torch.channels_last).check()
 
 
 @pytest.mark.parametrize("batch", BATCHES)

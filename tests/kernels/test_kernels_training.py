@@ -194,3 +194,18 @@ def test_checkpointed_activations() -> None:
     for (name, p), q in zip(sparse.named_parameters(), dense.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert float((p.grad - q.grad).norm()) < 0.02 * float(q.grad.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+def test_gradients_of_branches_are_summed_in_place(half: bool) -> None:
+    gm = swatfx.compile(residual(), "swat-u:0.9")
+    assert "sparse" in chosen(gm).values()
+    images = torch.randn(16, 3, 8, 8)
+    for _ in range(2):
+        gm.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = loss_of(gm(images))
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        sums = {e.key: e.count for e in profile.key_averages() if e.key.startswith("aten::add")}
+        assert set(sums) == {"aten::add_"}, sums
