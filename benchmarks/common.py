@@ -44,6 +44,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _PATHS = ("--output", "--data", "--partial")  # options whose value names a folder
 
 Row = list[Any]
+Table = Callable[[Mapping[str, Any]], tuple[list[str], list[Row]]]
 
 __all__ = [
     "Benchmark",
@@ -133,6 +134,7 @@ class Benchmark:
         table: a result of `measure` -> (headers, rows) to print.
         notes: what a reader of the figures has to know.
         allocator: glibc's settings to measure under where the command line does not say.
+        further: makes more tables of the same, to print behind it.
         companions: (result, path of its file) -> None; writes more files beside it.
     """
 
@@ -140,9 +142,10 @@ class Benchmark:
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     measure: Callable[[argparse.Namespace], dict[str, Any]]
-    table: Callable[[Mapping[str, Any]], tuple[list[str], list[Row]]]
+    table: Table
     notes: tuple[str, ...] = ()
     allocator: str = "both"
+    further: tuple[Table, ...] = ()
     companions: Callable[[Mapping[str, Any], pathlib.Path], None] | None = None
 
 
@@ -202,9 +205,12 @@ def render(benchmark: Benchmark, result: Mapping[str, Any]) -> str:
         *benchmark.notes,
     ]
     for allocator, measured in result["allocators"].items():
-        headers, rows = benchmark.table(measured)
-        cells = [[cell(value) for value in row] for row in rows]
-        lines += ["", f"allocator: {allocator}", tabulate(cells, headers, disable_numparse=True)]
+        lines += ["", f"allocator: {allocator}"]
+        for table in (benchmark.table, *benchmark.further):
+            headers, rows = table(measured)
+            cells = [[cell(value) for value in row] for row in rows]
+            lines += [tabulate(cells, headers, disable_numparse=True), ""]
+        lines.pop()
     return "\n".join(lines)
 
 

@@ -1,9 +1,10 @@
 """The sides of `layers`: one convolution's training work, made in several ways.
 
 Dense sides are `nn.Conv2d` in a memory format, or compiled. Sparse ones are what a compiled graph
-holds for one layer: thresholds, a packed activation, the op and its backward. Every call first
-scales the weight by almost one, as an optimizer's step would change it, so that nothing made from
-it can be kept from the call before.
+holds for one layer: thresholds, a packed activation, the op and its backward. In bf16, activations
+and their gradients lie in bfloat16 and weights in float32, which autocast casts in a dense side's
+every call, and ours round as they compress it. Every call first scales the weight by almost one, as
+an optimizer's step would change it, so that nothing made from it can be kept from the call before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from swatfx.compiled import ActivationThreshold, Clock, Pack, WeightThreshold, i
 from swatfx.density import Density
 from swatfx.ops.layout import converted
 from swatfx.tensors import layouts
+from swatfx.timing.steps import DTYPES, autocast
 
 PARTS = (
     "weight_threshold",
@@ -91,7 +93,7 @@ def graph_layout() -> str:
 
 
 class Data:
-    """Input, output gradient and weight of a layer; the first two once a layout."""
+    """Input, output gradient and weight of a layer; the first two once a layout and dtype."""
 
     def __init__(self, layer: Layer) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -102,33 +104,40 @@ class Data:
         weight = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
         self.layer = layer
         self.weight = weight
-        self._made = {layouts.ROW_MAJOR: (x.requires_grad_(), grad)}
+        self._made = {(layouts.ROW_MAJOR, "fp32"): (x.requires_grad_(), grad)}
 
-    def of(self, layout: str) -> tuple[Tensor, Tensor]:
-        """(input, a leaf that requires grad; gradient of the output) in `layout`."""
-        if layout not in self._made:
-            x, grad = self._made[layouts.ROW_MAJOR]
-            again = layouts.as_layout(x.detach(), layout).requires_grad_()
-            self._made[layout] = again, layouts.as_layout(grad, layout)
-        return self._made[layout]
+    def of(self, layout: str, dtype: str = "fp32") -> tuple[Tensor, Tensor]:
+        """(input, a leaf that requires grad; gradient of the output) in `layout` and `dtype`.
+
+        `dtype` is "fp32" or "bf16".
+        """
+        key = layout, dtype
+        if key not in self._made:
+            x, grad = self._made[layouts.ROW_MAJOR, "fp32"]
+            narrow = DTYPES[dtype] or torch.float32
+            again = layouts.as_layout(x.detach().to(narrow), layout).requires_grad_()
+            self._made[key] = again, layouts.as_layout(grad.to(narrow), layout)
+        return self._made[key]
 
 
-def dense_side(data: Data, layout: str, *, compiled: bool) -> common.Side:
-    """Forward and both gradients of a dense convolution."""
+def dense_side(data: Data, layout: str, *, compiled: bool, dtype: str = "fp32") -> common.Side:
+    """Forward and both gradients of a dense convolution, in "bf16" under autocast."""
     layer = data.layer
     conv = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, padding=layer.padding, bias=False)
     with torch.no_grad():
         conv.weight.copy_(data.weight)
     if layout == layouts.CHANNELS_LAST:
         conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x, grad = data.of(layout)
+    x, grad = data.of(layout, dtype)
     call: Callable[[Tensor], Tensor] = torch.compile(conv, dynamic=False) if compiled else conv
 
     def run() -> dict[str, float]:
         _change(conv.weight)
         x.grad = conv.weight.grad = None
         start = time.perf_counter()
-        call(x).backward(grad)
+        with autocast(DTYPES[dtype]):
+            out = call(x)
+        out.backward(grad)
         return {"seconds": time.perf_counter() - start}
 
     return run
@@ -155,11 +164,14 @@ class _Relayout(torch.autograd.Function):
 class SparseConv(nn.Module):
     """One sparse convolution as it stands in a compiled graph."""
 
-    def __init__(self, data: Data, sparsity: float, period: int, layout: str) -> None:
+    def __init__(
+        self, data: Data, sparsity: float, period: int, layout: str, dtype: str = "fp32"
+    ) -> None:
         super().__init__()
         density = Density.from_sparsity(sparsity)
         self.data = data
         self.layout = layout
+        self.dtype = dtype
         self.weight = nn.Parameter(data.weight.clone())
         self.clock = Clock()
         options: dict[str, Any] = {"period": period, "spatial": 2, "seed": 0}
@@ -192,7 +204,7 @@ class SparseConv(nn.Module):
 
     def given(self) -> tuple[Tensor, Tensor]:
         """(weight threshold, packed activation), made beforehand."""
-        x, _ = self.data.of(self.layout)
+        x, _ = self.data.of(self.layout, self.dtype)
         step = self.clock(x)
         threshold = self.activation_threshold(x, step, self.weight)
         kept = self.pack(x, threshold, self.weight)
@@ -200,7 +212,7 @@ class SparseConv(nn.Module):
 
     def kernels_side(self) -> common.Side:
         """The op and its backward alone: thresholds and packed activation are given."""
-        x, grad = self.data.of(self.layout)
+        x, grad = self.data.of(self.layout, self.dtype)
         state, kept = self.given()
 
         def run() -> dict[str, float]:
@@ -213,7 +225,7 @@ class SparseConv(nn.Module):
 
     def step_side(self, outer: str) -> common.Side:
         """All of a training step, between a layer's neighbours that keep layout `outer`."""
-        x, grad = self.data.of(outer)
+        x, grad = self.data.of(outer, self.dtype)
 
         def run() -> dict[str, float]:
             self._prepare(x)
@@ -229,7 +241,7 @@ class SparseConv(nn.Module):
 
     def parts_side(self) -> common.Side:
         """The parts of a training step, one after the other."""
-        x, grad = self.data.of(self.layout)
+        x, grad = self.data.of(self.layout, self.dtype)
         fixed = x.detach()
 
         def run() -> dict[str, float]:

@@ -2,42 +2,129 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
 import torch
+from tabulate import tabulate
 from torch import nn
 
 import swatfx
-from benchmarks import common, layers
+from benchmarks import common, layers, rates
+from benchmarks.bounds import BOUNDS, PRODUCTS
 from benchmarks.layer_sides import PARTS, Data, Layer, SparseConv, dense_side, graph_layout
+from swatfx import kernels
 from swatfx.tensors import layouts
 from tests.nets.runners import check_spread, run_quick
 
 pytestmark = pytest.mark.usefixtures("spare_time")
 _LAYER = Layer(3, 8, 12, 6, 4)
+_EAGER = ("nchw", "channels_last")
 
 
 def test_layers(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = run_quick(layers, capsys, "--sparsities", "0.8", "0.9")
+    measured = run_quick(layers, capsys, "--sparsities", "0.8", "0.9", "--dtypes", "bf16", "fp32")
     names = ["3x3 16 at 8, batch 16", "1x1 16->32 at 8, batch 16"]
     assert [result["layer"] for result in measured["layers"]] == names
+    rates = measured["rates"]
     for result in measured["layers"]:
-        assert result["fastest_dense"] in result["dense"] and result["unavailable"] == {}
+        assert set(result["dense"]) == {f"dense {f} {d}" for f in _EAGER for d in ("fp32", "bf16")}
+        assert result["unavailable"] == {}
+        seconds = {name: values["median"] for name, values in result["dense"].items()}
+        fastest = result["fastest_dense"]
+        assert fastest["any"] == min(seconds, key=seconds.__getitem__)
+        for dtype in ("fp32", "bf16"):
+            own = {name: value for name, value in seconds.items() if name.endswith(dtype)}
+            assert fastest[dtype] == min(own, key=own.__getitem__)
         assert set(result["sparse"]) == {"0.8", "0.9"}
-        for sparse in result["sparse"].values():
-            assert set(sparse["speedups"]) == set(layers.SPARSE)
-            for values in sparse["speedups"].values():
-                check_spread(values)
-                assert values["minimum"] > 0
-            assert sparse["converted_from"] in ("nchw", "channels_last")
-            assert list(sparse["parts"]) == list(PARTS)
-            assert sum(part["share"] for part in sparse["parts"].values()) == pytest.approx(1)
+        for by_dtype in result["sparse"].values():
+            assert list(by_dtype) == ["bf16", "fp32"]
+            for sparse in by_dtype.values():
+                _check_side(sparse, rates)
     means = measured["geometric_means"]["0.8"]
-    medians = [r["sparse"]["0.8"]["speedups"]["kernels"]["median"] for r in measured["layers"]]
-    assert means["kernels"]["geometric_mean"] == pytest.approx((medians[0] * medians[1]) ** 0.5)
-    assert means["kernels"]["wanted"] == 2.0 and means["period_1"]["wanted"] == 1.5
-    assert "wanted" not in means["period_1000"]
+    for dtype in ("fp32", "bf16"):
+        for over in ("speedups", "same_dtype"):
+            one, other = (r["sparse"]["0.8"][dtype][over]["kernels"] for r in measured["layers"])
+            mean = means[dtype][over]["kernels"]["geometric_mean"]
+            assert mean == pytest.approx((one["median"] * other["median"]) ** 0.5)
+    assert means["fp32"]["same_dtype"]["kernels"]["wanted"] == 2.0
+    assert means["fp32"]["same_dtype"]["period_1"]["wanted"] == 1.5
+    assert "wanted" not in means["fp32"]["same_dtype"]["period_1000"]
+    assert "wanted" not in means["fp32"]["speedups"]["kernels"]
+    assert "wanted" not in means["bf16"]["same_dtype"]["kernels"]
+
+
+def _check_side(sparse: dict[str, Any], rates: dict[str, float] | None) -> None:
+    assert set(sparse["speedups"]) == set(sparse["same_dtype"]) == set(layers.SPARSE)
+    for values in (*sparse["speedups"].values(), *sparse["same_dtype"].values()):
+        check_spread(values)
+        assert values["minimum"] > 0
+    assert sparse["converted_from"] in _EAGER
+    assert list(sparse["parts"]) == list(PARTS)
+    assert sum(part["share"] for part in sparse["parts"].values()) == pytest.approx(1)
+    assert ("bounds" in sparse) == (rates is not None)
+    for product, bound in sparse.get("bounds", {}).items():
+        largest = bound["seconds"][bound["largest"]]
+        assert largest == max(bound["seconds"][kind] for kind in BOUNDS)
+        median = sparse["parts"][product]["seconds"]["median"]
+        assert bound["reached"] == pytest.approx(largest / median)
+
+
+def test_one_dtype_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--layers", "11", "--batch", "16", "--sparsities", "0.9", "--dtypes", "bf16")
+    measured = run_quick(layers, capsys, *words)
+    (result,) = measured["layers"]
+    assert set(result["dense"]) == {"dense nchw bf16", "dense channels_last bf16"}
+    assert set(result["fastest_dense"]) == {"any", "bf16"}
+    assert list(result["sparse"]["0.9"]) == ["bf16"]
+
+
+def test_tables_fit_a_screen() -> None:
+    spread = {"median": 9.988, "minimum": 0.00123, "maximum": 123.456}
+    sides = dict.fromkeys(layers.SPARSE, spread)
+    bound = {
+        "seconds": {"load": 0.0123456, "multiply": 0.123456, "memory": 1.23e-6, "load_l2": 0.0567},
+        "largest": "multiply",
+        "reached": 0.98765,
+    }
+    found = {
+        "speedups": sides,
+        "same_dtype": sides,
+        "parts": {part: {"seconds": {k: v / 1e3 for k, v in spread.items()}} for part in PARTS},
+        "bounds": dict.fromkeys(PRODUCTS, bound),
+    }
+    dense = "dense compiled_channels_last bf16"
+    result = {
+        "layer": str(layers.LAYERS[5]),
+        "fastest_dense": {"any": dense, "bf16": dense},
+        "dense": {dense: {"median": 0.123456}},
+        "unavailable": {},
+        "sparse": {"0.95": {"bf16": found}},
+    }
+    mean = dict.fromkeys(layers.SPARSE, {"geometric_mean": 2.3456})
+    measured = {
+        "layers": [result],
+        "geometric_means": {"0.95": {"bf16": {"speedups": mean, "same_dtype": mean}}},
+        "rates": {"fma": 2.8e11, "dot": None, "l1": 1.1e12, "l2": 4e11, "memory": 7e10},
+    }
+    for table in (layers.table, *layers.BENCHMARK.further):
+        headers, rows = table(measured)
+        text = tabulate([[common.cell(v) for v in row] for row in rows], headers)
+        assert max(map(len, text.splitlines())) <= 120, text
+    assert "multiply 99%" in [row[7] for row in layers.bounds_table(measured)[1]]
+
+
+def test_without_a_compiler_bounds_are_empty_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: True)
+    monkeypatch.setattr(rates.shutil, "which", lambda name: None)
+    assert common.run(layers.BENCHMARK, ["--quick", "--repeats", "1", "--sparsities", "0.9"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "no bounds: there is no C compiler\n"
+    assert said.out.count("there is no C compiler") == 1  # in the last table
+    assert "memory 1" not in said.out and "%" not in said.out
 
 
 def test_the_eleven_layers_are_those_that_others_measured() -> None:
@@ -145,9 +232,33 @@ def test_the_dense_side_is_a_convolution_with_both_gradients() -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_compiler_that_fails_is_named() -> None:
-    result = layers.measure_layer(_LAYER, [0.8], 1, True, lambda: None)
-    assert result["unavailable"] == {"dense compiled": "RuntimeError: no C++ compiler"}
-    assert set(result["dense"]) == {"dense nchw", "dense channels_last"}
+    args = argparse.Namespace(sparsities=[0.8], dtypes=["fp32"], compiled=True)
+    result = layers.measure_layer(_LAYER, args, 1, None, lambda: None)
+    why = "RuntimeError: no C++ compiler"
+    assert result["unavailable"] == {f"dense compiled_{form} fp32": why for form in _EAGER}
+    assert set(result["dense"]) == {f"dense {form} fp32" for form in _EAGER}
+    assert "bounds" not in result["sparse"]["0.8"]["fp32"]
+
+
+def test_bf16_sides_agree_with_float64() -> None:
+    """Activations and gradients are bfloat16, and so is what is multiplied; sums are not."""
+    data = Data(_LAYER)
+    x, grad = data.of(layouts.ROW_MAJOR, "bf16")
+    assert x.dtype is grad.dtype is torch.bfloat16
+    weight = (data.weight * (1 + 2**-20)).bfloat16().double()
+    wanted = torch.nn.grad.conv2d_input(x.shape, weight, grad.double(), padding=1)
+    for layout in (layouts.ROW_MAJOR, layouts.CHANNELS_LAST):
+        dense_side(data, layout, compiled=False, dtype="bf16")()
+        found = data.of(layout, "bf16")[0].grad
+        assert found is not None and found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=2**-8)
+    ours = SparseConv(data, 0.8, 1, layouts.ROW_MAJOR, "bf16")
+    ours.step_side(layouts.ROW_MAJOR)()
+    kept = data.weight.abs() >= data.weight.abs().flatten().kthvalue(692).values  # of 864, 80% go
+    wanted = torch.nn.grad.conv2d_input(x.shape, weight * kept, grad.double(), padding=1)
+    assert x.grad is not None and x.grad.dtype is torch.bfloat16
+    torch.testing.assert_close(x.grad.double(), wanted, rtol=2**-8, atol=2**-8)
+    assert ours.weight.grad is not None and ours.weight.grad.dtype is torch.float32
 
 
 @pytest.mark.slow
