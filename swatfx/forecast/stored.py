@@ -59,13 +59,15 @@ def this_machine() -> Machine:
 
 @functools.cache
 def processor() -> str:
-    """Its name, as the system has it."""
+    """Its name, as the system has it, and its family: virtual machines call many "AMD EPYC"."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    match = re.search(r"model name\s*:\s*(.+)", text)
-    return match[1].strip() if match else platform.processor()
+    name, family = (re.search(rf"{key}\s*:\s*(.+)", text) for key in ("model name", "cpu family"))
+    if name is None:
+        return platform.processor()
+    return name[1].strip() + (f", family {family[1].strip()}" if family else "")
 
 
 def read(machine: Machine) -> tuple[Constants, str]:
@@ -78,14 +80,14 @@ def read(machine: Machine) -> tuple[Constants, str]:
         file = path()
         changed = file.stat().st_mtime_ns
     except (InputError, OSError):  # nobody fitted anything
-        return shipped(machine.kernels)
+        return shipped(machine.kernels, machine.processor)
     found = [
         (abs(known.threads - machine.threads), known.threads, constants)
         for known, constants in _of_file(file, changed).items()
         if known[:2] == machine[:2]
     ]
     if not found:
-        return shipped(machine.kernels)
+        return shipped(machine.kernels, machine.processor)
     _, threads, constants = min(found, key=lambda each: each[:2])
     return constants, f"measured here, {constants.date}, threads: {threads}"
 
@@ -125,14 +127,15 @@ def write(constants: Constants) -> Path:
 
 
 @functools.cache
-def shipped(library: str) -> tuple[Constants, str]:
-    """(constants that swatfx comes with, of one processor, told so): of `library`, or of another if
-    that was not measured.
+def shipped(library: str, name: str = "") -> tuple[Constants, str]:
+    """(constants that swatfx comes with, told so): those of the `library` on the processor of that
+    `name` (as `processor` has it), or else on another, or else of another library.
     """
     found = _parsed(_SHIPPED.read_text(encoding="utf-8"))
     fitting = [constants for constants in found if constants.kernels == library] or found
-    where = f"{fitting[0].processor}, {fitting[0].date}"
-    return fitting[0], f"defaults ({where}; swatfx bench --fit measures this machine)"
+    best = next((constants for constants in fitting if constants.processor == name), fitting[0])
+    where = f"{best.processor}, {best.date}"
+    return best, f"defaults ({where}; swatfx bench --fit measures this machine)"
 
 
 @functools.lru_cache(maxsize=4)

@@ -252,3 +252,12 @@ def test_defaults_hold_every_kind() -> None:
     assert Constants.from_json(found.to_json()) == found
     assert where.startswith("defaults")
     assert shipped("unheard of")[0].processor
+
+
+def test_defaults_are_those_of_the_processor() -> None:
+    known = json.loads(Path(forecast.__file__).with_name("defaults.json").read_text())
+    names = {one["processor"] for one in known["machines"] if one["kernels"] == "avx512bf16"}
+    assert len(names) > 1
+    for name in names:
+        assert shipped("avx512bf16", name)[0].processor == name
+    assert shipped("avx512bf16", "another")[0].processor in names
