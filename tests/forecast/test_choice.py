@@ -14,11 +14,21 @@ import pytest
 
 from swatfx import forecast
 from swatfx.errors import CheckpointError, InputError, SwatWarning
-from swatfx.forecast import Call, Constants, Joint, Machine, Sample, Work
-from swatfx.forecast.constants import DTYPES, key, sides_of
+from swatfx.forecast import Call, Constants, Joint, Machine, Sample, Work, stored
+from swatfx.forecast.constants import DTYPES, SIDES, key, sides_of
 from swatfx.forecast.fitting import nonnegative
 from swatfx.forecast.stored import shipped
-from swatfx.forecast.work import CONVERSION, DENSE, KINDS, LINEAR, NORM, PLAIN, POINTWISE, SPARSE
+from swatfx.forecast.work import (
+    CONVERSION,
+    DENSE,
+    KINDS,
+    LAYERS,
+    LINEAR,
+    NORM,
+    PLAIN,
+    POINTWISE,
+    SPARSE,
+)
 
 HERE = Machine("a processor", "avx512", 1)
 
@@ -261,3 +271,24 @@ def test_defaults_are_those_of_the_processor() -> None:
     for name in names:
         assert shipped("avx512bf16", name)[0].processor == name
     assert shipped("avx512bf16", "another")[0].processor in names
+
+
+def test_matrix_units_are_expected_to_be_faster(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = HERE._replace(kernels="avx512bf16")
+    plain, _ = forecast.read(here)
+    monkeypatch.setattr(stored, "has_matrix_unit", lambda: True)
+    shipped.cache_clear()
+    try:
+        faster, told = forecast.read(here)
+    finally:
+        shipped.cache_clear()
+    assert f"{stored.MATRIX_UNIT} times" in told and "swatfx bench --fit" in told
+    for dtype, kind in itertools.product(("fp32", "bf16"), LAYERS):
+        work = Work(kind, dtype, macs=10**9, vector_macs=10**9, activation_density=0.1)
+        ratios = [plain.seconds(work, side) / faster.seconds(work, side) for side in SIDES]
+        gains = dtype == "bf16" and kind != "depthwise"
+        assert ratios[0] == 1 and all((ratio > 1) == gains for ratio in ratios[1:])
+    forecast.write(constants(here))  # what was measured holds as it is
+    assert forecast.read(here)[0] == constants(here)
