@@ -1,7 +1,8 @@
 """Let norms, ReLUs, pools and dropouts keep less for backward, where weight gradients are sparse.
 
 With `norm_saves` other than "exact", so does what `swatfx.ops.coded.RULES` has a rule for, and
-attention keeps codes; without, torch's fused attention no longer keeps its result.
+attention keeps codes; without, torch's attention no longer keeps its result or weights. Calls of it
+by modules that tracing left to Python are seen to when they run (`compiled.eager_attention`).
 
 Reads nodes, modules and LayerPlans; replaces batch norm (with the addition and the ReLU behind it,
 if nobody else reads what lies between), ReLU, 2d pooling and dropout by calls of leaves below
@@ -20,7 +21,7 @@ from torch import Tensor, fx
 from passes.reading.aliasing import Versions
 from passes.reading.effects import storage_of
 from passes.reading.saving_calls import ATTENTION, Calls
-from passes.tracing.composites.attention import attention_core
+from passes.tracing.composites.window import window_attend
 from passes.writing.saving_leaves import Leaves
 from swatfx import meta
 from swatfx.compiled import SwatModule, all_parts, evaluate, join, relative, saves, sparse_nodes
@@ -36,6 +37,10 @@ def compress_saves(gm: SwatModule, ctx: Context) -> PassResult:
         return PassResult(gm, False, ("no weight gradient is sparse: every op keeps what it kept",))
     leaves = Leaves(gm)
     count = sum(_Rewriter(gm, part, prefix, leaves).run() for prefix, part in all_parts(gm))
+    if gm.eager or gm.otherwise:
+        leaf = leaves.attention_in_eager_code()
+        for _, part in all_parts(gm):
+            part.__dict__["eager_attention"] = leaf
     return PassResult(gm, count > 0, (f"{count} calls keep less",))
 
 
@@ -212,9 +217,9 @@ class _Rewriter:
         if self.calls.norm(node) is not None:
             return lambda: self._replace_norm(node, node, None)
         # Written out, attention is recomputed by other means than eager's: for who asked for codes.
-        exact = node.target is attention_core
+        exact = node.target is not window_attend
         if node.op == "call_function" and node.target in ATTENTION and (self.codes or exact):
-            return None if node.kwargs else lambda: self._replace_attention(node)
+            return lambda: self._replace_attention(node)
         coded = self.calls.coded(node) if self.codes else None
         if coded is not None:
             if coded[2] and self.versions.is_seen(node):
@@ -230,7 +235,7 @@ class _Rewriter:
     def _replace_attention(self, node: fx.Node) -> None:
         function: Any = node.target
         target = self.leaves.attention(function, ATTENTION[function])
-        self._replace(node, target, node.args, {})
+        self._replace(node, target, node.args, node.kwargs)
 
     def _replace_coded(self, node: fx.Node) -> None:
         call = self.calls.coded(node)

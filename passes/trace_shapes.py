@@ -34,6 +34,7 @@ from swatfx.compiled import (
     SwatModule,
     all_parts,
     private_copy,
+    saving,
     split_inputs,
 )
 from swatfx.errors import InputError, SwatError
@@ -121,6 +122,9 @@ def observe_run(
     twin = private_copy(gm)
     twin.train()
     twin.swat.clock.optimizer_wanted_by = None
+    if as_dense:
+        for _, part in all_parts(twin):
+            part.__dict__["eager_attention"] = None
     inputs = split_inputs(example_inputs)
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     fake = any(x.is_meta for x in tensors) or any(p.is_meta for p in gm.parameters())
@@ -141,6 +145,7 @@ def observe_run(
             inside.enter_context(_random_state_kept(tensors))
             inside.enter_context(_quiet())
             inside.enter_context(observer.hooked())
+            inside.enter_context(saving(twin.eager_attention))
             for each in (mode, watch):
                 if each is not None:
                     inside.enter_context(each)

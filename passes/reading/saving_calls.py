@@ -18,7 +18,7 @@ from passes.tracing.augmented import PLAIN
 from passes.tracing.composites.attention import attention_core, attention_heads
 from passes.tracing.composites.window import window_attend, window_heads
 from passes.tracing.module_kinds import opaque_reason
-from swatfx.compiled import Heads, saves
+from swatfx.compiled import Heads, saves, scaled_dot_product_heads
 from swatfx.ops.coded import LAYER_NORM, MULTIPLY, RULES
 
 _RELU = {F.relu: False, torch.relu: False, F.relu_: True, torch.relu_: True}
@@ -71,6 +71,7 @@ _POOLS: dict[Any, tuple[str, dict[str, Any]]] = {
 ATTENTION: dict[Any, Callable[..., Heads | None]] = {
     attention_core: attention_heads,
     window_attend: window_heads,
+    F.scaled_dot_product_attention: scaled_dot_product_heads,
 }
 
 

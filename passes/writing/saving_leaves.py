@@ -7,6 +7,7 @@ import keyword
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from swatfx.compiled import (
@@ -17,6 +18,7 @@ from swatfx.compiled import (
     Multiply,
     SwatModule,
     saves,
+    scaled_dot_product_heads,
 )
 from swatfx.ops.coded import LAYER_NORM, MULTIPLY, RULES
 
@@ -65,6 +67,12 @@ class Leaves:
         """Target of the leaf for a form of attention, of which `heads` tells the heads."""
         make = functools.partial(Attention, function, heads, self._norm_saves)
         return self._once(function.__name__, make)
+
+    def attention_in_eager_code(self) -> Attention:
+        """The leaf for torch's own attention, called by whom no graph stands for."""
+        target = self.attention(F.scaled_dot_product_attention, scaled_dot_product_heads)
+        leaf: Any = self.gm.get_submodule(target)
+        return leaf
 
     def layer_norm(self, path: str) -> str:
         """Target of the leaf for the model's layer norm at `path`."""

@@ -9,7 +9,9 @@ from swatfx.compiled.coded import (
     LayerNorm,
     LayerNormOf,
     Multiply,
+    scaled_dot_product_heads,
 )
+from swatfx.compiled.eager_attention import saving
 from swatfx.compiled.held import HeldThreshold
 from swatfx.compiled.layers import SparseLayer, all_plans, current, read_dense, sparse_layers
 from swatfx.compiled.learned import LearnedThreshold
@@ -112,6 +114,8 @@ __all__ = [
     "private_copy",
     "read_dense",
     "relative",
+    "saving",
+    "scaled_dot_product_heads",
     "signature_of",
     "sparse_layers",
     "sparse_nodes",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from swatfx import ops
 from swatfx.compiled.saves import Bound, Saver, is_changed, wanted
+from swatfx.ops.autocast import autocast_dtype
+from swatfx.ops.calls import AttentionCall
 from swatfx.ops.coded import RULES
 from swatfx.ops.codes import GROUP
 from swatfx.ops.norm import EXACT
@@ -116,6 +118,10 @@ class Multiply(Saver):
         return a * b
 
 
+def _as_it_is(out: Tensor) -> Any:
+    return out
+
+
 @dataclass(frozen=True)
 class Heads:
     """What a form of attention is as `swatfx::attention`.
@@ -125,8 +131,11 @@ class Heads:
         key: (N, H, S, D).
         value: likewise.
         bias: learned, added to scores; or None.
-        mask: (W, L, S), added in turn; or None.
+        mask: as the op takes it, or None.
         finish: makes the form's result of the op's.
+        causal: as in `swatfx.ops.calls.AttentionCall`; so are scale and dropout.
+        scale: likewise.
+        dropout: likewise; 0 outside of training.
     """
 
     query: Tensor
@@ -134,7 +143,43 @@ class Heads:
     value: Tensor
     bias: Tensor | None
     mask: Tensor | None
-    finish: Callable[[Tensor], Any]
+    finish: Callable[[Tensor], Any] = _as_it_is
+    causal: bool = False
+    scale: float | None = None
+    dropout: float = 0.0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the op is for these; eager's own errors tell of what is for nobody."""
+        query, key, value, mask = self.query, self.key, self.value, self.mask
+        if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+            return False
+        if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+            return False
+        given = [query, key, value]
+        if mask is not None:
+            if mask.requires_grad or (self.causal and self.bias is None):
+                return False
+            given += [mask] if mask.is_floating_point() and self.bias is None else []
+        dtypes = {autocast_dtype(x) for x in given}
+        return len(dtypes) == 1 and 0 <= self.dropout < 1
+
+
+def scaled_dot_product_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Heads | None:
+    """What `F.scaled_dot_product_attention` is as one op; None where it is another."""
+    if enable_gqa or (attn_mask is not None and attn_mask.dim() not in (2, 4)):
+        return None
+    options = {"causal": is_causal, "scale": scale, "dropout": dropout_p}
+    return Heads(query, key, value, None, attn_mask, **options)
 
 
 class Attention(Saver):
@@ -147,16 +192,17 @@ class Attention(Saver):
         self.plain = function
         self.heads, self.saves = heads, saves
 
-    def forward(self, *args: Any) -> Any:
-        """Keep query, key and value, or their codes."""
-        if not wanted(*(a for a in args if isinstance(a, Tensor))):
-            return self.plain(*args)
-        heads = self.heads(*args)
-        if heads is None:
-            return self.plain(*args)
-        three, device = (heads.query, heads.key, heads.value), heads.query.device.type
-        # Autocast casts within; elsewhere than on a CPU nobody runs the fused kernel twice.
-        if torch.is_autocast_enabled(device) or (self.saves == EXACT and device != "cpu"):
-            return self.plain(*args)
-        out = ops.attention(*three, heads.bias, heads.mask, self.saves)[0]
-        return heads.finish(out)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep query, key and value, or their codes, and a bit a weight where there is dropout."""
+        if not wanted(*(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))):
+            return self.plain(*args, **kwargs)
+        heads = self.heads(*args, **kwargs)
+        if heads is None or not heads.fits:
+            return self.plain(*args, **kwargs)
+        device = heads.query.device.type
+        # Elsewhere than on a CPU nobody runs the fused kernel twice, or has tried autocast.
+        if device != "cpu" and (self.saves == EXACT or torch.is_autocast_enabled(device)):
+            return self.plain(*args, **kwargs)
+        call = AttentionCall(self.saves, heads.causal, heads.scale, heads.dropout)
+        three = heads.query, heads.key, heads.value
+        return heads.finish(ops.attention(*three, heads.bias, heads.mask, *call.options)[0])

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from swatfx.compiled.coded import Attention
+from swatfx.compiled.eager_attention import saving
 from swatfx.compiled.mirror import TABLES, copied_mirror, write_forwards
 from swatfx.compiled.parts import all_parts, is_root
 from swatfx.compiled.reaching import reach
@@ -71,6 +73,7 @@ class SwatModule(fx.GraphModule):
         watch: looks at every call whether the modules are still those that were compiled.
         mirrored: the mirror, whose methods and attributes this module lends; None in a part.
         copied_from: what this is a deep copy of, and what that is one of, while they live.
+        eager_attention: the leaf for calls of torch's attention that no graph has.
     """
 
     swat: SwatState
@@ -85,6 +88,7 @@ class SwatModule(fx.GraphModule):
     watch: Watch | None
     mirrored: nn.Module | None
     copied_from: tuple[weakref.ref[SwatModule], ...]
+    eager_attention: Attention | None
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), type(root).__name__)
@@ -103,6 +107,7 @@ class SwatModule(fx.GraphModule):
         self.__dict__["iterates"] = False
         self.__dict__["watch"] = None
         self.__dict__["copied_from"] = ()
+        self.__dict__["eager_attention"] = None
         self.__dict__["choose_kernels"] = None  # set by compile: called where the model was moved
         self._refuse_names()
         self.graph = graph
@@ -122,7 +127,11 @@ class SwatModule(fx.GraphModule):
         """Run the graph, once what was done to its modules since is followed."""
         if not torch.compiler.is_compiling():
             self.follow()
-        return super().__call__(*args, **kwargs)
+        leaf = self.__dict__["eager_attention"]
+        if leaf is None:
+            return super().__call__(*args, **kwargs)
+        with saving(leaf):
+            return super().__call__(*args, **kwargs)
 
     @property
     def __code__(self) -> types.CodeType:

@@ -32,6 +32,7 @@ _SCHEMA_TYPES = {
     "int": "SymInt",
     "int | None": "SymInt?",
     "float": "float",
+    "float | None": "float?",
     "bool": "bool",
     "str": "str",
     "Tensor | None": "Tensor?",
@@ -330,6 +331,27 @@ class AvgPoolCall(Call):
     def for_aten(self) -> tuple[Any, ...]:
         """As aten takes it."""
         return *map(list, self.options[:3]), *self.options[3:]
+
+
+@dataclass(frozen=True)
+class AttentionCall(Call):
+    """What attention is told.
+
+    Attributes:
+        saves: "exact", or a name of `swatfx.ops.codes.BITS`.
+        causal: whether position i sees positions up to i alone.
+        scale: what products of query and key are multiplied by; None: 1 / sqrt(their width).
+        dropout: probability that a weight is dropped, 0 <= p < 1.
+    """
+
+    saves: str
+    causal: bool = False
+    scale: float | None = None
+    dropout: float = 0.0
+
+    def scale_of(self, query: Tensor) -> float:
+        """`scale`, as a number; `query`: (N, H, L, D)."""
+        return query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
 
 class Saved(NamedTuple):

@@ -80,12 +80,70 @@ def attention_core(
     add_zero_attn: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention over (L, N, E) -> ((L * N, E), weights (N, heads, L, S))."""
+    seen = _heads(
+        *(query, key, value, key_padding_mask, attn_mask, heads, dropout if training else 0.0),
+        *(need_weights, is_causal, unbatched, bias_k, bias_v, add_zero_attn),
+    )
+    q, k, v, merged, drop = seen.query, seen.key, seen.value, seen.mask, seen.dropout
+    if not need_weights:
+        out = F.scaled_dot_product_attention(q, k, v, merged, drop, seen.causal)
+        return _joined(out), None
+    batch, length, source, head = q.shape[0], q.shape[2], k.shape[2], q.shape[3]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    scaled = q * math.sqrt(1.0 / float(head))
+    if merged is None:
+        scores = torch.bmm(scaled, k.transpose(-2, -1))
+    else:
+        wide = merged.expand(batch, heads, length, source).reshape(batch * heads, length, source)
+        scores = torch.baddbmm(wide, scaled, k.transpose(-2, -1))
+    weights = F.softmax(scores, dim=-1)
+    if drop > 0.0:
+        weights = F.dropout(weights, p=drop)
+    out = torch.bmm(weights, v).transpose(0, 1).contiguous().view(length * batch, heads * head)
+    return out, weights.view(batch, heads, length, source)
+
+
+def attention_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    heads: int,
+    dropout: float,
+    training: bool,
+    need_weights: bool,
+    *rest: Any,
+) -> Heads | None:
+    """What `attention_core` is as one op; None where it is of another result."""
+    if need_weights:
+        return None
+    drop = dropout if training else 0.0
+    masks = key_padding_mask, attn_mask
+    return _heads(query, key, value, *masks, heads, drop, need_weights, *rest)
+
+
+def _heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    heads: int,
+    dropout: float,
+    need_weights: bool,
+    is_causal: bool,
+    unbatched: bool,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+) -> Heads:
+    """What `attention_core` computes with, its result as it has it without weights."""
     if is_causal and attn_mask is None:
         raise InputError("attention with is_causal=True wants an attn_mask")
-    length, batch, width = query.shape
+    _, batch, width = query.shape
     if unbatched and key_padding_mask is not None:
         key_padding_mask = key_padding_mask.unsqueeze(0)
-    drop = dropout if training else 0.0
     causal = bool(is_causal) and key_padding_mask is None and not need_weights
     padding = None if key_padding_mask is None else additive(key_padding_mask, query.dtype)
     mask = None if causal or attn_mask is None else additive(attn_mask, query.dtype)
@@ -98,38 +156,13 @@ def attention_core(
         key, value = torch.cat([key, more_key]), torch.cat([value, more_value])
         padding = None if padding is None else F.pad(padding, (0, 1))
         mask = None if mask is None else F.pad(mask, (0, 1))
-    source, head = key.shape[0], width // heads
-    merged = _merge(padding, mask, batch, heads, source)
+    merged = _merge(padding, mask, batch, heads, key.shape[0])
     q, k, v = (_in_heads(t, heads) for t in (query, key, value))
-    if not need_weights:
-        out = F.scaled_dot_product_attention(q, k, v, merged, drop, causal)
-        return _joined(out), None
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scaled = q * math.sqrt(1.0 / float(head))
-    if merged is None:
-        scores = torch.bmm(scaled, k.transpose(-2, -1))
-    else:
-        wide = merged.expand(batch, heads, length, source).reshape(batch * heads, length, source)
-        scores = torch.baddbmm(wide, scaled, k.transpose(-2, -1))
-    weights = F.softmax(scores, dim=-1)
-    if drop > 0.0:
-        weights = F.dropout(weights, p=drop)
-    out = torch.bmm(weights, v).transpose(0, 1).contiguous().view(length * batch, width)
-    return out, weights.view(batch, heads, length, source)
+    return Heads(q, k, v, None, merged, _finished, causal, None, dropout)
 
 
-def attention_heads(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Heads | None:
-    """What `attention_core` is as one op; None where it is more, or of another result."""
-    padding, mask, heads, dropout, training, need_weights, causal, unbatched, *biases = options
-    masked = padding is not None or mask is not None or causal or biases
-    if masked or need_weights or unbatched or (training and dropout > 0):
-        return None
-    q, k, v = (_in_heads(t, heads) for t in (query, key, value))
-
-    def finish(out: Tensor) -> tuple[Tensor, None]:
-        return _joined(out), None
-
-    return Heads(q, k, v, None, None, finish)
+def _finished(out: Tensor) -> tuple[Tensor, None]:
+    return _joined(out), None
 
 
 def _in_heads(x: Tensor, heads: int) -> Tensor:

@@ -93,9 +93,10 @@ def window_heads(
     logit_scale: Tensor | None,
 ) -> Heads | None:
     """What `window_attend` is as one op; None where it is more than that."""
-    if logit_scale is not None or (training and dropout > 0):
+    if logit_scale is not None:
         return None
-    return Heads(*_in_heads(qkv, heads), bias, _mask(x, window, shift), _joined)
+    three, drop = _in_heads(qkv, heads), dropout if training else 0.0
+    return Heads(*three, bias, _mask(x, window, shift), _joined, dropout=drop)
 
 
 def _in_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
