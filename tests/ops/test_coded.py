@@ -13,7 +13,7 @@ from torch import Tensor
 from swatfx.errors import SwatError
 from swatfx.ops.coded import RULES
 from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes, line_bytes
-from swatfx.tensors import layouts
+from swatfx.tensors import bits, layouts
 from tests.nets.saving_ops import saved_by
 
 pytestmark = pytest.mark.filterwarnings(
@@ -240,3 +240,70 @@ def test_vectors_of_every_length(saves: str, dtype: torch.dtype) -> None:
             cell = 2 * root.amax() / (2 ** BITS[saves] - 1)
             room = cell * (2 * root + cell) + 2 * slack * (1 + root * root)
             assert bool(((found.double() - x.double()).abs() <= room).all())
+
+
+# Scores that are left out, and how the others are made: (mask, causal, scale, dropout).
+ATTENTION_FORMS: dict[str, tuple[Callable[[], Tensor] | None, bool, float | None, float]] = {
+    "plain": (None, False, None, 0.0),
+    "bool": (lambda: torch.arange(18) % 9 < 6 + torch.arange(18) // 9 % 2, False, None, 0.0),
+    "rows": (lambda: torch.arange(11).unsqueeze(1) >= torch.arange(9), False, None, 0.0),
+    "numbers": (lambda: torch.linspace(-3, 3, 2 * 3 * 11 * 9), False, 0.5, 0.0),
+    "causal": (None, True, 0.2, 0.0),
+    "dropout": (None, False, None, 0.25),
+    "all": (lambda: torch.linspace(-3, 3, 2 * 3 * 11 * 9), False, 0.2, 0.25),
+    "causal dropout": (None, True, None, 0.25),
+}
+_MASKS = {"bool": (2, 1, 1, 9), "rows": (11, 9), "numbers": (2, 3, 11, 9), "all": (2, 3, 11, 9)}
+
+
+def by_formula(
+    inputs: tuple[Tensor, ...], mask: Tensor | None, causal: bool, scale: float, noise: Tensor
+) -> Tensor:
+    """Attention in float64; `noise`: what dropout multiplied weights by."""
+    q, k, v = inputs
+    scores = torch.einsum("nhld,nhsd->nhls", q, k) * scale
+    if mask is not None:
+        unseen = torch.zeros(mask.shape, dtype=scores.dtype).masked_fill(mask == 0, -torch.inf)
+        scores = scores + (unseen if mask.dtype is torch.bool else mask.double())
+    if causal:
+        later = torch.arange(k.shape[2]) > torch.arange(q.shape[2]).unsqueeze(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = weights / weights.sum(-1, keepdim=True) * noise
+    return torch.einsum("nhls,nhsd->nhld", weights, v)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("saves", ["exact", *BITS])
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+def test_attention_by_its_formula(form: str, saves: str, half: bool) -> None:
+    """Values are eager's, of the same draw; gradients are near those of float64.
+
+    Of operands rounded to bfloat16 where autocast rounds them.
+    """
+    made, causal, scale, dropout = ATTENTION_FORMS[form]
+    inputs = tuple(leaf((2, 3, n, 16), seed=i) for i, n in enumerate((11, 9, 9)))
+    mask = None if made is None else made().view(_MASKS[form])
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        torch.manual_seed(7)
+        y, code, dropped = OPS.attention(*inputs, None, mask, saves, causal, scale, dropout)
+        torch.manual_seed(7)
+        eager = F.scaled_dot_product_attention(*inputs, mask, dropout, causal, scale=scale)
+    assert torch.equal(y, eager) and y.dtype is eager.dtype and y.stride() == eager.stride()
+    left = bits.bits_to_mask(dropped, 2 * 3 * 11 * 9) if dropout else torch.ones(2 * 3 * 11 * 9)
+    noise = left.view(2, 3, 11, 9).double() / (1 - dropout)
+    seen = [x.bfloat16() if half else x for x in (*inputs, *(() if mask is None else (mask,)))]
+    if mask is not None and mask.dtype is torch.bool:
+        seen[3] = mask
+    twins = [x.detach().double().requires_grad_() for x in seen[:3]]
+    told = (causal, 16**-0.5 if scale is None else scale)
+    wanted = by_formula(tuple(twins), seen[3] if mask is not None else None, *told, noise)
+    if dropout:  # what is masked anyway counts as dropped
+        assert 0.5 < float(left.view(2, 3, 11, 9).tril().sum() / (6 * 63)) < 0.95
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    found = torch.autograd.grad(y, inputs, grad)
+    exact = torch.autograd.grad(wanted, twins, grad.double())
+    near = {"exact": 1e-6, "int8": 0.02, "int4": 0.45}[saves] + 0.004 * half
+    errors = [float((g - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True)]
+    assert max(errors) < near and all(g.dtype is torch.float32 for g in found)
+    torch.library.opcheck(OPS.attention, (*inputs, None, mask, saves, causal, scale, dropout))

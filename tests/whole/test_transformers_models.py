@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import swatfx
+from tests.nets.saving_nets import kept_by
 
 t = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -178,3 +179,35 @@ def test_the_warning_counts_products_that_are_no_layers() -> None:
     text = r"1 of 1 layers \(6% of the weights\) are below.*; 8 matrices that are .* stay dense"
     with pytest.warns(swatfx.SwatWarning, match=text):
         swatfx.compile(gpt2()[0], "swat-u:0.8")
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("saves", ["exact", "int8", "int4"])
+def test_attention_of_bert_keeps_what_is_predicted(saves: str, half: bool) -> None:
+    """With dropout and a padding mask; its attention is eager code to us."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64}
+    model = t.BertForSequenceClassification(t.BertConfig(**sizes, vocab_size=50, num_labels=3))
+    mask = torch.ones(4, 32, dtype=torch.long)
+    mask[1:, 20:] = 0
+    inputs = {"input_ids": torch.randint(1, 50, (4, 32)), "attention_mask": mask}
+    gm = swatfx.compile(model, "swat-u:0.9", norm_saves=saves, example_inputs=inputs)
+    plain = copy.deepcopy(gm)
+    for part in (plain, *plain.parts.values()):
+        part.__dict__["eager_attention"] = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        torch.manual_seed(3)
+        report = swatfx.report(gm, inputs)
+        twins = [copy.deepcopy(m).train() for m in (gm, plain)]
+        sizes = []
+        for twin in twins:
+            torch.manual_seed(3)
+            sizes.append(kept_by(lambda twin=twin: twin(**inputs).logits, twin))
+        outputs = []
+        for net in (gm.train(), plain.train()):
+            torch.manual_seed(3)
+            outputs.append(net(**inputs).logits)
+    assert report.totals["saved_bytes"] == sizes[0]
+    weights = 4 * 4 * 32 * 32  # of a layer; eager keeps them twice, and the noise
+    assert sizes[1] - sizes[0] > 2 * weights * (2 if half else 4)
+    assert torch.equal(*outputs)
