@@ -71,7 +71,8 @@ class Leaves:
     def attention_in_eager_code(self) -> Attention:
         """The leaf for torch's own attention, called by whom no graph stands for."""
         target = self.attention(F.scaled_dot_product_attention, scaled_dot_product_heads)
-        leaf: Any = self.gm.get_submodule(target)
+        leaf = self.gm.get_submodule(target)
+        assert isinstance(leaf, Attention)
         return leaf
 
     def layer_norm(self, path: str) -> str:

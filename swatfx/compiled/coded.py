@@ -178,8 +178,12 @@ def scaled_dot_product_heads(
     """What `F.scaled_dot_product_attention` is as one op; None where it is another."""
     if enable_gqa or (attn_mask is not None and attn_mask.dim() not in (2, 4)):
         return None
-    options = {"causal": is_causal, "scale": scale, "dropout": dropout_p}
-    return Heads(query, key, value, None, attn_mask, **options)
+    return Heads(
+        *(query, key, value, None, attn_mask),
+        causal=is_causal,
+        scale=scale,
+        dropout=dropout_p,
+    )
 
 
 class Attention(Saver):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from swatfx.compiled.coded import Attention
+if TYPE_CHECKING:
+    from swatfx.compiled.coded import Attention
 
 _CHECKPOINTS = "torch.utils.checkpoint"
 
