@@ -227,7 +227,10 @@ def test_attention_by_masks_and_under_autocast(name: str, saves: str, half: bool
             twin = copy.deepcopy(model)
             torch.manual_seed(3)
             kept.append(kept_by(lambda twin=twin: twin(x), twin))  # type: ignore[misc]
-        assert totals["saved_bytes"] == kept[0] < kept[1]
+        assert totals["saved_bytes"] == kept[0]
+        # What needs neither codes nor dropout's bits is left to torch under autocast, for time.
+        is_torchs = (name, saves, half) == ("vit", "exact", True)
+        assert kept[0] == kept[1] if is_torchs else kept[0] < kept[1]
         (y, found), (other, wanted) = step(gm, x), step(plain, x)
     assert torch.equal(y, other) and list(found) == list(wanted)
     error = sum(float((found[n] - g).square().sum()) for n, g in wanted.items()) ** 0.5
