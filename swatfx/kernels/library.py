@@ -142,8 +142,8 @@ real = ctypes.c_float
 _NULL = ctypes.c_void_p(0)
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Address of a tensor's first element; NULL for None.
+def pointer(x: Tensor | None, past: int = 0) -> ctypes.c_void_p:
+    """Address of a tensor's first element, or `past` bytes behind it; NULL for None.
 
     Raises:
         InputError: its storage was taken away or cut, as frameworks that shard parameters do.
@@ -159,7 +159,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
             value=tuple(x.shape),
             remedy="give its memory back before the forward or backward that reads it",
         )
-    return ctypes.c_void_p(x.data_ptr())
+    return ctypes.c_void_p(x.data_ptr() + past)
 
 
 def result(x: Tensor | None) -> ctypes.c_void_p:

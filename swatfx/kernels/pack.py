@@ -90,11 +90,10 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
         raise MemoryError("packing an activation could not allocate its tables")
     header = mask.numel()
     out = torch.empty(shape_of(layout, header + count * dtype.itemsize), dtype=torch.uint8)
-    start = out.data_ptr()
-    ctypes.memmove(start, mask.data_ptr(), header)
+    ctypes.memmove(out.data_ptr(), mask.data_ptr(), header)
     converts = dtype != x.dtype
     kept = torch.empty(count, dtype=x.dtype) if converts else None
-    values = ctypes.c_void_p(start + header) if kept is None else pointer(kept)
+    values = pointer(out, header) if kept is None else pointer(kept)
     function("swatfx_pack_join")(
         pointer(staged), x.element_size(), pointer(parts), values, ctypes.c_int(team)
     )
@@ -152,7 +151,7 @@ def _(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor | None:
         dtype.itemsize,
         size(elements),
         pointer(packed),
-        ctypes.c_void_p(packed.data_ptr() + header),
+        pointer(packed, header),
         size(count),
         threads(),
     )
