@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swatfx import ops
+from swatfx.ops import direct
 from swatfx.ops.calls import NormCall
 from swatfx.ops.norm import EXACT, NOTHING
 from swatfx.ops.pool import MOST_CELLS
@@ -278,7 +279,7 @@ def _norm(
         call = replace(call, saves=EXACT)  # a frozen norm needs nothing of its input
     args = (x, then.residual, weight, bias, *statistics)
     try:
-        y, _, _, *new, _ = ops.batch_norm(*args, *call.options)
+        y, _, _, *new, _ = direct.call(ops.batch_norm, *args, *call.options)
     except Exception:
         # Recomputation under checkpoints ends by an exception where the last tensor is kept; eager
         # has moved the statistics by then.

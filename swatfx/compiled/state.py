@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from swatfx import ops, selectors
 from swatfx.density import Density
+from swatfx.ops import direct
 from swatfx.ops.autocast import autocast_dtype
 from swatfx.ops.copied import Buffers, Copied, Mended, share_outside
 from swatfx.ops.current import Ranked, recall
@@ -500,7 +501,8 @@ class Pack(nn.Module):
             return None
         dtype = self.stored_dtype(x)
         layout = self.layout or layouts.layout_of(x)
-        kept: Tensor = ops.pack(x.detach(), threshold, self.spatial, self.selector, dtype, layout)
+        given = (x.detach(), threshold, self.spatial, self.selector, dtype, layout)
+        kept: Tensor = direct.call(ops.pack, *given)
         return kept
 
 

@@ -8,10 +8,15 @@ the call (a dispatch mode, a subclass, a functorch transform, a fake, conjugate 
 tensor, another device) stands in the set of keys that the dispatcher hands over with the call: then
 torch's own kernel takes it, as it does where torch.compile watches. What lies above autograd
 (autocast, torch functions, the profiler's record of the call) has had its say by then.
+
+Our own Python (leaf modules, backward formulas) calls ops by `call`, which makes no trip at all
+where the same keys, asked for beforehand, say that nobody would see it: half of what a trip costs
+is to turn some twenty arguments into the dispatcher's values and back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +37,19 @@ _records = torch.is_grad_enabled
 _requires_grad = torch._C._any_requires_grad
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
+# What `call` compares with: the keys of a tensor that is nothing but memory on the host, and those
+# that a thread adds to every call where no mode, transform or trace is on.
+_HOST = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+_NOBODY = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
+_KINDS = (Tensor, torch.nn.Parameter)
+_nodes: dict[CustomOpDef, type[torch.autograd.Function] | None] = {}
+
+_keys_of = torch._C._dispatch_keys
+_added = torch._C._dispatch_tls_local_include_set
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_functions = torch._C._len_torch_function_stack
+_is_profiled = torch._C._autograd._profiler_enabled
+
 
 def register_direct(op: CustomOpDef) -> None:
     """Let plain calls of `op` on CPUs take the short way.
@@ -39,7 +57,7 @@ def register_direct(op: CustomOpDef) -> None:
     The kernel is the one that `op` has when it is called; what it knows of autograd it knows now.
     """
     full = torch.library.get_kernel(op._opoverload, _KEY)
-    node = _node(op)
+    node = _nodes[op] = _node(op)
 
     def kernel(keys: DispatchKeySet, *args: Any) -> Any:
         if keys != _PLAIN or _is_watched() is not None:
@@ -54,6 +72,38 @@ def register_direct(op: CustomOpDef) -> None:
     # Else torch.compile, asked to watch what follows a graph break, would begin with this.
     eval_frame.set_code_exec_strategy(kernel.__code__, _NOT_COMPILED)
     _LIBRARY.impl(op._name, kernel, _KEY, with_keyset=True)
+
+
+def call(op: CustomOpDef, *args: Any) -> Any:
+    """`op(*args)`, for an op whose arguments autocast leaves alone.
+
+    Args:
+        op: that `register_direct` knows.
+        args: all that its schema has, in its types: nothing is converted on the way.
+    """
+    if torch.compiler.is_compiling() or not _goes_unseen(args):
+        return op(*args)
+    if _records() and _requires_grad(*args):
+        node = _nodes[op]
+        return op(*args) if node is None else node.apply(*args)
+    with _below_autograd():
+        return _function(op)(*args)
+
+
+def _goes_unseen(args: Sequence[Any]) -> bool:
+    """Whether a call with `args` would reach `kernel` above by nothing that takes note of it."""
+    if (
+        _is_watched() is not None
+        or _added() != _NOBODY
+        or _functions()
+        or _is_profiled()
+        or _is_excluded(DispatchKey.AutogradCPU)
+    ):
+        return False
+    for one in args:
+        if isinstance(one, Tensor) and (type(one) not in _KINDS or _keys_of(one) != _HOST):
+            return False
+    return True
 
 
 def _function(op: CustomOpDef) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swatfx import selectors
 from swatfx.errors import InputError
+from swatfx.ops import direct
 from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, Saved, schema_of
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
@@ -140,7 +141,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     call = ctx.call if opened is None else replace(ctx.call, open=opened)
     wants = [ctx.needs_input_grad[0], wants_weight_gradient(ctx), ctx.needs_input_grad[2]]
     given = (grad, input, kept, weight, weight_state, ctx.input_shape, wants)
-    grads = linear_backward(*given, *call.options)
+    grads = direct.call(linear_backward, *given, *call.options)
     selector = ctx.call.weight_selector
     first, *wanted = wanted_gradients(ctx, grads, weight, weight_state, selector)
     if first is not None and ctx.order is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swatfx.errors import InputError
+from swatfx.ops import direct
 from swatfx.ops.calls import NormBackwardCall, NormCall, schema_of
 from swatfx.ops.codes import BITS, Room, decode
 from swatfx.ops.norm_codes import NormCode, encode_norm, per_channel
@@ -377,7 +378,8 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Any) -> tuple[Tensor | None,
     if grad is None:
         return (None,) * 11
     wants = list(ctx.needs_input_grad[:4])
-    grads = batch_norm_backward(grad, *ctx.saved_tensors, wants, *ctx.call.options)
+    given = (grad, *ctx.saved_tensors, wants, *ctx.call.options)
+    grads = direct.call(batch_norm_backward, *given)
     if ctx.call.saves in BITS:
         grads = once_only(*grads)
     wanted = [g if want else None for g, want in zip(grads, wants, strict=True)]
