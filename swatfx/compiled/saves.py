@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,16 @@ from swatfx.tensors import layouts
 # Which operand of a norm's addition is written, where it was an augmented assignment.
 NORM, RESIDUAL = "norm", "residual"
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def wanted(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    for one in tensors:
+        if one is not None and one.requires_grad:
+            return True
+    return False
 
 
 def _ours(x: Tensor) -> bool:
@@ -151,11 +155,15 @@ def is_changed(module: Any, kinds: tuple[type, ...]) -> bool:
     """Whether `module` has become another kind, or was given hooks or another forward."""
     if type(module) not in kinds or "forward" in module.__dict__:
         return True
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
-@dataclass(frozen=True)
-class Then:
+class Then(NamedTuple):
     """What follows a norm, and is one with it.
 
     Attributes:
@@ -244,7 +252,7 @@ class NormOf(Bound):
                 statistics = (None, None)
         training = norm.training or statistics == (None, None)
         momentum = 0.0 if momentum is None else momentum
-        call = NormCall(training, momentum, norm.eps, then.relu, self.saves)
+        call = NormCall.of((training, momentum, norm.eps, then.relu, self.saves))
         return _norm(call, x, then, weight, bias, statistics)
 
     def plain(self, x: Tensor, **follows: Any) -> Tensor:

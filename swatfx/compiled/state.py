@@ -130,11 +130,12 @@ class Threshold(nn.Module):
         self.history.forget()
 
     def _refresh(self, x: Tensor, step: Tensor, held: Tensor | None = None) -> Tensor:
-        if self.is_weight or not self.chosen.groups:
+        if not torch.compiler.is_compiling() and (self.is_weight or not self.chosen.groups):
+            buffers = self._buffers  # torch's way to them is by a function of Python each
             known = unchanged(
                 x,
-                self.threshold,
-                self.stamp,
+                buffers["threshold"],
+                buffers["stamp"],
                 step,
                 held,
                 period=self.period,

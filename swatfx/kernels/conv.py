@@ -152,7 +152,7 @@ def succeeded(failed: int, what: str) -> bool:
 
 @conv.register_kernel("cpu")
 def _(*given: Any) -> Tensor:
-    out = _forward(ConvCall(*given[5:]), *given[:4])
+    out = _forward(ConvCall.of(given[5:]), *given[:4])
     return conv_reference(*given) if out is None else out
 
 
@@ -297,7 +297,8 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad = converted(grad, call.layout)
     if wants_bias:  # that of the whole gradient, before Top-K
         grads[2] = grad.movedim(0, -1).reshape(weight.shape[0], -1).sum(1)
-    grad = converted(call.gradient(grad, spatial), call.layout)
+    if call.sparsifies_gradients:
+        grad = converted(call.gradient(grad, spatial), call.layout)
     if wants_input and call.where.backward_weight:
         used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
         grads[0] = _input_gradient(shapes, grad, used, threshold, input_shape)

@@ -139,17 +139,16 @@ def function(
 
 size = ctypes.c_int64
 real = ctypes.c_float
-_NULL = ctypes.c_void_p(0)
 
 
-def pointer(x: Tensor | None, past: int = 0) -> ctypes.c_void_p:
-    """Address of a tensor's first element, or `past` bytes behind it; NULL for None.
+def address(x: Tensor | None) -> int:
+    """Of a tensor's first element; 0 for None.
 
     Raises:
         InputError: its storage was taken away or cut, as frameworks that shard parameters do.
     """
     if x is None:
-        return _NULL
+        return 0
     count = x.numel()
     # Of no elements an offset says nothing: it may lie past the end, as that of an empty slice.
     end = x.storage_offset() + count if count else 0
@@ -159,16 +158,26 @@ def pointer(x: Tensor | None, past: int = 0) -> ctypes.c_void_p:
             value=tuple(x.shape),
             remedy="give its memory back before the forward or backward that reads it",
         )
-    return ctypes.c_void_p(x.data_ptr() + past)
+    return x.data_ptr()
 
 
-def result(x: Tensor | None) -> ctypes.c_void_p:
-    """`pointer`, to a tensor that the caller made just now: nobody can have cut its storage.
+def made(x: Tensor | None) -> int:
+    """`address`, of a tensor that the caller made just now: nobody can have cut its storage.
 
     To ask a tensor for its storage leaves a Python object behind, with which autograd holds the
     storage for shared: it then sums gradients into a third tensor, not in place.
     """
-    return _NULL if x is None else ctypes.c_void_p(x.data_ptr())
+    return 0 if x is None else x.data_ptr()
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """`address`, as a C function takes it among its arguments."""
+    return ctypes.c_void_p(address(x))
+
+
+def result(x: Tensor | None) -> ctypes.c_void_p:
+    """`made`, likewise."""
+    return ctypes.c_void_p(made(x))
 
 
 def new(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:

@@ -10,23 +10,28 @@ C gets them as float32, computes with what it found, and rounds what the op retu
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swatfx.kernels import library
-from swatfx.kernels.library import pointer, result, size
+from swatfx.kernels.library import address, made
 from swatfx.ops import codes as codes_of
 from swatfx.ops import norm
 from swatfx.ops.calls import NormBackwardCall, NormCall
 from swatfx.ops.layout import converted
-from swatfx.ops.saved import bits_size, new_in_layout
+from swatfx.ops.saved import bits_size
 from swatfx.tensors import layouts
 
 LANES = 16
+# `norm_problem` and `norm_backward_problem` of csrc/problems.h: what is another at every call, and
+# behind it what shapes and options decide.
+_TENSORS = struct.Struct("@14P2q").pack
+_GRADIENTS = struct.Struct("@13Pq").pack
+_SIZES = struct.Struct("@8q").pack
 
 
 class _Extent(NamedTuple):
@@ -55,21 +60,45 @@ class _Extent(NamedTuple):
             return _Extent(channels, batch, length, channels * length, length)
         return None
 
-    def arguments(self) -> tuple[ctypes.c_int64, ...]:
-        """As the C functions take it."""
-        return tuple(size(n) for n in self)
+
+class _Kept(NamedTuple):
+    """Where in the bytes for backward stands what: bytes from the beginning."""
+
+    used: int  # of the codes' header, those that are no padding
+    header: int
+    codes: int  # their end; none where there is no header
+    total: int  # with the bits behind them, if there are more
+
+    @staticmethod
+    def of(call: NormCall, shape: torch.Size, has_residual: bool, recomputes: bool) -> _Kept:
+        """What `call.saves` asks for; `recomputes` as in `swatfx.ops.norm`."""
+        room = codes_of.Room.of(shape, call.saves) if call.saves in codes_of.BITS else None
+        mask = call.relu and call.saves != norm.NOTHING
+        if not has_residual and (room is not None or recomputes):
+            mask = False
+        used, header, total = (0, 0, 0) if room is None else (room.used, room.header, room.total)
+        return _Kept(used, header, total, total + (bits_size(shape.numel()) if mask else 0))
+
+    def new(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+        """(bits, codes, header, all of them as one): views of the last, or None."""
+        code = torch.empty(self.total, dtype=torch.uint8, device="cpu")
+        bits = code[self.codes :] if self.total > self.codes else None
+        if not self.header:
+            return bits, None, None, code
+        code[self.used : self.header] = 0
+        return bits, code[self.header : self.codes], code[: self.header], code
 
 
 class _Forward(NamedTuple):
     """A batch norm that C runs: what shapes, dtypes and options alone decide."""
 
-    call: NormCall
     layout: str
     strides: tuple[int, ...]
     channels: int
     stats_dtype: torch.dtype
-    sizes: tuple[Any, ...]
-    flags: tuple[Any, ...]
+    moves: bool  # running statistics
+    room: _Kept
+    sizes: bytes  # the rest of `norm_problem`
 
 
 _Looks = tuple[torch.Size, torch.dtype] | None  # of a tensor
@@ -104,18 +133,15 @@ def _forward(
         or not (call.training or (running_mean is not None and running_var is not None))
     ):
         return None
-    flags = (
-        ctypes.c_double(call.momentum),
-        ctypes.c_double(call.eps),
-        ctypes.c_int(call.training),
-        ctypes.c_int(call.relu),
-        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
-    )
+    flags = call.training, call.relu, codes_of.BITS.get(call.saves, 0)
+    sizes = _SIZES(*extent, *flags) + struct.pack("@2d", call.momentum, call.eps)
     one = torch.empty(0, dtype=dtype, device="cpu")
     weight, bias, mean, _ = (None if p is None else one.to(p[1]) for p in parameters)
     found = norm.stats_dtype(one, weight, bias, mean, call.training)
+    room = _Kept.of(call, shape, residual is not None, norm.recomputes(one, call.training))
     plain = tuple(layouts.strides_of(shape, layout))
-    return _Forward(call, layout, plain, extent.channels, found, extent.arguments(), flags)
+    moves = call.training and running_mean is not None
+    return _Forward(layout, plain, extent.channels, found, moves, room, sizes)
 
 
 def _are_vectors(channels: int, elements: torch.dtype, *parameters: _Looks) -> bool:
@@ -149,33 +175,34 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
     known = _forward(*told) if library.available() else None
     if known is None:
         return norm.batch_norm_reference(*given)
-    call = known.call
     if residual is not None:
         residual = converted(residual, known.layout)
     y = torch.empty_strided(x.shape, known.strides, dtype=x.dtype, device=x.device)
-    # Held by name until C has read them: a pointer keeps no tensor alive.
+    # Held by name until C has read them: an address keeps no tensor alive.
     parameters = [_for_c(p) for p in given_parameters]
-    mean, invstd = (x.new_empty(known.channels, dtype=torch.float32) for _ in range(2))
-    new_mean, new_var = (
-        torch.empty_like(p) if call.training and p is not None else None for p in parameters[2:]
-    )
-    bits, codes, header, code = _room(call, x, residual)
+    mean = torch.empty(known.channels, dtype=torch.float32, device="cpu")
+    invstd = torch.empty_like(mean)
+    new_mean = new_var = None
+    if known.moves:
+        new_mean, new_var = torch.empty_like(mean), torch.empty_like(mean)
+    bits, codes, header, code = known.room.new()
     library.function("swatfx_norm", elements=x.dtype)(
-        pointer(x),
-        pointer(residual),
-        *[pointer(p) for p in parameters],
-        result(y),
-        pointer(mean),
-        pointer(invstd),
-        pointer(new_mean),
-        pointer(new_var),
-        pointer(bits),
-        pointer(codes),
-        pointer(header),
-        *known.sizes,
-        *known.flags,
-        ctypes.c_uint32(codes_of.seed()),
-        library.threads(),
+        _TENSORS(
+            address(x),
+            address(residual),
+            *[address(p) for p in parameters],
+            made(y),
+            made(mean),
+            made(invstd),
+            made(new_mean),
+            made(new_var),
+            made(bits),
+            made(codes),
+            made(header),
+            codes_of.seed(),
+            torch.get_num_threads(),
+        )
+        + known.sizes
     )
     dtype = known.stats_dtype
     running_mean, running_var = given_parameters[2:]
@@ -189,30 +216,21 @@ def _batch_norm(*given: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _room(
-    call: NormCall, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """(bits, codes, header, all of them as one): what `call.saves` asks for; views of the last."""
-    mask = call.relu and call.saves != norm.NOTHING
-    room = codes_of.Room.of(x.shape, call.saves) if call.saves in codes_of.BITS else None
-    if room is not None:
-        mask = call.relu and residual is not None
-    elif residual is None and norm.recomputes(x, call.training):
-        mask = False
-    kept = 0 if room is None else room.total
-    code = x.new_empty(kept + (bits_size(x.numel()) if mask else 0), dtype=torch.uint8)
-    bits = code[kept:] if mask else None
-    if room is None:
-        return bits, None, None, code
-    code[room.used : room.header] = 0
-    return bits, code[room.header : kept], code[: room.header], code
+class _Backward(NamedTuple):
+    """A backward that C runs: what shapes, dtypes and options alone decide."""
+
+    call: NormBackwardCall
+    strides: tuple[int, ...]
+    sizes: bytes
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward(
-    shape: tuple[int, ...], layout: str, grad: _Looks, x: _Looks, parameters: tuple[_Looks, ...]
-) -> tuple[Any, ...] | None:
-    """The sizes that C is told; None if it cannot run the backward."""
+    grad: _Looks, x: _Looks, parameters: tuple[_Looks, ...], options: tuple[Any, ...]
+) -> _Backward | None:
+    """None if C cannot run it."""
+    call = NormBackwardCall(*options)
+    shape, layout = call.shape, call.layout
     extent = _Extent.of(shape, layout)
     wide = grad is not None and grad[0] == shape and x in (None, grad)
     if extent is None or grad is None or not wide or grad[1] not in library.ELEMENTS:
@@ -220,55 +238,62 @@ def _backward(
     fits = all(_are_vectors(extent.channels, grad[1], *p) for p in (parameters[:2], parameters[2:]))
     # None for statistics is what the dispatcher makes of None.
     fits = fits and None not in parameters[2:] and torch.Size(shape).numel() > 0
-    return extent.arguments() if fits else None
+    if not fits:
+        return None
+    flags = call.training, call.relu, codes_of.BITS.get(call.saves, 0)
+    strides = tuple(layouts.strides_of(shape, layout))
+    return _Backward(call, strides, _SIZES(*extent, *flags))
 
 
 @norm.batch_norm_backward.register_kernel("cpu")
 def _batch_norm_backward(*given: Any) -> tuple[Tensor, ...]:
-    grad, x, code, weight, bias, mean, invstd, wants, *options = given
-    call = NormBackwardCall(*options)
-    shape, layout = call.shape, call.layout
+    grad, x, code, weight, bias, mean, invstd, wants, shape, *options = given
     given_parameters = (weight, bias, mean, invstd)
     looks = tuple([_looks(p) for p in given_parameters])
-    known = _backward(tuple(shape), layout, _looks(grad), _looks(x), looks)
+    known = _backward(_looks(grad), _looks(x), looks, (tuple(shape), *options))
     if (
         not library.available()
         or known is None
         or code.data_ptr() % 4  # it begins with floats
-        or not norm.is_complete(call, x, code, wants)
+        or not norm.is_complete(known.call, x, code, wants)
     ):
         return norm.batch_norm_backward_reference(*given)
-    grad = converted(grad, layout)
+    call = known.call
+    grad = converted(grad, call.layout)
     # What saved tensors went through on their way (hooks, the host) may have changed their order.
-    x = None if x is None or call.saves in codes_of.BITS else converted(x, layout)
+    x = None if x is None or call.saves in codes_of.BITS else converted(x, call.layout)
     header = codes = None
     bits = code = code.contiguous()
     if call.saves in codes_of.BITS:
         room = codes_of.Room.of(shape, call.saves)
         header, codes, bits = code.tensor_split((room.header, room.total))
-    # Held by name until C has read them: a pointer keeps no tensor alive.
+    # Held by name until C has read them: an address keeps no tensor alive.
     statistics = [_for_c(p) for p in given_parameters]
-    dx, dresidual = (new_in_layout(shape, layout, grad) if w else None for w in wants[:2])
+    dx, dresidual = (
+        torch.empty_strided(call.shape, known.strides, dtype=grad.dtype, device="cpu")
+        if wanted
+        else None
+        for wanted in wants[:2]
+    )
     dweight, dbias = (
         torch.empty_like(p, dtype=torch.float32) if wanted and p is not None else None
         for wanted, p in zip(wants[2:], (weight, bias), strict=True)
     )
     library.function("swatfx_norm_backward", elements=grad.dtype)(
-        pointer(grad),
-        pointer(x),
-        *[pointer(p) for p in statistics],
-        pointer(bits if bits.numel() else None),
-        pointer(codes),
-        pointer(header),
-        result(dx),
-        result(dresidual),
-        result(dweight),
-        result(dbias),
-        *known,
-        ctypes.c_int(call.training),
-        ctypes.c_int(call.relu),
-        ctypes.c_int(codes_of.BITS.get(call.saves, 0)),
-        library.threads(),
+        _GRADIENTS(
+            address(grad),
+            address(x),
+            *[address(p) for p in statistics],
+            address(bits if bits.numel() else None),
+            address(codes),
+            address(header),
+            made(dx),
+            made(dresidual),
+            made(dweight),
+            made(dbias),
+            torch.get_num_threads(),
+        )
+        + known.sizes
     )
     return (
         _for_torch(dx, grad, grad),

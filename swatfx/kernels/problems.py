@@ -47,6 +47,13 @@ class Shapes:
     dilation: tuple[int, int]
     groups: int
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple([getattr(self, name) for name in self.__match_args__]))
+
+    def __hash__(self) -> int:
+        return self._hash  # a key at every call of a layer, for which ten fields are many
+
     @staticmethod
     def of(
         input_shape: Sequence[int],

@@ -6,7 +6,7 @@ the record; the order of its fields is that of the schema, and defaults are the 
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -47,6 +47,16 @@ class Call:
     """A record whose fields are what an op is told besides its tensors."""
 
     __match_args__: ClassVar[tuple[str, ...]]  # names of the fields
+
+    @classmethod
+    def of(cls: type[_SomeCall], options: Iterable[Any]) -> _SomeCall:
+        """`cls(*options)`, at a third of what the constructor of a frozen record takes.
+
+        Fields that no option is given for are the class's own attributes: the defaults.
+        """
+        made = object.__new__(cls)
+        made.__dict__.update(zip(cls.__match_args__, options, strict=False))
+        return made
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -377,7 +387,8 @@ class Saved(NamedTuple):
     def split(rest: Sequence[Any], call: type[_SomeCall], **named: Any) -> tuple[Saved, _SomeCall]:
         """What follows the gradient in a backward op's arguments, read."""
         count = len(Saved._fields)
-        return Saved(*rest[:count]), call(*rest[count:], **named)
+        options = rest[count:]
+        return Saved(*rest[:count]), call(*options, **named) if named else call.of(options)
 
 
 # What layer ops of both kinds begin with.

@@ -219,7 +219,7 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
-    call = ConvCall(*inputs[5:])
+    call = ConvCall.of(inputs[5:])
     ctx.call = call
     if not call.layout or call.activation_state is not None or call.open is not None:
         layout = call.layout or layouts.layout_of(input)

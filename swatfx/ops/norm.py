@@ -355,18 +355,14 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, T
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias = inputs[:4]
-    call = NormCall(*inputs[6:])
+    call = NormCall.of(inputs[6:])
     _, mean, invstd, new_mean, new_var, code = output
     ctx.mark_non_differentiable(mean, invstd, new_mean, new_var, code)
     ctx.set_materialize_grads(False)
-    ctx.call = NormBackwardCall(
-        tuple(x.shape),
-        layouts.layout_of(x),
-        call.training,
-        call.relu,
-        residual is not None,
-        call.saves,
-    )
+    has_residual = residual is not None
+    shape, layout = tuple(x.shape), layouts.layout_of(x)
+    told = (shape, layout, call.training, call.relu, has_residual, call.saves)
+    ctx.call = NormBackwardCall.of(told)
     wants_x, _, wants_weight, _ = ctx.needs_input_grad[:4]
     masked = call.relu and residual is None and recomputes(x, call.training)
     reads_x = (call.training and wants_x) or wants_weight or masked

@@ -48,7 +48,21 @@ class Origin:
 
     def is_other(self, x: Tensor) -> bool:
         """Whether the values of `x` are from outside."""
+        return self._is_other(_storage_of(x))
+
+    def accept(self, x: Tensor) -> None:
+        """The threshold that is used now belongs to `x`."""
+        self._accept(_storage_of(x))
+
+    def accepts(self, x: Tensor) -> bool:
+        """`accept`, unless the values of `x` are from outside: whether it was done."""
         storage = _storage_of(x)
+        if self._is_other(storage):
+            return False
+        self._accept(storage)
+        return True
+
+    def _is_other(self, storage: torch.UntypedStorage | None) -> bool:
         if storage is None:
             return False
         address = int(storage._cdata)
@@ -56,10 +70,8 @@ class Origin:
             return True
         return bool(_LOADS) and _LOADS.get(address, (None, 0))[1] > self._load
 
-    def accept(self, x: Tensor) -> None:
-        """The threshold that is used now belongs to `x`."""
+    def _accept(self, storage: torch.UntypedStorage | None) -> None:
         self._load = _last
-        storage = _storage_of(x)
         if storage is None:
             self._storage = None
         elif self._storage is None or self._storage.cdata != int(storage._cdata):

@@ -309,18 +309,17 @@ def unchanged(
     if torch.compiler.is_compiling() or _is_watched() or x.is_meta or threshold.is_meta:
         return None
     # The step was made from the inputs: where they are of a subclass, so is it.
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (x, threshold, stamp, step)):
-        return None
+    for one in (x, threshold, stamp, step):
+        if type(one) not in (Tensor, torch.nn.Parameter):
+            return None
     iteration, recomputing, *_ = step.tolist()
     if recomputing:
         return None
     if not old_masks.is_held(stamp, held):
         if iteration % period == 0 or int(stamp) < 0 or history.is_owed or not history.is_used:
             return None
-        if own:
-            if history.origin.is_other(x):
-                return None
-            history.origin.accept(x)
+        if own and not history.origin.accepts(x):
+            return None
     return threshold.clone()
 
 

@@ -241,7 +241,9 @@ EXPORT void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, in
  * activations in bfloat16 too; what is computed is rounded once, when it is written.
  * Tables are small, and a process that has no memory for them crashes. */
 
-/* x: [n]; residual: [n] or NULL; weight, bias: [channels] or NULL, each; running_mean, running_var:
+/* problem: a `norm_problem` of problems.h, and of the backward a `norm_backward_problem`, at any alignment.
+ *
+ * x: [n]; residual: [n] or NULL; weight, bias: [channels] or NULL, each; running_mean, running_var:
  * [channels], or both NULL in training. y: [n] = relu(norm(x) + residual). mean, invstd: [channels], of the
  * batch, or in eval mode of the running statistics. new_mean, new_var: [channels], in training the running
  * statistics moved on by `momentum`; NULL if there are none, or in eval mode not written. bits: [ceil(n /
@@ -252,11 +254,7 @@ EXPORT void TYPED(swatfx_transpose)(const elem *in, elem *out, int64_t batch, in
  * training, relu: 0 or 1. bits: only if relu; needed by backward if there are codes and a residual. In
  * training runs * length > 1: one element has no variance. eps and momentum may be any: they make values,
  * no addresses. Checked by: norm.py. */
-EXPORT void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight,
-    const float *bias, const float *running_mean, const float *running_var, elem *y, float *mean,
-    float *invstd, float *new_mean, float *new_var, uint8_t *bits, uint8_t *codes, float *header,
-    int64_t channels, int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, double momentum, double eps,
-    int training, int relu, int width, uint32_t seed, int threads);
+EXPORT void TYPED(swatfx_norm)(const void *problem);
 
 /* grad: [n]; x: [n] or NULL; weight, bias: as forward had them; mean, invstd: [channels], from forward;
  * bits, codes, header: as forward wrote them, or NULL. dx, dresidual: [n] or NULL if not wanted; dweight,
@@ -268,11 +266,7 @@ EXPORT void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float 
  * byte.
  *
  * `header` is aligned to 4 bytes. Checked by: norm.py, with is_complete in swatfx/ops/norm.py. */
-EXPORT void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const float *weight, const
-    float *bias, const float *mean, const float *invstd, const uint8_t *bits, const uint8_t *codes,
-    const float *header, elem *dx, elem *dresidual, float *dweight, float *dbias, int64_t channels,
-    int64_t runs, int64_t length, int64_t run_step, int64_t channel_step, int training, int relu, int
-    width, int threads);
+EXPORT void TYPED(swatfx_norm_backward)(const void *problem);
 
 /* ---- Whole tensors in codes: coded.py ----
  *

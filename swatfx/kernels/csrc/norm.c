@@ -3,21 +3,19 @@
  *
  * Stands on norm_runs.c, norm_runs_backward.c and norm_last.c.
  */
+#include <string.h>
+
 #include "exports.h"
 #include "norm_backward.h"
 
-void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight,
-                        const float *bias, const float *running_mean, const float *running_var,
-                        elem *y, float *mean, float *invstd, float *new_mean, float *new_var,
-                        uint8_t *bits, uint8_t *codes, float *header, int64_t channels,
-                        int64_t runs, int64_t length, int64_t run_step, int64_t channel_step,
-                        double momentum, double eps, int training, int relu, int width,
-                        uint32_t seed, int threads) {
-    extent e = {channels, runs, length, run_step, channel_step, threads};
-    forward f = {x,      residual, weight,  bias, running_mean, running_var, y,        mean,
-                 invstd, new_mean, new_var, bits, codes,        header,      momentum, eps,
-                 training, relu,   width,   0,    seed};
-    f.past = outgrows_cache(channels * runs * length);
+void TYPED(swatfx_norm)(const void *problem) {
+    norm_problem p;
+    memcpy(&p, problem, sizeof p);
+    extent e = {p.channels, p.runs, p.length, p.run_step, p.channel_step, (int)p.threads};
+    forward f = {p.x, p.residual, p.weight, p.bias, p.running_mean, p.running_var, p.y, p.mean,
+                 p.invstd, p.new_mean, p.new_var, p.bits, p.codes, p.header, p.momentum, p.eps,
+                 (int)p.training, (int)p.relu, (int)p.width, 0, (uint32_t)p.seed};
+    f.past = outgrows_cache(p.channels * p.runs * p.length);
     if (is_last(&e)) {
         norm_last(&f, &e);
     } else {
@@ -25,18 +23,14 @@ void TYPED(swatfx_norm)(const elem *x, const elem *residual, const float *weight
     }
 }
 
-void TYPED(swatfx_norm_backward)(const elem *grad, const elem *x, const float *weight,
-                                 const float *bias, const float *mean, const float *invstd,
-                                 const uint8_t *bits, const uint8_t *codes, const float *header,
-                                 elem *dx, elem *dresidual, float *dweight, float *dbias,
-                                 int64_t channels, int64_t runs, int64_t length,
-                                 int64_t run_step, int64_t channel_step, int training, int relu,
-                                 int width, int threads) {
-    extent e = {channels, runs, length, run_step, channel_step, threads};
-    enum mask_from masks = !relu ? ALL : bits ? BITS : codes ? CODES : SIGN;
-    backward b = {grad,   x,  weight,    bias,    mean,  invstd,   bits, codes,
-                  header, dx, dresidual, dweight, dbias, training, width, 0, masks};
-    b.past = outgrows_cache(channels * runs * length);
+void TYPED(swatfx_norm_backward)(const void *problem) {
+    norm_backward_problem p;
+    memcpy(&p, problem, sizeof p);
+    extent e = {p.channels, p.runs, p.length, p.run_step, p.channel_step, (int)p.threads};
+    enum mask_from masks = !p.relu ? ALL : p.bits ? BITS : p.codes ? CODES : SIGN;
+    backward b = {p.grad, p.x, p.weight, p.bias, p.mean, p.invstd, p.bits, p.codes, p.header, p.dx,
+                  p.dresidual, p.dweight, p.dbias, (int)p.training, (int)p.width, 0, masks};
+    b.past = outgrows_cache(p.channels * p.runs * p.length);
     if (is_last(&e)) {
         norm_last_backward(&b, &e);
     } else {

@@ -85,4 +85,31 @@ typedef struct {
     int64_t kernel[2], stride[2], padding[2], dilation[2]; /* (y, x) each */
 } pooling;
 
+/* A batch norm, and its backward: swatfx_norm and swatfx_norm_backward in exports.h say what they hold. A
+ * `void *` is to elements of the function's type. Where channels lie is told as in `extent` of norm.h. */
+typedef struct {
+    const void *x, *residual;
+    const float *weight, *bias, *running_mean, *running_var;
+    void *y;
+    float *mean, *invstd, *new_mean, *new_var;
+    uint8_t *bits, *codes;
+    float *header;
+    int64_t seed, threads;
+    int64_t channels, runs, length, run_step, channel_step;
+    int64_t training, relu, width;
+    double momentum, eps;
+} norm_problem;
+
+typedef struct {
+    const void *grad, *x;
+    const float *weight, *bias, *mean, *invstd;
+    const uint8_t *bits, *codes;
+    const float *header;
+    void *dx, *dresidual;
+    float *dweight, *dbias;
+    int64_t threads;
+    int64_t channels, runs, length, run_step, channel_step;
+    int64_t training, relu, width;
+} norm_backward_problem;
+
 #endif
