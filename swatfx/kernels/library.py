@@ -170,14 +170,14 @@ def made(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """`address`, as a C function takes it among its arguments."""
-    return ctypes.c_void_p(address(x))
+def pointer(x: Tensor | None, past: int = 0) -> ctypes.c_void_p:
+    """`address`, or `past` bytes behind it, as a C function takes it among its arguments."""
+    return ctypes.c_void_p(address(x) + past)
 
 
-def result(x: Tensor | None) -> ctypes.c_void_p:
+def result(x: Tensor | None, past: int = 0) -> ctypes.c_void_p:
     """`made`, likewise."""
-    return ctypes.c_void_p(made(x))
+    return ctypes.c_void_p(made(x) + past)
 
 
 def new(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ torch converts the few that are kept.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from swatfx import selectors
 from swatfx.kernels import fitting
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
-from swatfx.kernels.library import function, pointer, real, size, threads
+from swatfx.kernels.library import function, pointer, real, result, size, threads
 from swatfx.ops.layout import to_layout
 from swatfx.ops.pack import pack, pack_reference, shape_of
 from swatfx.ops.where import kept_top
@@ -59,6 +60,12 @@ def _least_at(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(near.float() < threshold, above, near)
 
 
+@functools.cache
+def _staging(team: int) -> type[ctypes.Array[ctypes.c_int64]]:
+    """Two numbers a thread: `staging` of csrc/exports.h."""
+    return ctypes.c_int64 * (2 * team)
+
+
 def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> Tensor | None:
     if layouts.layout_of(x) != layout:
         x = to_layout(x, layout)
@@ -71,7 +78,7 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
     # As large as x, but only as much of it is ever touched as is kept.
     staged = torch.empty(x.numel(), dtype=x.dtype)
     team = torch.get_num_threads()
-    parts = torch.empty(2 * team, dtype=torch.int64)
+    parts = _staging(team)()
     bounds = groups.gather(threshold)
     count = function("swatfx_pack_top", ctypes.c_int64)(
         pointer(x),
@@ -81,10 +88,10 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
         NAN_FROM[x.dtype],
         size(groups.rows),
         size(groups.columns),
-        pointer(mask),
-        pointer(staged),
-        pointer(parts),
-        ctypes.c_int(team),
+        result(mask),
+        result(staged),
+        parts,
+        team,
     )
     if count < 0:
         raise MemoryError("packing an activation could not allocate its tables")
@@ -93,9 +100,9 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
     ctypes.memmove(out.data_ptr(), mask.data_ptr(), header)
     converts = dtype != x.dtype
     kept = torch.empty(count, dtype=x.dtype) if converts else None
-    values = pointer(out, header) if kept is None else pointer(kept)
+    values = result(out, header) if kept is None else result(kept)
     function("swatfx_pack_join")(
-        pointer(staged), x.element_size(), pointer(parts), values, ctypes.c_int(team)
+        result(staged), x.element_size(), parts, values, team
     )
     if kept is not None and count:
         out.view(-1)[header:].view(dtype).copy_(kept)

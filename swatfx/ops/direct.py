@@ -41,7 +41,8 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 # that a thread adds to every call where no mode, transform or trace is on.
 _HOST = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
 _NOBODY = DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)
-_KINDS = (Tensor, torch.nn.Parameter)
+_KINDS = frozenset((Tensor, torch.nn.Parameter))
+_OTHERS = frozenset((bool, int, float, str, type(None), list, tuple, torch.Size, torch.dtype))
 _nodes: dict[CustomOpDef, type[torch.autograd.Function] | None] = {}
 
 _keys_of = torch._C._dispatch_keys
@@ -79,7 +80,8 @@ def call(op: CustomOpDef, *args: Any) -> Any:
 
     Args:
         op: that `register_direct` knows.
-        args: all that its schema has, in its types: nothing is converted on the way.
+        args: all that its schema has, in its types: nothing is converted on the way. Lists hold no
+            tensors.
     """
     if torch.compiler.is_compiling() or not _goes_unseen(args):
         return op(*args)
@@ -101,7 +103,10 @@ def _goes_unseen(args: Sequence[Any]) -> bool:
     ):
         return False
     for one in args:
-        if isinstance(one, Tensor) and (type(one) not in _KINDS or _keys_of(one) != _HOST):
+        kind = type(one)
+        if kind in _OTHERS:
+            continue
+        if kind not in _KINDS or _keys_of(one) != _HOST:
             return False
     return True
 
