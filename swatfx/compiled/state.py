@@ -131,7 +131,8 @@ class Threshold(nn.Module):
 
     def _refresh(self, x: Tensor, step: Tensor, held: Tensor | None = None) -> Tensor:
         if not torch.compiler.is_compiling() and (self.is_weight or not self.chosen.groups):
-            buffers = self._buffers  # torch's way to them is by a function of Python each
+            # Torch's way to them is by a function of Python each.
+            buffers: dict[str, Any] = self._buffers
             known = unchanged(
                 x,
                 buffers["threshold"],

@@ -101,9 +101,7 @@ def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> 
     converts = dtype != x.dtype
     kept = torch.empty(count, dtype=x.dtype) if converts else None
     values = result(out, header) if kept is None else result(kept)
-    function("swatfx_pack_join")(
-        result(staged), x.element_size(), parts, values, team
-    )
+    function("swatfx_pack_join")(result(staged), x.element_size(), parts, values, team)
     if kept is not None and count:
         out.view(-1)[header:].view(dtype).copy_(kept)
     return out

@@ -106,6 +106,72 @@ def test_both_ways_give_the_same(wanted: tuple[int, ...]) -> None:
             assert torch.equal(one, other) and one.stride() == other.stride()
 
 
+def _relu(x: Tensor) -> Tensor:
+    y: Tensor = direct.call(ops.relu, x)[0]
+    return y
+
+
+def test_a_call_of_our_own_gives_what_the_op_gives() -> None:
+    ours, theirs = (torch.randn(3, 4, generator=_seeded()).requires_grad_() for _ in range(2))
+    y, z = _relu(ours), ops.relu(theirs)[0]
+    assert _is_short(y) and torch.equal(y, z)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad) and ours.grad.any()
+    with torch.no_grad():
+        assert _relu(ours).grad_fn is None
+    with torch._C._AutoDispatchBelowAutograd():  # as inside of an op: nothing is recorded
+        assert _relu(ours).grad_fn is None
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_a_call_of_our_own_is_seen_by_whatever_watches() -> None:
+    x = torch.randn(3, 4)
+    with Watching() as mode:
+        _relu(x)
+    assert "swatfx.relu.default" in mode.seen
+    with Listening() as functions:
+        _relu(x)
+    assert any("swatfx.relu" in name for name in functions.seen)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        _relu(x)
+    assert "swatfx::relu" in {event.key for event in run.key_averages()}
+    Wrapped.seen.clear()
+    assert type(_relu(Wrapped(x))) is Wrapped and Wrapped.seen == ["swatfx.relu.default"]
+    with FakeTensorMode() as fake:
+        assert isinstance(_relu(fake.from_tensor(x)), FakeTensor)
+    assert torch.equal(torch.func.vmap(_relu)(x), x.relu())
+    assert torch.equal(torch.func.functionalize(_relu)(x), x.relu())
+    assert torch.equal(_relu(torch._neg_view(-x)), x.relu())
+    with torch.inference_mode():
+        assert _relu(x).is_inference()
+    assert _relu(x.to("meta")).is_meta
+
+
+@pytest.mark.usefixtures("_compiles")
+def test_a_call_of_our_own_is_in_a_compiled_graph() -> None:
+    targets: list[str] = []
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        targets.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.compile(_relu, backend=backend, fullgraph=True)(x), x.relu())
+    assert any("swatfx.relu" in name for name in targets), targets
+
+
+def test_options_of_a_record() -> None:
+    given = ((1, 1), (1, 1), (1, 1), 1)
+    made, plain = ConvCall.of(given), ConvCall(*given)
+    assert made == plain and made.options == plain.options and hash(made) == hash(plain)
+    assert ConvCall.of(CONV) == ConvCall(*CONV)
+
+
 def test_every_op_has_it() -> None:
     for name in ops.__all__:
         key = "AutogradCPU"
