@@ -99,7 +99,7 @@ def _goes_unseen(args: Sequence[Any]) -> bool:
         or _added() != _NOBODY
         or _functions()
         or _is_profiled()
-        or _is_excluded(DispatchKey.AutogradCPU)
+        or _is_excluded(DispatchKey.AutogradFunctionality)
     ):
         return False
     for one in args:
