@@ -25,11 +25,14 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from passes.predict_kernels import WOULD_TAKE, Choice, Prediction
 from passes.reading.aliasing import Versions
-from passes.writing.layout_flow import LayoutFlow
+from passes.reading.saving_calls import Calls
+from passes.writing.layout_flow import LayoutFlow, Turned, turned_layers
+from passes.writing.saving_leaves import Leaves
 from swatfx import kernels, masks
 from swatfx.compiled import (
     LayerNode,
@@ -44,10 +47,11 @@ from swatfx.errors import InputError
 from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
+from swatfx.ops.coded import RULES
 from swatfx.ops.layout import laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
-from swatfx.tensors.layouts import BATCH_INNERMOST
+from swatfx.tensors.layouts import BATCH_INNERMOST, FEATURES_MAJOR, ROW_MAJOR
 
 MOST_DENSE = 0.3
 STAYS_SPARSE = 0.36  # of what runs sparse already: a density that wavers shall not move it about
@@ -55,6 +59,7 @@ LEAST_FILTERS = 16  # of a group, unless it is depthwise: below, hardly a vector
 SPARSE = "sparse"
 _RESHAPED = "what it makes has another name, and is written in place later"
 _CHOSEN = ("layout", "sparse_kernels")  # keyword arguments of ops
+_TOLD = {BATCH_INNERMOST: "", FEATURES_MAJOR: ROW_MAJOR}  # layouts of packs -> as they were before
 # Methods by the names that their papers give them, for people.
 _NAMES = {
     name.lower(): name for name in ("RigL", "SET", "SNFS", "DSR", "DST", "SSC", "SAW", "meProp")
@@ -76,6 +81,7 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
             layer.tell(sparse_kernels=True)
     for prefix, part in all_parts(gm):
         _lay_out(part, prefix, versions)
+        _turn(gm, part, prefix, versions)
         part.recompile()
     # A layer that several graphs call, or one calls twice, is one layer; all its calls run alike.
     layers = {layer.plan.name: reason for layer, reason in reasons.items()}
@@ -100,9 +106,12 @@ class _Known:
     def of(self, part: SwatModule, prefix: str) -> Versions:
         """Those of a part, as its graph was when they were first asked for."""
         if part not in self._found:
-            eager = {relative(prefix, path): reason for path, reason in self._eager.items()}
-            self._found[part] = Versions(part, eager)
+            self._found[part] = Versions(part, self.eager(prefix))
         return self._found[part]
+
+    def eager(self, prefix: str) -> dict[str, str]:
+        """Modules below a part that stay eager, and why."""
+        return {relative(prefix, path): reason for path, reason in self._eager.items()}
 
 
 def kernels_on(gm: SwatModule, device: str) -> dict[str, str]:
@@ -134,7 +143,9 @@ def _reasons(
     if asked == "auto" and None in fixed.values() and gm.swat.example is not None and not moves:
         able = [layer for layer in convolutions if fixed[layer] is None]
         try:
-            prediction = Prediction(gm, layers, _flows(gm, able, versions))
+            linear = [n for n in layers if fixed[n] is None and not n.is_conv]
+            turned = _turned(gm, linear, versions)
+            prediction = Prediction(gm, layers, _flows(gm, able, versions), turned)
         except InputError as error:  # shapes that depend on values, say
             told = f"kernels are chosen by densities alone: {error.problem}"
     if prediction is not None:
@@ -190,6 +201,15 @@ def _flows(
     return found
 
 
+def _turned(gm: SwatModule, layers: list[LayerNode], versions: _Known) -> list[Turned]:
+    """What may lie in "features_major", if the linear layers `layers` run sparse."""
+    found = []
+    for prefix, part in all_parts(gm):
+        own = [layer for layer in layers if layer.part is part]
+        found += turned_layers(part, versions.of(part, prefix), own) if own else []
+    return found
+
+
 def follow_densities(gm: SwatModule) -> None:
     """Choose anew where densities have moved so far that the choice is another.
 
@@ -214,8 +234,8 @@ def choose_again(gm: SwatModule, ctx: Context) -> None:
         layer.node.kwargs = kept
         layer.replan(kernels="")
         pack = layer.pack_module
-        if pack is not None and pack.layout == BATCH_INNERMOST:
-            pack.layout = ""
+        if pack is not None and pack.layout in _TOLD:
+            pack.layout = _TOLD[pack.layout]
     for _, part in all_parts(gm):
         part.recompile()
     choose_kernels(gm, ctx)
@@ -326,3 +346,34 @@ def _lay_out(part: SwatModule, prefix: str, versions: _Known) -> None:
         layer.tell(layout=BATCH_INNERMOST)
         if layer.pack_module is not None:  # else its weight gradient reads the dense activation
             layer.pack_module.layout = BATCH_INNERMOST
+
+
+def _turn(gm: SwatModule, part: SwatModule, prefix: str, versions: _Known) -> None:
+    """Let what lies between sparse linear layers alone lie as their kernels compute it.
+
+    A layer whose input or gradient comes so keeps its packed input so as well: its weight gradient
+    then reads both as they lie.
+    """
+    sparse = [n for n in nodes_of(part, prefix) if not n.is_conv and n.plan.kernels == SPARSE]
+    if not sparse:
+        return
+    turned = turned_layers(part, versions.of(part, prefix), sparse)
+    makers = [layer for one in turned for layer in one.makers]
+    readers = [layer for one in turned for layer in one.readers]
+    calls, leaves = Calls(part, versions.eager(prefix)), Leaves(gm)
+    for node in (
+        node for one in turned for node in one.between
+    ):  # GELU is slow in this order unless a leaf of ours calls it
+        found = calls.coded(node)
+        if found is not None and F.gelu in RULES[found[0]].functions:
+            with part.graph.inserting_before(node):
+                leaf = part.graph.call_module(leaves.coded(found[0]), found[1])
+            leaf.meta.update(node.meta)
+            node.replace_all_uses_with(leaf)
+            part.graph.erase_node(node)
+            leaf.name = node.name
+    for layer in makers:
+        layer.tell(layout=FEATURES_MAJOR)
+    for layer in (*makers, *readers):
+        if layer.pack_module is not None:
+            layer.pack_module.layout = FEATURES_MAJOR

@@ -2,7 +2,8 @@
 
 Reads LayerPlans, LayerCalls, the layouts' flow and an observed run; changes nothing. What is
 predicted of is what the choice of kernels makes differ: layers, norms and conversions between
-memory orders. Elementwise functions take the same time in either order.
+memory orders. Elementwise functions take the same time in either order. What a sparse linear layer
+takes was measured from row-major to row-major: it takes less beside others of its kind.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from swatfx import forecast
 from swatfx.compiled import LayerNode, Pack, SwatModule, saves
 from swatfx.forecast import Call, Joint, Work, cheapest, total
 from swatfx.forecast.work import CONVERSION, DENSE, NORM, PLAIN, SPARSE
+from swatfx.tensors.layouts import FEATURES_MAJOR, between_linear
 
 if TYPE_CHECKING:
-    from passes.writing.layout_flow import LayoutFlow
+    from passes.writing.layout_flow import LayoutFlow, Turned
 
 WOULD_TAKE = "sparse kernels would take"
 _Shape = tuple[int, ...]
@@ -46,6 +48,7 @@ class Prediction:
         gm: SwatModule,
         layers: list[LayerNode],
         flows: Iterable[tuple[str, LayoutFlow]],
+        turned: Iterable[Turned] = (),
     ) -> None:
         """Observe a run of `gm` on its example.
 
@@ -53,6 +56,7 @@ class Prediction:
             gm: a compiled model that has an example.
             layers: its sparse ops.
             flows: (path of a part, the layout's flow if all its convolutions ran sparse).
+            turned: what lies in "features_major" if all linear layers that can ran sparse.
 
         Raises:
             InputError: the model does not run on the example's shapes alone.
@@ -75,6 +79,7 @@ class Prediction:
         self._joints: list[Joint] = []
         for prefix, flow in flows:
             self._joints += self._of_part(prefix, flow)
+        self._joints += [self._of_turned(one) for one in turned]
 
     def reaches(self, layer: LayerNode) -> bool:
         """Whether the example's run called the layer, or one that runs alike, in any graph."""
@@ -126,6 +131,26 @@ class Prediction:
             dense += self.constants.seconds(work, DENSE)
             self._plain += self.constants.seconds(work, PLAIN)
         return sparse, dense
+
+    def _of_turned(self, turned: Turned) -> Joint:
+        """Linear layers that convert nothing between them, unless one of them runs dense."""
+        joint = _Joint()
+        ends = [(layer, False) for layer in turned.makers]
+        for layer, reads in (*ends, *((layer, True) for layer in turned.readers)):
+            calls = self._run.nodes.get(layer.key, [])
+            shapes = [seen.input_shape if reads else seen.output_shape for seen in calls]
+            turns = [shape for shape in shapes if between_linear(shape) == FEATURES_MAJOR]
+            sparse, dense = self._seconds[layer]
+            converting = sum(
+                self.constants.seconds(
+                    Work.of_tensor(CONVERSION, self.dtype, math.prod(shape)), SPARSE
+                )
+                for shape in turns
+            )
+            converting = min(converting, sparse / 2)  # as far as constants go
+            self._seconds[layer] = sparse - converting, dense
+            joint.add(self._groups[layer], converting)
+        return joint.done()
 
     def _of_part(self, prefix: str, flow: LayoutFlow) -> list[Joint]:
         """What lies between the convolutions of one graph."""

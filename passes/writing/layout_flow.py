@@ -1,4 +1,4 @@
-"""How the layout of sparse convolutions flows through a graph; used by `choose_kernels` alone.
+"""How the layout of sparse convolutions flows through a graph, and that of linear layers.
 
 Reads nodes and modules; inserts `laid_out` calls, which copy a tensor into a layout where it is not
 in it yet. A tensor is converted where it is made, once for all its readers that want it, unless
@@ -10,7 +10,7 @@ row-major order.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,13 @@ from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
 # Whose results lie in memory as their operands do.
+_ELEMENTWISE_SAVERS = (saves.Relu, saves.DropoutOf, saves.Dropout, Elementwise)
 _SAVERS = (
-    saves.Relu,
+    *_ELEMENTWISE_SAVERS,
     saves.MaxPool2d,
     saves.AvgPool2d,
     saves.Norm,
     saves.NormOf,
-    saves.DropoutOf,
-    saves.Dropout,
-    Elementwise,
     Multiply,
 )
 _MODULES = (
@@ -110,6 +108,84 @@ _STRIDES = (
 )
 
 
+def _passing_on(
+    part: SwatModule, node: fx.Node, savers: tuple[type[torch.nn.Module], ...]
+) -> list[fx.Node]:
+    """The inputs whose memory order `node` passes on."""
+    found: tuple[Any, ...]
+    if node.op == "call_module":
+        module = part.get_submodule(str(node.target))
+        if not isinstance(module, savers) and type(module) not in _MODULES:
+            return []
+        operands = 2 if isinstance(module, Multiply) else 1
+        found = (*node.args[:operands], node.kwargs.get("input"), node.kwargs.get("residual"))
+    elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS):
+        found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
+    else:
+        return []
+    return [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
+
+
+class Turned(NamedTuple):
+    """Tensors between linear layers that nobody else sees, and that meet each other.
+
+    Attributes:
+        makers: layers whose result elementwise functions alone read, for `readers` alone.
+        readers: layers that read such results, mediately or not.
+        between: calls of elementwise functions.
+    """
+
+    makers: list[LayerNode]
+    readers: list[LayerNode]
+    between: list[fx.Node]
+
+
+def turned_layers(part: SwatModule, versions: Versions, layers: list[LayerNode]) -> list[Turned]:
+    """What may lie in "features_major": tensors between linear layers, each with what it needs.
+
+    Args:
+        part: whose graph it is; nothing in it is changed.
+        versions: of its tensors.
+        layers: the linear layers that run sparse.
+    """
+    makers = {layer.node: layer for layer in layers}
+    readers = {
+        (layer.input, reader): layer
+        for layer in layers
+        for reader in (layer.node, layer.pack, layer.activation_state)
+        if reader is not None and layer.weight is not layer.input
+    }
+    turned: list[Turned] = []
+    known: set[fx.Node] = set()
+    for start in layers:
+        if start.node in known:
+            continue
+        seen, todo = {start.node}, [start.node]
+        found: list[LayerNode] | None = []
+        while todo and found is not None:
+            node = todo.pop()
+            for user in node.users:
+                if (node, user) in readers:
+                    found.append(readers[node, user])
+                    continue
+                operands = _passing_on(part, user, _ELEMENTWISE_SAVERS)
+                if node not in operands or versions.is_foreign(user):
+                    found = None
+                    break
+                todo += [n for n in (user, *operands) if n not in seen]
+                seen.update((user, *operands))
+            sources = node in makers or _passing_on(part, node, _ELEMENTWISE_SAVERS)
+            found = found if sources else None
+        if found:
+            ends = {layer.node: layer for layer in found}
+            between = [n for n in seen if n not in makers]
+            turned.append(
+                Turned([makers[n] for n in seen if n in makers], list(ends.values()), between)
+            )
+            known |= seen
+    return turned
+
+
 class LayoutFlow:
     """The layout in one graph, from the sparse convolutions `layers` on.
 
@@ -137,18 +213,7 @@ class LayoutFlow:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose memory order `node` passes on; empty for all that goes its own way."""
-        found: tuple[Any, ...]
-        if node.op == "call_module":
-            module = self.part.get_submodule(str(node.target))
-            if not isinstance(module, _SAVERS) and type(module) not in _MODULES:
-                return []
-            operands = 2 if isinstance(module, Multiply) else 1
-            found = (*node.args[:operands], node.kwargs.get("input"), node.kwargs.get("residual"))
-        elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS):
-            found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
-        else:
-            return []
-        nodes = [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
+        nodes = _passing_on(self.part, node, _SAVERS)
         return nodes if all(self._may_copy(n, node) for n in nodes) else []
 
     def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:

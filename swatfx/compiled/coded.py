@@ -17,6 +17,7 @@ from swatfx.ops.calls import AttentionCall
 from swatfx.ops.coded import RULES
 from swatfx.ops.codes import GROUP
 from swatfx.ops.norm import EXACT
+from swatfx.tensors import layouts
 
 
 def _pays(x: Any) -> bool:
@@ -25,7 +26,7 @@ def _pays(x: Any) -> bool:
 
 
 class Elementwise(Saver):
-    """A function of one element."""
+    """A function of one element; with exact saves it keeps what eager keeps."""
 
     def __init__(self, rule: str, saves: str) -> None:
         super().__init__()
@@ -33,16 +34,14 @@ class Elementwise(Saver):
 
     def forward(self, x: Tensor) -> Tensor:
         """Keep the codes of the derivative."""
-        if not (wanted(x) and _pays(x)):
+        if self.saves == EXACT or not (wanted(x) and _pays(x)):
             return self.plain(x)
         y: Tensor = ops.elementwise(x, self.rule, self.saves)[0]
         return y
 
     def plain(self, x: Tensor) -> Tensor:
         """As in eager, but not in place."""
-        rule = RULES[self.rule]
-        y: Tensor = rule.functions[0](x, **rule.options)
-        return y
+        return layouts.of_each(RULES[self.rule].of_elements, x)
 
 
 class LayerNorm(Saver):

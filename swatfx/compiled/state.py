@@ -502,7 +502,8 @@ class Pack(nn.Module):
         if not any(w.requires_grad for w in weights):
             return None
         dtype = self.stored_dtype(x)
-        layout = self.layout or layouts.layout_of(x)
+        turned = self.layout == layouts.FEATURES_MAJOR
+        layout = layouts.between_linear(x.shape) if turned else self.layout
         given = (x.detach(), threshold, self.spatial, self.selector, dtype, layout)
         kept: Tensor = direct.call(ops.pack, *given)
         return kept

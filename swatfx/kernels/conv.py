@@ -216,8 +216,30 @@ def _weight_gradient(
     """Dense, in the memory order of `weight`; None if `kept` is not what the kernels read."""
     if shapes.is_depthwise:
         return _depthwise_gradient(shapes, kept, stored, grad, weight)
+    return run_weight_gradient(shapes, kept, BATCH_INNERMOST, stored, grad, weight)
+
+
+def run_weight_gradient(
+    shapes: Shapes, kept: Tensor, layout: str, stored: torch.dtype, grad: Tensor, weight: Tensor
+) -> Tensor | None:
+    """A weight gradient by a packed activation, in the dtype and memory order of `weight`.
+
+    Args:
+        shapes: of the convolution.
+        kept: the activation, in the order (channel, y, x, image).
+        layout: what the activation calls that order.
+        stored: dtype of its values.
+        grad: of the result, likewise in memory.
+        weight: that it is the gradient of.
+
+    Returns:
+        None if `kept` is not what the kernels read.
+
+    Raises:
+        MemoryError: no room for its buffers.
+    """
     elements = shapes.batch * shapes.channels * shapes.height * shapes.width
-    values = fitting.packed_values(kept, elements, stored, BATCH_INNERMOST)
+    values = fitting.packed_values(kept, elements, stored, layout)
     if values is None or stored not in library.ELEMENTS:
         return None
     out = torch.empty_like(weight, dtype=torch.float32)

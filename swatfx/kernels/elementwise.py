@@ -24,7 +24,7 @@ from swatfx.tensors import layouts
 
 
 def _fits(x: Tensor) -> bool:
-    dense = x.is_contiguous() or layouts.layout_of(x) != layouts.ROW_MAJOR
+    dense = x.is_contiguous() or layouts.elementwise_layout_of(x) != layouts.ROW_MAJOR
     return library.available() and dense and x.dtype in library.ELEMENTS
 
 
@@ -73,7 +73,7 @@ def _noise(p: float, dtype: torch.dtype) -> float:
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     if not _fits(x) or not 0 < p < 1:
         return dropout_reference(x, p)
-    y = new_in_layout(x.shape, layouts.layout_of(x), x).bernoulli_(1 - p)
+    y = new_in_layout(x.shape, layouts.elementwise_layout_of(x), x).bernoulli_(1 - p)
     bits = _bits_of(x)
     library.function("swatfx_dropout", elements=x.dtype)(
         pointer(x),

@@ -15,7 +15,7 @@ from swatfx.kernels.library import pointer, result, size
 from swatfx.ops.layout import to_layout, to_layout_reference
 from swatfx.ops.saved import new_in_layout
 from swatfx.tensors import layouts
-from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, FEATURES_MAJOR, ROW_MAJOR
 
 # A batch of transpositions for n images of c channels of s positions: matrices, rows, columns, then
 # the steps between rows and between matrices, in the input and in the output.
@@ -31,6 +31,8 @@ _TRANSPOSITIONS: dict[tuple[str, str], Callable[[int, int, int], tuple[int, ...]
 
 @to_layout.register_kernel("cpu")
 def _to_layout(x: Tensor, layout: str) -> Tensor:
+    if layout == FEATURES_MAJOR:
+        return _to_features_major(x)
     found = layouts.layout_of(x)
     if (
         not library.available()
@@ -46,6 +48,18 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     library.function("swatfx_transpose", elements=x.dtype)(
         pointer(x), result(y), *[size(n) for n in sizes], library.threads()
     )
+    return y
+
+
+def _to_features_major(x: Tensor) -> Tensor:
+    known = library.available() and x.dtype in library.ELEMENTS
+    if not known or x.dim() < 2 or not x.is_contiguous():
+        return to_layout_reference(x, FEATURES_MAJOR)
+    y = new_in_layout(x.shape, FEATURES_MAJOR, x)
+    if x.numel():
+        features = x.shape[-1]
+        rows = x.numel() // features
+        transpose_into(x.view(rows, features), y.movedim(-1, 0).view(features, rows))
     return y
 
 

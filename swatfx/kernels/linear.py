@@ -1,14 +1,16 @@
 """`swatfx::linear` and its backward on CPUs: the sparse kernels of pointwise convolutions.
 
-Rows are laid innermost for the two products with sparse weights, and back again; the weight
-gradient reads the packed rows as they are. Taken in float32 and bfloat16, where the op was told to,
-from `LEAST_ROWS` rows on: with fewer, dense products are bound by reading the weight, as these are.
+Rows are laid innermost for the two products with sparse weights, and back again, unless they lie so
+already ("features_major") and are to go on doing so. The weight gradient reads the packed rows as
+they are, or, where they were packed in that order, by the kernel of convolutions. Taken in float32
+and bfloat16, where the op was told to, from `LEAST_ROWS` rows on: with fewer, dense products are
+bound by reading the weight, as these are.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +18,21 @@ import torch
 from torch import Tensor
 
 from swatfx.kernels import fitting, library
-from swatfx.kernels.conv import as_weight, run_problem, run_sampled, sparse_weight, succeeded
+from swatfx.kernels.conv import (
+    as_weight,
+    run_problem,
+    run_sampled,
+    run_weight_gradient,
+    sparse_weight,
+    succeeded,
+)
 from swatfx.kernels.layout import transpose_into
-from swatfx.kernels.problems import Shapes, forward_problem, input_gradient_problems
+from swatfx.kernels.problems import (
+    Problem,
+    Shapes,
+    forward_problem,
+    input_gradient_problems,
+)
 from swatfx.ops.calls import LinearCall, Saved
 from swatfx.ops.linear import (
     input_in_forward,
@@ -26,10 +40,12 @@ from swatfx.ops.linear import (
     linear_backward,
     linear_backward_reference,
     linear_reference,
+    result_layout,
 )
+from swatfx.ops.pack import order_of
 from swatfx.ops.where import not_a_view
 from swatfx.tensors import bits
-from swatfx.tensors.layouts import ROW_MAJOR
+from swatfx.tensors.layouts import FEATURES_MAJOR, ROW_MAJOR
 
 LEAST_ROWS = 16
 _LINE = 64  # bytes
@@ -77,11 +93,34 @@ def _forward(
     rows = input_in_forward(call, input).reshape(count, inputs)
     used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     turned = _turned(rows)
-    problem = forward_problem(_shapes(turned, weight), (inputs, 1, 1, 1))
-    out = rows.new_empty(outputs, turned.shape[1])
-    if not run_problem(problem, turned, used, bias, out, threshold):
-        return None
-    return not_a_view(_turned_back(out, count).view(*input.shape[:-1], outputs))
+    problems = [forward_problem(_shapes(turned, weight), (inputs, 1, 1, 1))]
+    shape = torch.Size((*input.shape[:-1], outputs))
+    layout = result_layout(call, shape)
+    return _product(problems, turned, used, bias, threshold, shape, layout)
+
+
+def _product(
+    problems: Iterable[Problem],
+    turned: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    shape: torch.Size,
+    layout: str,
+) -> Tensor | None:
+    """Of `_turned` rows, of `shape`, in `layout`; None if the kernels cannot run it."""
+    count, features = shape[:-1].numel(), shape[-1]
+    if layout == FEATURES_MAJOR:  # whole cache lines: nothing was filled
+        made = library.new(shape, FEATURES_MAJOR, turned.dtype)
+        out = made.movedim(-1, 0).view(features, count)
+    else:
+        out = turned.new_empty(features, turned.shape[1])
+    for problem in problems:
+        if not run_problem(problem, turned, weight, bias, out, threshold):
+            return None
+    if layout == FEATURES_MAJOR:
+        return made
+    return not_a_view(_turned_back(out, count).view(shape))
 
 
 def _shapes(turned: Tensor, weight: Tensor) -> Shapes:
@@ -92,19 +131,27 @@ def _shapes(turned: Tensor, weight: Tensor) -> Shapes:
 
 
 def _turned(rows: Tensor) -> Tensor:
-    """A row-major copy of the transpose of a matrix, each row whole cache lines, filled with zeros.
+    """The transpose of a matrix, row-major, each row whole cache lines, filled with zeros.
 
-    Products take whole vectors in half the time, and whole lines are written past the caches.
+    Products take whole vectors in half the time, and whole lines are written past the caches. It is
+    no copy where `rows` lies so in memory.
     """
     count, features = rows.shape
-    out = rows.new_empty(features, count + -count % (_LINE // rows.itemsize))
+    lies_turned = rows.t().is_contiguous()
+    fill = -count % (_LINE // rows.itemsize)
+    if lies_turned and not fill:
+        return rows.t()
+    out = rows.new_empty(features, count + fill)
     out[:, count:].zero_()
-    transpose_into(rows.contiguous(), out[:, :count])
+    if lies_turned:
+        out[:, :count].copy_(rows.t())
+    else:
+        transpose_into(rows.contiguous(), out[:, :count])
     return out
 
 
 def _turned_back(turned: Tensor, count: int) -> Tensor:
-    """The first `count` columns of a row-major matrix, as rows."""
+    """The first `count` columns of a matrix whose rows are in one piece each, as rows."""
     out = turned.new_empty(count, len(turned))
     transpose_into(turned[:, :count], out)
     return out
@@ -126,13 +173,18 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     input_grad = weight_grad = reached = None
     if wants[1] and input is not None and input.dtype is grad.dtype:
         reached = call.reached(weight, weight_state)
+    packed = kept if wants[1] and input is None else None
     sparse_input = wants[0] and call.where.backward_weight
-    turned = _turned(rows) if sparse_input or reached is not None else None
+    turned = None
+    if sparse_input or reached is not None or (packed is not None and _lies_turned(packed)):
+        turned = _turned(rows)
     if sparse_input and turned is not None:
         used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
-        input_grad = _input_gradient(turned, used, threshold, shape)
-    if wants[1] and input is None and kept is not None:
-        weight_grad = _weight_gradient(rows, kept, weight, call.stored_dtype(grad))
+        problems = input_gradient_problems(_shapes(turned, weight), (weight.shape[1], 1, 1, 1))
+        layout = result_layout(call, shape)
+        input_grad = _product(problems, turned, used, None, threshold, shape, layout)
+    if packed is not None:
+        weight_grad = _weight_gradient(rows, turned, packed, weight, call.stored_dtype(grad))
         if weight_grad is not None:
             weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
     if reached is not None and turned is not None and input is not None:
@@ -149,16 +201,8 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _input_gradient(
-    turned: Tensor, weight: Tensor, threshold: float, shape: torch.Size
-) -> Tensor | None:
-    """Of `shape`, for `_turned` rows; None if the kernels cannot run it."""
-    inputs = weight.shape[1]
-    out = turned.new_empty(inputs, turned.shape[1])
-    for problem in input_gradient_problems(_shapes(turned, weight), (inputs, 1, 1, 1)):
-        if not run_problem(problem, turned, weight, None, out, threshold):
-            return None
-    return not_a_view(_turned_back(out, shape[:-1].numel()).view(shape))
+def _lies_turned(kept: Tensor) -> bool:
+    return order_of(kept) == FEATURES_MAJOR
 
 
 def _sampled_gradient(
@@ -170,14 +214,26 @@ def _sampled_gradient(
 
 
 def _weight_gradient(
-    rows: Tensor, kept: Tensor, weight: Tensor, stored: torch.dtype
+    rows: Tensor, turned: Tensor | None, kept: Tensor, weight: Tensor, stored: torch.dtype
 ) -> Tensor | None:
-    """In the memory order of `weight`; None if `kept` is not what the kernels read."""
+    """In the memory order of `weight`; None if `kept` is not what the kernels read.
+
+    Args:
+        rows: of the output gradient.
+        turned: `_turned` rows, where `kept` lies in "features_major".
+        kept: the packed activation.
+        weight: that it is the gradient of.
+        stored: dtype of packed values.
+    """
     (count, _), (outputs, inputs) = rows.shape, weight.shape
+    if turned is not None and _lies_turned(kept):
+        seen = turned[:, :count].contiguous()
+        shapes = _shapes(seen, weight)
+        return run_weight_gradient(shapes, kept, FEATURES_MAJOR, stored, seen, weight)
     values = fitting.packed_values(kept, count * inputs, stored, ROW_MAJOR)
     if values is None or stored not in library.ELEMENTS:
         return None
-    rows = rows.contiguous()
+    rows = _turned_back(rows.t(), count) if rows.t().is_contiguous() else rows.contiguous()
     half = stored is torch.bfloat16
     problem = LinearProblem(count, inputs, outputs, torch.get_num_threads(), int(half))
     out = torch.empty(outputs, inputs)

@@ -16,8 +16,8 @@ from swatfx import selectors
 from swatfx.kernels import fitting
 from swatfx.kernels.groups import NAN_FROM, matrices, plain, rankable
 from swatfx.kernels.library import function, pointer, real, result, size, threads
-from swatfx.ops.layout import to_layout
-from swatfx.ops.pack import pack, pack_reference, shape_of
+from swatfx.ops.layout import converted, to_layout
+from swatfx.ops.pack import counted_in, pack, pack_reference, shape_of
 from swatfx.ops.where import kept_top
 from swatfx.selectors import Axes, BlockNorm, BlockSelector
 from swatfx.tensors import bits, layouts
@@ -45,7 +45,7 @@ def _(
     if fits and threshold.dtype is torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
         threshold = _least_at(threshold, x.dtype)
     if fits and threshold.dtype == x.dtype and threshold.shape == shape:
-        packed = _pack_top(x, threshold, dtype, layout or layouts.layout_of(x))
+        packed = _pack_top(x, threshold, dtype, layout or counted_in(x, spatial))
         if packed is not None:
             return packed
     return pack_reference(x, threshold, spatial, selector, dtype, layout)
@@ -67,7 +67,9 @@ def _staging(team: int) -> type[ctypes.Array[ctypes.c_int64]]:
 
 
 def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> Tensor | None:
-    if layouts.layout_of(x) != layout:
+    if layout == layouts.FEATURES_MAJOR:
+        x = converted(x, layout)
+    elif layouts.layout_of(x) != layout:
         x = to_layout(x, layout)
     elif layout == layouts.ROW_MAJOR:
         x = x.contiguous()  # what lies in no known order counts as row-major

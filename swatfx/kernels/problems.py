@@ -128,7 +128,9 @@ def _offsets(shapes: Shapes, strides: Sequence[int]) -> list[int]:
 
 
 def weight_strides(weight: Tensor) -> tuple[int, ...]:
-    """Strides (filter, channel, y, x) of a 1d or 2d weight."""
+    """Strides (filter, channel, y, x) of a 1d or 2d weight, or of a linear layer's."""
+    if weight.dim() == 2:
+        return (*weight.stride(), 1, 1)
     return (weight.unsqueeze(2) if weight.dim() == 3 else weight).stride()
 
 

@@ -176,6 +176,9 @@ class LinearCall(SparseCall):
     """What `swatfx::linear` is told: as `ConvCall`, and one more before the last.
 
     Attributes:
+        layout: "" or "features_major"; what the result comes in, and in backward the input
+            gradient, unless `layouts.between_linear` says that it does not pay. "" gives what aten
+            gives.
         sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
     """
 
@@ -185,6 +188,7 @@ class LinearCall(SparseCall):
     activation_selector: str = "nchw"
     gradient_density: str = ""
     gradient_selector: str = "nchw"
+    layout: str = ""
     kept_dtype: torch.dtype | None = None
     sparse_kernels: bool = False
     open: Tensor | None = None

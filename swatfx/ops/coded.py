@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from swatfx.errors import InputError
 from swatfx.ops.codes import decode_flat, encode_flat, encode_lines, flat_bytes, line_bytes
 from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward, once_only
+from swatfx.ops.where import not_a_view
 from swatfx.tensors import layouts
 
 aten = torch.ops.aten
@@ -48,6 +49,11 @@ class Rule:
     modules: tuple[type[nn.Module], ...] = ()
     derivative: Callable[[Tensor], Tensor] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_elements(self, x: Tensor) -> Tensor:
+        """The function of one element, of each of `x`."""
+        y: Tensor = self.functions[0](x, **self.options)
+        return y
 
 
 LAYER_NORM, MULTIPLY = "layer_norm", "multiply"
@@ -75,7 +81,7 @@ RULES: dict[str, Rule] = {
 
 def _codes(x: Tensor, saves: str) -> Tensor:
     """Of `x`, in the order of its layout."""
-    return encode_flat(layouts.flat_view(x, layouts.layout_of(x)), saves)
+    return encode_flat(layouts.flat_view(x, layouts.elementwise_layout_of(x)), saves)
 
 
 def _decoded(code: Tensor, shape: Sequence[int], layout: str, saves: str, like: Tensor) -> Tensor:
@@ -106,8 +112,10 @@ def elementwise_reference(x: Tensor, rule: str, saves: str) -> tuple[Tensor, Ten
     """
     chosen = RULES[rule]
     assert chosen.derivative is not None
-    y = chosen.functions[0](x, **chosen.options)
-    return y, _codes(in_layout(chosen.derivative(x), layouts.layout_of(x)), saves)
+    y = layouts.of_each(chosen.of_elements, x)
+    derivative = layouts.of_each(chosen.derivative, x)
+    derivative = in_layout(derivative, layouts.elementwise_layout_of(x))
+    return not_a_view(y), _codes(derivative, saves)
 
 
 elementwise = torch.library.custom_op("swatfx::elementwise", elementwise_reference, mutates_args=())
@@ -136,7 +144,7 @@ def _(grad: Tensor, code: Tensor, layout: str, saves: str) -> Tensor:
 
 
 def _setup_elementwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.options = layouts.layout_of(inputs[0]), inputs[2]
+    ctx.options = layouts.elementwise_layout_of(inputs[0]), inputs[2]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])

@@ -23,7 +23,7 @@ def dropout_reference(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
         y: in the layout of x, drawn as `F.dropout` draws it from the same generator.
         bits: uint8 [ceil(n / 8)], what is kept, in the order of x's layout.
     """
-    layout = layouts.layout_of(x)
+    layout = layouts.elementwise_layout_of(x)
     if x.device.type == "cpu":
         noise = torch.empty_like(x).bernoulli_(1 - p)
         keep = noise != 0
@@ -44,7 +44,7 @@ dropout = torch.library.custom_op(
 
 @dropout.register_fake
 def _(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    y = new_in_layout(x.shape, layouts.layout_of(x), x)
+    y = new_in_layout(x.shape, layouts.elementwise_layout_of(x), x)
     return y, x.new_empty(bits_size(x.numel()), dtype=torch.uint8)
 
 
@@ -67,7 +67,7 @@ def _(grad: Tensor, bits: Tensor, p: float, layout: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.options = inputs[1], layouts.layout_of(inputs[0])
+    ctx.options = inputs[1], layouts.elementwise_layout_of(inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, Saved, schema_of
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
-from swatfx.ops.saved import no_double_backward
+from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward
 from swatfx.ops.where import as_seen, kept_only, not_a_view
 from swatfx.selectors import Axes
 from swatfx.tensors import layouts
@@ -34,12 +35,22 @@ def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: 
             and the fields of `swatfx.ops.calls.LinearCall`.
 
     Returns:
-        (*any, out).
+        (*any, out), in `layout` of the call.
     """
     weight_state, _, *options = rest
     call = LinearCall(*options)
     used = call.weight_in_forward(weight, weight_state, input.dtype)
-    return _run(input_in_forward(call, input), used, bias)
+    return _in_layout(_run(input_in_forward(call, input), used, bias), call)
+
+
+def result_layout(call: LinearCall, shape: Sequence[int]) -> str:
+    """That of a result or an input gradient of `shape`; "" gives what aten gives."""
+    return call.layout and layouts.between_linear(shape)
+
+
+def _in_layout(x: Tensor, call: LinearCall) -> Tensor:
+    layout = result_layout(call, x.shape)
+    return in_layout(x, layout) if layout else x
 
 
 def input_in_forward(call: LinearCall, input: Tensor) -> Tensor:
@@ -73,7 +84,9 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @linear.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options: Any) -> Tensor:
-    return F.linear(input, as_seen(weight, input.dtype), bias)
+    out = F.linear(input, as_seen(weight, input.dtype), bias)
+    layout = result_layout(LinearCall(*rest[2:], **options), out.shape)
+    return new_in_layout(out.shape, layout, out) if layout else out
 
 
 def linear_backward_reference(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +104,7 @@ def linear_backward_reference(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
     if wants[0]:
         used = call.weight_in_backward(weight, weight_state, grad.dtype)
-        input_grad = (rows @ used).view(tuple(input_shape))
+        input_grad = _in_layout((rows @ used).view(tuple(input_shape)), call)
     if wants[1]:
         if input is None:
             if kept is None:
@@ -115,10 +128,11 @@ linear_backward = torch.library.custom_op(
 
 @linear_backward.register_fake
 def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
-    saved, _ = Saved.split(rest, LinearCall, **named)
+    saved, call = Saved.split(rest, LinearCall, **named)
     weight, input_shape, wants = saved.weight, saved.input_shape, saved.wants
+    layout = result_layout(call, input_shape) or layouts.ROW_MAJOR
     return (
-        grad.new_empty(tuple(input_shape)) if wants[0] else grad.new_empty(0),
+        new_in_layout(tuple(input_shape), layout, grad) if wants[0] else grad.new_empty(0),
         weight.new_empty(tuple(weight.shape)) if wants[1] else grad.new_empty(0),
         grad.new_empty(weight.shape[0]) if wants[2] else grad.new_empty(0),
     )
@@ -127,7 +141,9 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     call = LinearCall(*inputs[5:])
-    ctx.call = replace(call, activation_state=None, open=None)
+    turned = not input.is_contiguous() and layouts.lies_in(input, layouts.FEATURES_MAJOR)
+    layout = layouts.FEATURES_MAJOR if turned else ""
+    ctx.call = replace(call, layout=layout, activation_state=None, open=None)
     ctx.input_shape = tuple(input.shape)
     ctx.order = layouts.order_of(input)
     wants_weight = wants_weight_gradient(ctx)

@@ -2,9 +2,9 @@
 
 In which order the elements were counted is decided once, by whoever packs, and carried with what
 was packed: by its number of dimensions, [bytes] in row-major order, [bytes, 1] in channels_last,
-[bytes, 1, 1] in batch_innermost. A shape is known without asking a device, it is kept by whatever
-stores saved tensors, and backward never has to guess how an input lay that it does not see: it may
-have been cast, padded or moved since.
+[bytes, 1, 1] in batch_innermost, [bytes, 1, 1, 1] in features_major. A shape is known without
+asking a device, it is kept by whatever stores saved tensors, and backward never has to guess how an
+input lay that it does not see: it may have been cast, padded or moved since.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from swatfx.errors import InputError
 from swatfx.ops.where import not_a_view
 from swatfx.selectors import Axes
 from swatfx.tensors import bits, layouts
-from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, ROW_MAJOR
+from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, FEATURES_MAJOR, ROW_MAJOR
 
-_ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST)  # of one, two and three dimensions
+# Of one, two, three and four dimensions.
+_ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST, FEATURES_MAJOR)
 
 
 def shape_of(layout: str, size: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
@@ -31,11 +32,16 @@ def order_of(packed: Tensor) -> str:
     """In which order the elements of a packed activation were counted."""
     if packed.dtype is not torch.uint8 or not 1 <= packed.dim() <= len(_ORDERS):
         raise InputError(
-            "a packed activation is bytes in one to three dimensions",
+            "a packed activation is bytes in one to four dimensions",
             value=f"{packed.dtype} {tuple(packed.shape)}",
             remedy="pass on what swatfx::pack returned as it is",
         )
     return _ORDERS[packed.dim() - 1]
+
+
+def counted_in(x: Tensor, spatial: int) -> str:
+    """The layout in whose order the elements of `x` are counted unless another is asked for."""
+    return layouts.layout_of(x) if spatial else layouts.elementwise_layout_of(x)
 
 
 def pack_reference(
@@ -54,11 +60,12 @@ def pack_reference(
 
     Returns:
         uint8 [bytes] for row-major order, [bytes, 1] for channels_last, [bytes, 1, 1] for
-        batch_innermost: see `swatfx.tensors.bits`. Zeros are never stored, kept or not.
+        batch_innermost, [bytes, 1, 1, 1] for features_major: see `swatfx.tensors.bits`.
+        Zeros are never stored, kept or not.
     """
     axes = Axes.of(x.dim(), spatial, False)
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)
-    layout = layout or layouts.layout_of(x)
+    layout = layout or counted_in(x, spatial)
     flat = bits.pack(layouts.flat_view(x, layout), layouts.flat_view(keep, layout), dtype)
     return not_a_view(flat.view(shape_of(layout, flat.numel())))
 
@@ -70,7 +77,7 @@ pack = torch.library.custom_op("swatfx::pack", pack_reference, mutates_args=())
 def _(
     x: Tensor, threshold: Tensor, spatial: int, selector: str, dtype: torch.dtype, layout: str = ""
 ) -> Tensor:
-    return x.new_empty(shape_of(layout or layouts.layout_of(x), _new_size()), dtype=torch.uint8)
+    return x.new_empty(shape_of(layout or counted_in(x, spatial), _new_size()), dtype=torch.uint8)
 
 
 def _new_size() -> torch.SymInt:

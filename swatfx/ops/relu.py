@@ -30,7 +30,7 @@ def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
         bits: uint8 [ceil(n / 8)], where the gradient passes, in the order of x's layout.
     """
     y = torch.relu(x)
-    return y, active_bits(y, layouts.layout_of(x))
+    return y, active_bits(y, layouts.elementwise_layout_of(x))
 
 
 relu = torch.library.custom_op("swatfx::relu", relu_reference, mutates_args=())
@@ -58,7 +58,7 @@ def _(grad: Tensor, bits: Tensor, layout: str) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.layout = layouts.layout_of(inputs[0])
+    ctx.layout = layouts.elementwise_layout_of(inputs[0])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])

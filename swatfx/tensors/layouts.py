@@ -3,13 +3,14 @@
 A layout says in what order a tensor's elements lie; shapes stay (N, C, *spatial) whatever it is.
 "batch_innermost" is (C, *spatial, N) in memory: the order in which the sparse kernels of
 `swatfx.kernels` run, an image a vector lane, and in which a channel is one contiguous run.
+"features_major" is the same of what linear layers see, (*rows, F): (F, *rows) in memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch import Tensor
 ROW_MAJOR = "row_major"
 CHANNELS_LAST = "channels_last"
 BATCH_INNERMOST = "batch_innermost"
+FEATURES_MAJOR = "features_major"
+_LINE = 32  # elements of two bytes in a cache line
 _INNERMOST = {BATCH_INNERMOST: 0, CHANNELS_LAST: 1}  # dimension
 
 
@@ -31,8 +34,38 @@ def layout_of(x: Tensor) -> str:
     return BATCH_INNERMOST if x.movedim(0, -1).is_contiguous() else ROW_MAJOR
 
 
+def elementwise_layout_of(x: Tensor) -> str:
+    """`layout_of`, and "features_major": for what asks nothing of dimensions but their order."""
+    found = layout_of(x)
+    features_major = found == ROW_MAJOR and not x.is_contiguous() and lies_in(x, FEATURES_MAJOR)
+    return FEATURES_MAJOR if features_major else found
+
+
+def between_linear(shape: Sequence[int]) -> str:
+    """What tensors between sparse linear layers lie in, if they may lie otherwise than in eager.
+
+    "features_major", unless a feature's rows are no whole number of cache lines: products of such
+    take twice the time, and a copy with room between the features would be made at each.
+    """
+    rows = math.prod(shape[:-1]) if shape else 0
+    return FEATURES_MAJOR if rows and rows % _LINE == 0 else ROW_MAJOR
+
+
+def of_each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of single elements of `x`, lying as `x` does.
+
+    Torch's vectorised GELU takes contiguous tensors alone: it gets a view of "features_major" that
+    is one, which saves half the time.
+    """
+    if elementwise_layout_of(x) == FEATURES_MAJOR:
+        return function(x.movedim(-1, 0)).movedim(0, -1)
+    return function(x)
+
+
 def lies_in(x: Tensor, layout: str) -> bool:
     """Whether `x` is dense in `layout`; it may be so in others as well."""
+    if layout == FEATURES_MAJOR:
+        return x.movedim(-1, 0).is_contiguous() if x.dim() else True
     axis = _INNERMOST.get(layout)
     if axis is None:
         return x.is_contiguous()
@@ -76,6 +109,8 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], innermost: int |
 
 def as_layout(x: Tensor, layout: str) -> Tensor:
     """`x` in `layout`; `x` itself where it is so already."""
+    if layout == FEATURES_MAJOR:
+        return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() else x
     if layout == BATCH_INNERMOST:
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == CHANNELS_LAST:
@@ -116,6 +151,8 @@ def strides_of(shape: Sequence[int], layout: str) -> list[int]:
         order = [*order[1:], 0]
     elif layout == CHANNELS_LAST:
         order = [0, *order[2:], 1]
+    elif layout == FEATURES_MAJOR and order and 1 not in (shape[-1], math.prod(shape[:-1])):
+        order = [order[-1], *order[:-1]]
     strides, step = [0] * len(shape), 1
     for d in reversed(order):
         strides[d] = step
@@ -136,6 +173,8 @@ def flat_view(x: Tensor, layout: str) -> Tensor:
         return x.movedim(1, -1).reshape(-1)
     if layout == BATCH_INNERMOST:
         return x.movedim(0, -1).reshape(-1)
+    if layout == FEATURES_MAJOR and x.dim():
+        return x.movedim(-1, 0).reshape(-1)
     return x.reshape(-1)
 
 
@@ -145,4 +184,6 @@ def from_flat(flat: Tensor, shape: Sequence[int], layout: str) -> Tensor:
         return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     if layout == BATCH_INNERMOST:
         return flat.view(*shape[1:], shape[0]).movedim(-1, 0)
+    if layout == FEATURES_MAJOR and shape:
+        return flat.view(shape[-1], *shape[:-1]).movedim(0, -1)
     return flat.view(tuple(shape))
