@@ -23,6 +23,7 @@ import swatfx
 from benchmarks import options
 from swatfx import models
 from swatfx.compiled import SwatModule
+from swatfx.ops.norm import EXACT
 from swatfx.timing.steps import DTYPES, Step, autocast, callable_of, kept_storages
 
 FORMS = ("nchw", "channels_last", "compiled")
@@ -102,9 +103,24 @@ def in_dtypes(sides: Mapping[str, StepSide], dtypes: Sequence[str]) -> dict[str,
     }
 
 
-def policy_sides(policies: list[str], form: str) -> dict[str, StepSide]:
-    """A side a policy, under the policy's own text."""
-    return {policy: StepSide(form, policy) for policy in policies}
+def policy_sides(
+    policies: Sequence[str], form: str, saves: Sequence[str] = (EXACT,)
+) -> dict[str, StepSide]:
+    """A side a policy and what it keeps, under the policy's own text, then codes where it does."""
+    return {
+        policy if s == EXACT else f"{policy} {s}": StepSide(form, policy, {"norm_saves": s})
+        for policy in policies
+        for s in saves
+    }
+
+
+def exact_twin(name: str, sides: Mapping[str, StepSide]) -> str | None:
+    """The side that is as `name` but for what it keeps, which is exact; None: there is none."""
+    side = sides[name]
+    if side.options.get("norm_saves", EXACT) == EXACT:
+        return None
+    twin = replace(side, options={**side.options, "norm_saves": EXACT})
+    return next((other for other, one in sides.items() if one == twin), None)
 
 
 class Trainer(Step):

@@ -1,19 +1,22 @@
 """Whole training steps, and inference: SWAT beside the fastest dense form.
 
-    python -m benchmarks.step [--model NAME[:BATCH[:SIDE]] ...] [--policies POLICY ...] [--quick]
+    python -m benchmarks.step [--model NAME[:BATCH[:SIDE]] ...] [--policies POLICY ...]
+        [--norm-saves exact int8 int4] [--quick]
 
 A step is forward, cross entropy, backward and SGD with momentum, in fp32 and under bf16 autocast.
 The dense model runs in three forms (NCHW, channels_last, torch.compile of channels_last) of each; a
 speed-up is the time of the fastest of them, whatever its dtype, over that of the side, taken round
 by round; `same_dtype` is over the fastest of the side's own. Steps of a period above 1 hold no
 refresh of thresholds: the first one does, and is not measured. `time_budgets` say where the time
-of a step goes. Inference is `eval()` without gradients at batch 1 and 16.
+of a step goes. Inference is `eval()` without gradients at batch 1 and 16. With codes among
+`--norm-saves`, `over_exact` is the time of a step that keeps them over that of the same with exact
+saves, round by round.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +31,14 @@ from benchmarks.sides import (
     Predictor,
     StepSide,
     Trainer,
+    exact_twin,
     in_dtypes,
     parse_network,
     policy_sides,
 )
 from swatfx import models
+from swatfx.ops.norm import EXACT
+from swatfx.options import NORM_SAVES
 from swatfx.policy import as_policy
 from swatfx.timing.steps import DTYPES, failure
 
@@ -52,6 +58,7 @@ TARGETS = {
     "bf16": {0.8: 1.3, 0.9: 1.8, 0.95: 2.3},
 }
 STRUCTURED_TARGET = 1.8  # in fp32
+MOST_OVER_EXACT = 1.05  # times that a step with codes is to take at most
 _WARMUP = 2
 
 
@@ -103,6 +110,11 @@ def _compare(rounds: common.Rounds, sides: Mapping[str, StepSide]) -> dict[str, 
             for name in others
             if (rival := rivals.get(sides[name].dtype)) is not None
         },
+        "over_exact": {
+            name: {"over": twin, "wanted": MOST_OVER_EXACT, **common.ratio(rounds, name, twin)}
+            for name in others
+            if (twin := exact_twin(name, sides)) in rounds
+        },
     }
 
 
@@ -115,7 +127,7 @@ def train(
 ) -> dict[str, Any]:
     """Step times of all sides of one network, and their time budgets."""
     torch._dynamo.reset()
-    ways = _sides(policies, args)
+    ways = _sides(policies, args, args.norm_saves)
     trainers, unavailable = _made(network, ways, Trainer)
     sides = {name: common.timed(trainer.step) for name, trainer in trainers.items()}
     rounds = common.alternate(sides, repeats, warmup=_WARMUP, tick=tick)
@@ -137,10 +149,16 @@ def train(
     return result
 
 
-def _sides(policies: list[str], args: argparse.Namespace) -> dict[str, StepSide]:
+def _sides(
+    policies: list[str], args: argparse.Namespace, saves: Sequence[str] = (EXACT,)
+) -> dict[str, StepSide]:
     """The dense forms and the policies; --quick does without torch.compile."""
-    dense = {k: v for k, v in DENSE.items() if not (args.quick and v.form == "compiled")}
-    return in_dtypes(dense | policy_sides(policies, args.form), args.dtypes)
+    dense = {k: v for k, v in DENSE.items() if v.form in _dense_forms(args)}
+    return in_dtypes(dense | policy_sides(policies, args.form, saves), args.dtypes)
+
+
+def _dense_forms(args: argparse.Namespace) -> list[str]:
+    return [form for form in args.dense_forms if not (args.quick and form == "compiled")]
 
 
 def _check_refreshes(name: str, trainer: Trainer) -> None:
@@ -178,8 +196,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     policies = list(args.policies or (_QUICK_POLICIES if args.quick else POLICIES))
     repeats = args.repeats or (2 if args.quick else 9)
     rounds = repeats + _WARMUP
-    forms = len(DENSE) - args.quick
-    calls = forms + len(policies) + len(args.inference_batches) * (forms + 1)
+    forms = len(_dense_forms(args))
+    calls = forms + len(policies) * len(args.norm_saves) + len(args.inference_batches) * (forms + 1)
     calls *= len(args.dtypes)
     results = []
     with common.progress(len(networks) * calls * rounds, "step") as bar:
@@ -203,6 +221,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     """One row a side, for steps and for inference, and one a kind of op."""
     headers = ["network", "what", "side", "ms [min, max]", "speed-up [min, max]", "wanted"]
+    coded = any(result["over_exact"] for result in measured["networks"])
+    headers += ["time over exact [min, max]"] if coded else []
     rows: list[common.Row] = []
     for result in measured["networks"]:
         network = result["network"]
@@ -213,9 +233,9 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
             for kind, part in budget["kinds"].items():
                 if part["share"] < 0.005:
                     continue
-                share = f"{part['share']:.1%} of the step"
-                rows.append([network, kind, side, f"{part['seconds'] * 1e3:.3g}", share, None])
-    return headers, rows
+                figures = f"{part['seconds'] * 1e3:.3g}", f"{part['share']:.1%} of the step"
+                rows.append([network, kind, side, *figures, None, None])
+    return headers, [row[: len(headers)] for row in rows]
 
 
 def _rows(network: str, what: str, result: Mapping[str, Any]) -> list[common.Row]:
@@ -227,9 +247,12 @@ def _rows(network: str, what: str, result: Mapping[str, Any]) -> list[common.Row
         note = "fastest dense" if name == result["fastest_dense"] else None
         gain = note if over is None else common.with_spread(over)
         wanted = result.get("targets", {}).get(name, {}).get("wanted")
-        rows.append([f"{network} {shape}", what, name, common.with_spread(seconds), gain, wanted])
+        exact = result["over_exact"].get(name)
+        lost = None if exact is None else common.with_spread(exact)
+        place = [f"{network} {shape}", what, name]
+        rows.append([*place, common.with_spread(seconds), gain, wanted, lost])
     for name, reason in result["unavailable"].items():
-        rows.append([f"{network} {shape}", what, name, reason, None, None])
+        rows.append([f"{network} {shape}", what, name, reason, None, None, None])
     return rows
 
 
@@ -244,6 +267,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=options.positive, help="images a step, for every network")
     parser.add_argument(
         "--policies", nargs="+", type=options.policy, metavar="POLICY", help="to train by"
+    )
+    parser.add_argument(
+        "--norm-saves", nargs="+", choices=NORM_SAVES, default=[EXACT], help="of each policy"
+    )
+    parser.add_argument(
+        "--dense-forms", nargs="+", choices=FORMS, default=list(FORMS), help="to compare with"
     )
     parser.add_argument(
         "--form", choices=FORMS, default="channels_last", help="of the model that is rewritten"
@@ -270,7 +299,8 @@ BENCHMARK = common.Benchmark(
         "Speed-up: seconds of the fastest dense form of any dtype over those of the side, round by",
         "round: median [minimum, maximum]. Dense forms: NCHW, channels_last, torch.compile of it,",
         "each in fp32 and under bf16 autocast; `dense` is a policy that makes nothing sparse. What",
-        "is wanted of fp32 is so over the fastest of fp32.",
+        "is wanted of fp32 is so over the fastest of fp32. Time over exact: of a step that keeps codes",
+        f"over that with exact saves; at most {MOST_OVER_EXACT} is wanted.",
     ),
 )
 

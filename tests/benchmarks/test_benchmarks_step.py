@@ -13,10 +13,12 @@ from torch import nn
 from benchmarks import common, op_times, step
 from benchmarks.sides import (
     DENSE,
+    FORMS,
     Network,
     Predictor,
     StepSide,
     Trainer,
+    exact_twin,
     parse_network,
     policy_sides,
 )
@@ -54,6 +56,40 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     (inference,) = result["inference"]
     assert inference["input_shape"] == [1, 1, 8, 8]
     assert set(inference["speedups"]) == {"swat-u:0.9", "swat-u:0.9 bf16"}
+
+
+def test_steps_with_codes_stand_beside_exact_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "digits/cnn:4", "--policies", _SWAT, "--norm-saves", "exact", "int8"]
+    words += ["--dense-forms", "nchw", "--budget-steps", "1", "--inference-batches"]
+    (result,) = run_quick(step, capsys, *words)["networks"]
+    coded = {f"{_SWAT} int8", f"{_SWAT} int8 bf16"}
+    both = {_SWAT, f"{_SWAT} bf16", *coded}
+    assert set(result["sides"]) == {"dense nchw", "dense nchw bf16", *both}
+    assert set(result["over_exact"]) == coded
+    for name, values in result["over_exact"].items():
+        assert name.replace(" int8", "") == values.pop("over") and values.pop("wanted") == 1.05
+        check_spread(values)
+        assert values["minimum"] > 0
+    headers, rows = step.table({"networks": [result]})
+    lost = {row[2] for row in rows if row[headers.index("time over exact [min, max]")]}
+    assert lost == coded
+
+
+def test_time_over_exact_is_of_two_that_differ_in_nothing_else() -> None:
+    named = policy_sides(["swat-u:0.9", "swat-u:0.8"], "nchw", ["exact", "int4"])
+    twins = {name: exact_twin(name, named) for name in named}
+    assert twins == {
+        "swat-u:0.9": None,
+        "swat-u:0.9 int4": "swat-u:0.9",
+        "swat-u:0.8": None,
+        "swat-u:0.8 int4": "swat-u:0.8",
+    }
+    alone = policy_sides(["swat-u:0.9"], "nchw", ["int4"])
+    assert exact_twin("swat-u:0.9 int4", alone) is None
+    models_of = {n: Trainer(_DIGITS, side).model for n, side in named.items()}
+    assert {n: m.swat.options.norm_saves for n, m in models_of.items()} == {  # type: ignore[union-attr]
+        n: "int4" if n.endswith("int4") else "exact" for n in named
+    }
 
 
 def test_sides_start_alike_and_the_dense_policy_changes_nothing() -> None:
@@ -215,7 +251,8 @@ def test_a_compiler_that_fails_is_named_and_left_out(monkeypatch: pytest.MonkeyP
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    args = argparse.Namespace(form="nchw", budget_steps=1, quick=False, dtypes=["fp32", "bf16"])
+    options = {"norm_saves": ["exact"], "dense_forms": list(FORMS), "dtypes": ["fp32", "bf16"]}
+    args = argparse.Namespace(form="nchw", budget_steps=1, quick=False, **options)
     result = step.train(_DIGITS, [_SWAT], args, 1, lambda: None)
     why = "RuntimeError: no C++ compiler"
     assert result["unavailable"] == {"dense compiled": why, "dense compiled bf16": why}
