@@ -299,8 +299,8 @@ BENCHMARK = common.Benchmark(
         "Speed-up: seconds of the fastest dense form of any dtype over those of the side, round by",
         "round: median [minimum, maximum]. Dense forms: NCHW, channels_last, torch.compile of it,",
         "each in fp32 and under bf16 autocast; `dense` is a policy that makes nothing sparse. What",
-        "is wanted of fp32 is so over the fastest of fp32. Time over exact: of a step that keeps codes",
-        f"over that with exact saves; at most {MOST_OVER_EXACT} is wanted.",
+        "is wanted of fp32 is so over the fastest of fp32. Time over exact: seconds of a step that",
+        f"keeps codes over those of the same with exact saves; wanted: at most {MOST_OVER_EXACT}.",
     ),
 )
 
