@@ -139,7 +139,7 @@ class Prediction:
         for layer, reads in (*ends, *((layer, True) for layer in turned.readers)):
             calls = self._run.nodes.get(layer.key, [])
             shapes = [seen.input_shape if reads else seen.output_shape for seen in calls]
-            turns = [shape for shape in shapes if between_linear(shape) == FEATURES_MAJOR]
+            turns = [s for s in shapes if between_linear(s, FEATURES_MAJOR) == FEATURES_MAJOR]
             sparse, dense = self._seconds[layer]
             converting = sum(
                 self.constants.seconds(

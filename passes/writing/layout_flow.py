@@ -66,6 +66,7 @@ _FUNCTIONS = (
     F.hardsigmoid,
     F.sigmoid,
 )
+_NAMED = ("torchvision.ops.stochastic_depth.stochastic_depth",)  # functions not to import for it
 _METHODS = ("add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "tanh", "clone")
 # Whose results are row-major whatever the operands are.
 _ROW_MAJOR_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Embedding)
@@ -119,11 +120,17 @@ def _passing_on(
             return []
         operands = 2 if isinstance(module, Multiply) else 1
         found = (*node.args[:operands], node.kwargs.get("input"), node.kwargs.get("residual"))
-    elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS):
+    elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS) or _named(node):
         found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
     else:
         return []
     return [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
+
+
+def _named(node: fx.Node) -> bool:
+    target = node.target
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+    return node.op == "call_function" and name in _NAMED
 
 
 class Turned(NamedTuple):
@@ -184,6 +191,99 @@ def turned_layers(part: SwatModule, versions: Versions, layers: list[LayerNode])
             )
             known |= seen
     return turned
+
+
+class Block(NamedTuple):
+    """What sees channels last that come from convolutions and go back to them.
+
+    Attributes:
+        layers: linear layers.
+        norm: a call that may be a layer norm, before them or alone.
+    """
+
+    layers: list[LayerNode]
+    norm: fx.Node | None
+
+
+def blocks_between_convolutions(
+    flow: LayoutFlow, layers: list[LayerNode], turned: list[Turned]
+) -> list[Block]:
+    """Where all between two conversions may lie as convolutions do: (channel, y, x, image).
+
+    Args:
+        flow: that has run over the graph; nothing in it is changed.
+        layers: the graph's linear layers that run sparse.
+        turned: `turned_layers` of them.
+    """
+    ends = {one.readers[0]: one for one in turned if len(one.readers) == 1}
+    known = {layer for one in turned for layer in (*one.makers, *one.readers)}
+    found = []
+    for last in layers:
+        if (last in known and last not in ends) or not _is_put_back(flow, last.node):
+            continue
+        first = ends[last].makers if last in ends else [last]
+        block = _block([*first, last] if last in ends else first, first)
+        found += [] if block is None else [block]
+    for node in flow.graph.nodes:
+        only = next(iter(node.users)) if len(node.users) == 1 else None
+        if _is_permuted(node, -1) and only is not None and _is_put_back(flow, only):
+            found.append(Block([], only))
+    return found
+
+
+def _block(layers: list[LayerNode], first: list[LayerNode]) -> Block | None:
+    """Of layers, the `first` of which read what a convolution made; None if they do not."""
+    source, *others = {layer.input for layer in first}
+    readers = {n for one in first for n in (one.node, one.pack, one.activation_state)}
+    norm = None
+    if others or set(source.users) - readers:
+        return None
+    if not _is_permuted(source, -1):
+        norm, source = source, next(iter(source.all_input_nodes), source)
+        if not _is_permuted(source, -1) or set(source.users) != {norm}:
+            return None
+    (origin, *_) = source.all_input_nodes
+    told = origin.kwargs.get("layout") == BATCH_INNERMOST
+    return Block(layers, norm) if told or _lays_out(origin) else None
+
+
+def _lays_out(node: fx.Node) -> bool:
+    return node.target is laid_out and str(node.args[1]) == BATCH_INNERMOST
+
+
+def _is_put_back(flow: LayoutFlow, node: fx.Node) -> bool:
+    """Whether `node` is read with channels second alone, and only by what the layout begins with.
+
+    Elementwise functions may come between.
+    """
+    views = list(node.users)
+    if len(views) != 1 or not _is_permuted(views[0], 1) or not views[0].users:
+        return False
+    todo = views
+    while todo:
+        made = todo.pop()
+        for user in made.users:
+            passes_on = made in _passing_on(flow.part, user, _ELEMENTWISE_SAVERS)
+            if _lays_out(user) or (passes_on and user in flow.lies):
+                continue
+            if not passes_on or flow.versions.is_foreign(user):
+                return False
+            todo.append(user)
+    return True
+
+
+def _is_permuted(node: fx.Node, to: int) -> bool:
+    """Whether `node` puts the second dimension last (`to` -1), or the last one second (1)."""
+    if node.target not in ("permute", torch.permute) or not isinstance(node.args[0], fx.Node):
+        return False
+    dims: Any = node.args[1:] or (node.kwargs.get("dims"),)
+    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        dims = dims[0]
+    size = len(dims)
+    if size < 3 or not all(type(d) is int and -size <= d < size for d in dims):
+        return False
+    wanted = (0, *range(2, size), 1) if to == -1 else (0, size - 1, *range(1, size - 1))
+    return tuple(d % size for d in dims) == wanted
 
 
 class LayoutFlow:

@@ -19,6 +19,8 @@ from swatfx.ops.codes import GROUP
 from swatfx.ops.norm import EXACT
 from swatfx.tensors import layouts
 
+_DTYPES = (torch.float32, torch.bfloat16)  # of activations that our own layer norm takes
+
 
 def _pays(x: Any) -> bool:
     """Whether the codes of `x` are smaller than it is."""
@@ -44,6 +46,21 @@ class Elementwise(Saver):
         return layouts.of_each(RULES[self.rule].of_elements, x)
 
 
+def _normalised(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """Layer norm with exact saves of what lies with features outermost; None if `x` does not."""
+    if x.is_contiguous() or len(shape) != 1 or tuple(x.shape[-1:]) != tuple(shape):
+        return None
+    given = [p for p in (weight, bias) if p is not None]
+    if x.dtype not in _DTYPES or any(p.dtype not in (torch.float32, x.dtype) for p in given):
+        return None
+    if layouts.elementwise_layout_of(x) not in layouts.FEATURES_OUTERMOST:
+        return None
+    y: Tensor = ops.features_norm(x, weight, bias, eps)[0]
+    return y
+
+
 class LayerNorm(Saver):
     """Layer norm as a function."""
 
@@ -54,11 +71,14 @@ class LayerNorm(Saver):
     def forward(
         self, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
     ) -> Tensor:
-        """Keep the codes of the normalised input."""
+        """Keep the codes of the normalised input, or with exact saves the input."""
+        if self.saves == EXACT:
+            y = _normalised(x, shape, weight, bias, eps)
+            return self.plain(x, shape, weight, bias, eps) if y is None else y
         if not (wanted(x, weight, bias) and _fits(x, shape, weight, bias)):
             return self.plain(x, shape, weight, bias, eps)
-        y: Tensor = ops.layer_norm(x, weight, bias, shape, eps, self.saves)[0]
-        return y
+        coded: Tensor = ops.layer_norm(x, weight, bias, shape, eps, self.saves)[0]
+        return coded
 
     def plain(self, x: Tensor, *args: Any) -> Tensor:
         """As in eager."""
@@ -82,15 +102,20 @@ class LayerNormOf(Bound):
         self.saves = saves
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keep the codes of the normalised input."""
+        """Keep the codes of the normalised input, or with exact saves the input."""
         norm = self.module
-        if is_changed(norm, (nn.LayerNorm,)) or not wanted(x, norm.weight, norm.bias):
+        if is_changed(norm, (nn.LayerNorm,)):
             return self.plain(x)
         shape = tuple(norm.normalized_shape)
+        if self.saves == EXACT:
+            y = _normalised(x, shape, norm.weight, norm.bias, norm.eps)
+            return self.plain(x) if y is None else y
+        if not wanted(x, norm.weight, norm.bias):
+            return self.plain(x)
         if not _fits(x, shape, norm.weight, norm.bias):
             return self.plain(x)
-        y: Tensor = ops.layer_norm(x, norm.weight, norm.bias, shape, norm.eps, self.saves)[0]
-        return y
+        coded: Tensor = ops.layer_norm(x, norm.weight, norm.bias, shape, norm.eps, self.saves)[0]
+        return coded
 
     def plain(self, x: Tensor) -> Tensor:
         """As in eager."""

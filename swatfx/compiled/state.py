@@ -502,8 +502,9 @@ class Pack(nn.Module):
         if not any(w.requires_grad for w in weights):
             return None
         dtype = self.stored_dtype(x)
-        turned = self.layout == layouts.FEATURES_MAJOR
-        layout = layouts.between_linear(x.shape) if turned else self.layout
+        layout = self.layout
+        if layout in layouts.FEATURES_OUTERMOST:
+            layout = layouts.between_linear(x.shape, layout)
         given = (x.detach(), threshold, self.spatial, self.selector, dtype, layout)
         kept: Tensor = direct.call(ops.pack, *given)
         return kept

@@ -4,7 +4,18 @@ Importing this package registers them; nothing calls them by name. Where no libr
 SWATFX_KERNELS=reference, the plain-torch kernels, which define every op, stay in charge.
 """
 
-from swatfx.kernels import coded, conv, elementwise, layout, linear, norm, pack, pool, topk
+from swatfx.kernels import (
+    coded,
+    conv,
+    elementwise,
+    layer_norm,
+    layout,
+    linear,
+    norm,
+    pack,
+    pool,
+    topk,
+)
 from swatfx.kernels.fitting import LARGEST_KERNEL, LARGEST_STRIDE
 from swatfx.kernels.library import available, instruction_set, reference_only
 
@@ -15,6 +26,7 @@ __all__ = [
     "coded",
     "conv",
     "elementwise",
+    "layer_norm",
     "instruction_set",
     "layout",
     "linear",

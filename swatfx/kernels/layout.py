@@ -15,7 +15,13 @@ from swatfx.kernels.library import pointer, result, size
 from swatfx.ops.layout import to_layout, to_layout_reference
 from swatfx.ops.saved import new_in_layout
 from swatfx.tensors import layouts
-from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, FEATURES_MAJOR, ROW_MAJOR
+from swatfx.tensors.layouts import (
+    BATCH_INNERMOST,
+    CHANNELS_LAST,
+    FEATURES_MAJOR,
+    FEATURES_OUTERMOST,
+    ROW_MAJOR,
+)
 
 # A batch of transpositions for n images of c channels of s positions: matrices, rows, columns, then
 # the steps between rows and between matrices, in the input and in the output.
@@ -31,8 +37,8 @@ _TRANSPOSITIONS: dict[tuple[str, str], Callable[[int, int, int], tuple[int, ...]
 
 @to_layout.register_kernel("cpu")
 def _to_layout(x: Tensor, layout: str) -> Tensor:
-    if layout == FEATURES_MAJOR:
-        return _to_features_major(x)
+    if layout in FEATURES_OUTERMOST:
+        return _to_features_outermost(x, layout)
     found = layouts.layout_of(x)
     if (
         not library.available()
@@ -51,10 +57,10 @@ def _to_layout(x: Tensor, layout: str) -> Tensor:
     return y
 
 
-def _to_features_major(x: Tensor) -> Tensor:
+def _to_features_outermost(x: Tensor, layout: str) -> Tensor:
     known = library.available() and x.dtype in library.ELEMENTS
-    if not known or x.dim() < 2 or not x.is_contiguous():
-        return to_layout_reference(x, FEATURES_MAJOR)
+    if not known or x.dim() < 2 or not x.is_contiguous() or layout != FEATURES_MAJOR:
+        return to_layout_reference(x, layout)
     y = new_in_layout(x.shape, FEATURES_MAJOR, x)
     if x.numel():
         features = x.shape[-1]

@@ -10,6 +10,7 @@ bound by reading the weight, as these are.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,14 @@ from swatfx.ops.linear import (
 from swatfx.ops.pack import order_of
 from swatfx.ops.where import not_a_view
 from swatfx.tensors import bits
-from swatfx.tensors.layouts import FEATURES_MAJOR, ROW_MAJOR
+from swatfx.tensors.layouts import (
+    FEATURES_OUTERMOST,
+    IMAGES_INNERMOST,
+    ROW_MAJOR,
+    elementwise_layout_of,
+    features_first,
+    images_behind,
+)
 
 LEAST_ROWS = 16
 _LINE = 64  # bytes
@@ -90,12 +98,12 @@ def _forward(
     if not fitting.is_bias(bias, input, weight):
         return None
     outputs, inputs = weight.shape
-    rows = input_in_forward(call, input).reshape(count, inputs)
+    shape = torch.Size((*input.shape[:-1], outputs))
+    layout = result_layout(call, shape)
+    rows = _matrix(input_in_forward(call, input), layout)
     used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     turned = _turned(rows)
     problems = [forward_problem(_shapes(turned, weight), (inputs, 1, 1, 1))]
-    shape = torch.Size((*input.shape[:-1], outputs))
-    layout = result_layout(call, shape)
     return _product(problems, turned, used, bias, threshold, shape, layout)
 
 
@@ -108,19 +116,24 @@ def _product(
     shape: torch.Size,
     layout: str,
 ) -> Tensor | None:
-    """Of `_turned` rows, of `shape`, in `layout`; None if the kernels cannot run it."""
+    """Of `_turned` rows in the order of `layout`, of `shape`; None if the kernels cannot run it."""
     count, features = shape[:-1].numel(), shape[-1]
-    if layout == FEATURES_MAJOR:  # whole cache lines: nothing was filled
-        made = library.new(shape, FEATURES_MAJOR, turned.dtype)
-        out = made.movedim(-1, 0).view(features, count)
+    if layout in FEATURES_OUTERMOST:  # whole cache lines: nothing was filled
+        made = library.new(shape, layout, turned.dtype)
+        out = features_first(made, layout).view(features, count)
     else:
         out = turned.new_empty(features, turned.shape[1])
     for problem in problems:
         if not run_problem(problem, turned, weight, bias, out, threshold):
             return None
-    if layout == FEATURES_MAJOR:
+    if layout in FEATURES_OUTERMOST:
         return made
     return not_a_view(_turned_back(out, count).view(shape))
+
+
+def _matrix(x: Tensor, layout: str) -> Tensor:
+    """(rows, features) of `x` (*any, features), its rows in the order of `layout`."""
+    return images_behind(x, layout).reshape(-1, x.shape[-1])
 
 
 def _shapes(turned: Tensor, weight: Tensor) -> Shapes:
@@ -166,29 +179,30 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     fits = fitting.are_elements(grad, weight) and shape == (*grad.shape[:-1], weight.shape[1])
     if count is None or not fits:
         return linear_backward_reference(grad, *rest)
-    outputs = weight.shape[0]
-    bias_grad = grad.reshape(count, outputs).sum(0) if wants[2] else grad.new_empty(0)
+    bias_grad = _matrix(grad, elementwise_layout_of(grad)).sum(0) if wants[2] else grad.new_empty(0)
     grad = call.gradient(grad, 0)
-    rows = grad.reshape(count, outputs)
+    layout = result_layout(call, shape)
+    turned = functools.cache(lambda order: _turned(_matrix(grad, order)))
     input_grad = weight_grad = reached = None
     if wants[1] and input is not None and input.dtype is grad.dtype:
         reached = call.reached(weight, weight_state)
-    packed = kept if wants[1] and input is None else None
-    sparse_input = wants[0] and call.where.backward_weight
-    turned = None
-    if sparse_input or reached is not None or (packed is not None and _lies_turned(packed)):
-        turned = _turned(rows)
-    if sparse_input and turned is not None:
+    if wants[0] and call.where.backward_weight:
+        rows = turned(_order(layout))
         used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
-        problems = input_gradient_problems(_shapes(turned, weight), (weight.shape[1], 1, 1, 1))
-        layout = result_layout(call, shape)
-        input_grad = _product(problems, turned, used, None, threshold, shape, layout)
-    if packed is not None:
-        weight_grad = _weight_gradient(rows, turned, packed, weight, call.stored_dtype(grad))
+        problems = input_gradient_problems(_shapes(rows, weight), (weight.shape[1], 1, 1, 1))
+        input_grad = _product(problems, rows, used, None, threshold, shape, layout)
+    if wants[1] and input is None and kept is not None:
+        packed_in, stored = order_of(kept), call.stored_dtype(grad)
+        if packed_in in FEATURES_OUTERMOST:
+            rows = turned(_order(packed_in))
+            weight_grad = _turned_weight_gradient(rows[:, :count], kept, weight, stored)
+        else:
+            weight_grad = _weight_gradient(_matrix(grad, ROW_MAJOR), kept, weight, stored)
         if weight_grad is not None:
             weight_grad = call.weight_gradient(weight_grad, weight, weight_state)
-    if reached is not None and turned is not None and input is not None:
-        weight_grad = _sampled_gradient(turned, input.reshape(count, -1), weight, reached)
+    if reached is not None and input is not None:
+        rows = turned(_order(layout))
+        weight_grad = _sampled_gradient(rows, _matrix(input, layout), weight, reached)
     left = wants[0] and input_grad is None, wants[1] and weight_grad is None, False
     rest = (grad.new_empty(0), grad.new_empty(0))
     if any(left):
@@ -201,8 +215,9 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _lies_turned(kept: Tensor) -> bool:
-    return order_of(kept) == FEATURES_MAJOR
+def _order(layout: str) -> str:
+    """The first layout whose rows come in the order of those of `layout`."""
+    return layout if layout == IMAGES_INNERMOST else ROW_MAJOR
 
 
 def _sampled_gradient(
@@ -213,23 +228,26 @@ def _sampled_gradient(
     return run_sampled(problem, reached, _turned(input), turned, weight)
 
 
+def _turned_weight_gradient(
+    turned: Tensor, kept: Tensor, weight: Tensor, stored: torch.dtype
+) -> Tensor | None:
+    """As `_weight_gradient`, by (outputs, rows), in the order of rows in which `kept` is packed."""
+    seen = turned.contiguous()
+    return run_weight_gradient(_shapes(seen, weight), kept, order_of(kept), stored, seen, weight)
+
+
 def _weight_gradient(
-    rows: Tensor, turned: Tensor | None, kept: Tensor, weight: Tensor, stored: torch.dtype
+    rows: Tensor, kept: Tensor, weight: Tensor, stored: torch.dtype
 ) -> Tensor | None:
     """In the memory order of `weight`; None if `kept` is not what the kernels read.
 
     Args:
         rows: of the output gradient.
-        turned: `_turned` rows, where `kept` lies in "features_major".
-        kept: the packed activation.
+        kept: the packed activation, in row-major order.
         weight: that it is the gradient of.
         stored: dtype of packed values.
     """
     (count, _), (outputs, inputs) = rows.shape, weight.shape
-    if turned is not None and _lies_turned(kept):
-        seen = turned[:, :count].contiguous()
-        shapes = _shapes(seen, weight)
-        return run_weight_gradient(shapes, kept, FEATURES_MAJOR, stored, seen, weight)
     values = fitting.packed_values(kept, count * inputs, stored, ROW_MAJOR)
     if values is None or stored not in library.ELEMENTS:
         return None

@@ -67,7 +67,7 @@ def _staging(team: int) -> type[ctypes.Array[ctypes.c_int64]]:
 
 
 def _pack_top(x: Tensor, threshold: Tensor, dtype: torch.dtype, layout: str) -> Tensor | None:
-    if layout == layouts.FEATURES_MAJOR:
+    if layout in layouts.FEATURES_OUTERMOST:
         x = converted(x, layout)
     elif layouts.layout_of(x) != layout:
         x = to_layout(x, layout)

@@ -18,6 +18,7 @@ from swatfx.ops.conv import conv, conv_backward
 from swatfx.ops.current import current
 from swatfx.ops.direct import register_direct
 from swatfx.ops.dropout import dropout, dropout_backward
+from swatfx.ops.features_norm import features_norm, features_norm_backward
 from swatfx.ops.flops import register_flops
 from swatfx.ops.layout import to_layout
 from swatfx.ops.learned import learned_gradient
@@ -44,6 +45,8 @@ __all__ = [
     "dropout_backward",
     "elementwise",
     "elementwise_backward",
+    "features_norm",
+    "features_norm_backward",
     "layer_norm",
     "layer_norm_backward",
     "learned_gradient",

@@ -176,9 +176,9 @@ class LinearCall(SparseCall):
     """What `swatfx::linear` is told: as `ConvCall`, and one more before the last.
 
     Attributes:
-        layout: "" or "features_major"; what the result comes in, and in backward the input
-            gradient, unless `layouts.between_linear` says that it does not pay. "" gives what aten
-            gives.
+        layout: "", "features_major" or "images_innermost"; what the result comes in, and in
+            backward the input gradient, unless `layouts.between_linear` says that it does not pay.
+            "" gives what aten gives.
         sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
     """
 

@@ -45,7 +45,7 @@ def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: 
 
 def result_layout(call: LinearCall, shape: Sequence[int]) -> str:
     """That of a result or an input gradient of `shape`; "" gives what aten gives."""
-    return call.layout and layouts.between_linear(shape)
+    return call.layout and layouts.between_linear(shape, call.layout)
 
 
 def _in_layout(x: Tensor, call: LinearCall) -> Tensor:
@@ -141,8 +141,8 @@ def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, weight_state, kept = inputs[:5]
     call = LinearCall(*inputs[5:])
-    turned = not input.is_contiguous() and layouts.lies_in(input, layouts.FEATURES_MAJOR)
-    layout = layouts.FEATURES_MAJOR if turned else ""
+    outermost = () if input.is_contiguous() else layouts.FEATURES_OUTERMOST
+    layout = next((one for one in outermost if layouts.lies_in(input, one)), "")
     ctx.call = replace(call, layout=layout, activation_state=None, open=None)
     ctx.input_shape = tuple(input.shape)
     ctx.order = layouts.order_of(input)

@@ -2,9 +2,10 @@
 
 In which order the elements were counted is decided once, by whoever packs, and carried with what
 was packed: by its number of dimensions, [bytes] in row-major order, [bytes, 1] in channels_last,
-[bytes, 1, 1] in batch_innermost, [bytes, 1, 1, 1] in features_major. A shape is known without
-asking a device, it is kept by whatever stores saved tensors, and backward never has to guess how an
-input lay that it does not see: it may have been cast, padded or moved since.
+[bytes, 1, 1] in batch_innermost, with one more in features_major and two in images_innermost. A
+shape is known without asking a device, it is kept by whatever stores saved tensors, and backward
+never has to guess how an input lay that it does not see: it may have been cast, padded or moved
+since.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from swatfx.errors import InputError
 from swatfx.ops.where import not_a_view
 from swatfx.selectors import Axes
 from swatfx.tensors import bits, layouts
-from swatfx.tensors.layouts import BATCH_INNERMOST, CHANNELS_LAST, FEATURES_MAJOR, ROW_MAJOR
+from swatfx.tensors.layouts import (
+    BATCH_INNERMOST,
+    CHANNELS_LAST,
+    FEATURES_OUTERMOST,
+    ROW_MAJOR,
+)
 
-# Of one, two, three and four dimensions.
-_ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST, FEATURES_MAJOR)
+# Of one, two, ..., five dimensions.
+_ORDERS = (ROW_MAJOR, CHANNELS_LAST, BATCH_INNERMOST, *FEATURES_OUTERMOST)
 
 
 def shape_of(layout: str, size: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
@@ -32,7 +38,7 @@ def order_of(packed: Tensor) -> str:
     """In which order the elements of a packed activation were counted."""
     if packed.dtype is not torch.uint8 or not 1 <= packed.dim() <= len(_ORDERS):
         raise InputError(
-            "a packed activation is bytes in one to four dimensions",
+            "a packed activation is bytes in one to five dimensions",
             value=f"{packed.dtype} {tuple(packed.shape)}",
             remedy="pass on what swatfx::pack returned as it is",
         )
@@ -60,8 +66,8 @@ def pack_reference(
 
     Returns:
         uint8 [bytes] for row-major order, [bytes, 1] for channels_last, [bytes, 1, 1] for
-        batch_innermost, [bytes, 1, 1, 1] for features_major: see `swatfx.tensors.bits`.
-        Zeros are never stored, kept or not.
+        batch_innermost, [bytes, 1, 1, 1] for features_major, [bytes, 1, 1, 1, 1] for
+        images_innermost: see `swatfx.tensors.bits`. Zeros are never stored, kept or not.
     """
     axes = Axes.of(x.dim(), spatial, False)
     keep = selectors.get(selector).keep(x, threshold, axes) & (x != 0)

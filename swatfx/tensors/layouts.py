@@ -3,7 +3,8 @@
 A layout says in what order a tensor's elements lie; shapes stay (N, C, *spatial) whatever it is.
 "batch_innermost" is (C, *spatial, N) in memory: the order in which the sparse kernels of
 `swatfx.kernels` run, an image a vector lane, and in which a channel is one contiguous run.
-"features_major" is the same of what linear layers see, (*rows, F): (F, *rows) in memory.
+"features_major" is the same of what linear layers see, (*rows, F): (F, *rows) in memory; and
+"images_innermost", of (N, *rows, F), is (F, *rows, N): "batch_innermost" with channels put last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ ROW_MAJOR = "row_major"
 CHANNELS_LAST = "channels_last"
 BATCH_INNERMOST = "batch_innermost"
 FEATURES_MAJOR = "features_major"
+IMAGES_INNERMOST = "images_innermost"
+FEATURES_OUTERMOST = (FEATURES_MAJOR, IMAGES_INNERMOST)
 _LINE = 32  # elements of two bytes in a cache line
 _INNERMOST = {BATCH_INNERMOST: 0, CHANNELS_LAST: 1}  # dimension
 
@@ -35,37 +38,59 @@ def layout_of(x: Tensor) -> str:
 
 
 def elementwise_layout_of(x: Tensor) -> str:
-    """`layout_of`, and "features_major": for what asks nothing of dimensions but their order."""
+    """`layout_of`, and those of linear layers: for what asks only in which order elements lie."""
     found = layout_of(x)
-    features_major = found == ROW_MAJOR and not x.is_contiguous() and lies_in(x, FEATURES_MAJOR)
-    return FEATURES_MAJOR if features_major else found
+    if found != ROW_MAJOR or x.is_contiguous():
+        return found
+    return next((layout for layout in FEATURES_OUTERMOST if lies_in(x, layout)), ROW_MAJOR)
 
 
-def between_linear(shape: Sequence[int]) -> str:
-    """What tensors between sparse linear layers lie in, if they may lie otherwise than in eager.
+def features_first(x: Tensor, layout: str) -> Tensor:
+    """A view of `x` (*rows, F), of shape (F, *rows) in the order of rows of `layout`."""
+    return images_behind(x, layout).movedim(-1, 0)
 
-    "features_major", unless a feature's rows are no whole number of cache lines: products of such
+
+def features_last(x: Tensor, layout: str) -> Tensor:
+    """Inverse of `features_first`."""
+    return rows_back(x.movedim(0, -1), layout)
+
+
+def images_behind(x: Tensor, layout: str) -> Tensor:
+    """A view of `x` (N, *rows, F) whose rows come in the order of `layout`."""
+    return x.movedim(0, -2) if layout == IMAGES_INNERMOST and x.dim() > 2 else x
+
+
+def rows_back(x: Tensor, layout: str) -> Tensor:
+    """Inverse of `images_behind`."""
+    return x.movedim(-2, 0) if layout == IMAGES_INNERMOST and x.dim() > 2 else x
+
+
+def between_linear(shape: Sequence[int], layout: str) -> str:
+    """What tensors of `shape` between sparse linear layers lie in, if they may lie in `layout`.
+
+    Row-major after all, where a feature's rows are no whole number of cache lines: products of such
     take twice the time, and a copy with room between the features would be made at each.
     """
     rows = math.prod(shape[:-1]) if shape else 0
-    return FEATURES_MAJOR if rows and rows % _LINE == 0 else ROW_MAJOR
+    return layout if rows and rows % _LINE == 0 else ROW_MAJOR
 
 
 def of_each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """A function of single elements of `x`, lying as `x` does.
 
-    Torch's vectorised GELU takes contiguous tensors alone: it gets a view of "features_major" that
-    is one, which saves half the time.
+    Torch's vectorised GELU takes contiguous tensors alone: where features lie outermost it gets a
+    view that is one, which saves half the time.
     """
-    if elementwise_layout_of(x) == FEATURES_MAJOR:
-        return function(x.movedim(-1, 0)).movedim(0, -1)
+    layout = elementwise_layout_of(x)
+    if layout in FEATURES_OUTERMOST:
+        return features_last(function(features_first(x, layout)), layout)
     return function(x)
 
 
 def lies_in(x: Tensor, layout: str) -> bool:
     """Whether `x` is dense in `layout`; it may be so in others as well."""
-    if layout == FEATURES_MAJOR:
-        return x.movedim(-1, 0).is_contiguous() if x.dim() else True
+    if layout in FEATURES_OUTERMOST:
+        return features_first(x, layout).is_contiguous() if x.dim() else True
     axis = _INNERMOST.get(layout)
     if axis is None:
         return x.is_contiguous()
@@ -109,8 +134,9 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], innermost: int |
 
 def as_layout(x: Tensor, layout: str) -> Tensor:
     """`x` in `layout`; `x` itself where it is so already."""
-    if layout == FEATURES_MAJOR:
-        return x.movedim(-1, 0).contiguous().movedim(0, -1) if x.dim() else x
+    if layout in FEATURES_OUTERMOST:
+        first = features_first(x, layout).contiguous() if x.dim() else x
+        return features_last(first, layout) if x.dim() else x
     if layout == BATCH_INNERMOST:
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == CHANNELS_LAST:
@@ -151,8 +177,12 @@ def strides_of(shape: Sequence[int], layout: str) -> list[int]:
         order = [*order[1:], 0]
     elif layout == CHANNELS_LAST:
         order = [0, *order[2:], 1]
-    elif layout == FEATURES_MAJOR and order and 1 not in (shape[-1], math.prod(shape[:-1])):
-        order = [order[-1], *order[:-1]]
+    elif layout in FEATURES_OUTERMOST and order:
+        *rows, features = order
+        if layout == IMAGES_INNERMOST and rows and 1 not in (shape[0], math.prod(shape[1:-1])):
+            rows = [*rows[1:], 0]
+        plain = 1 in (shape[-1], math.prod(shape[:-1]))
+        order = [*rows, features] if plain else [features, *rows]
     strides, step = [0] * len(shape), 1
     for d in reversed(order):
         strides[d] = step
@@ -173,8 +203,8 @@ def flat_view(x: Tensor, layout: str) -> Tensor:
         return x.movedim(1, -1).reshape(-1)
     if layout == BATCH_INNERMOST:
         return x.movedim(0, -1).reshape(-1)
-    if layout == FEATURES_MAJOR and x.dim():
-        return x.movedim(-1, 0).reshape(-1)
+    if layout in FEATURES_OUTERMOST and x.dim():
+        return features_first(x, layout).reshape(-1)
     return x.reshape(-1)
 
 
@@ -184,6 +214,9 @@ def from_flat(flat: Tensor, shape: Sequence[int], layout: str) -> Tensor:
         return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     if layout == BATCH_INNERMOST:
         return flat.view(*shape[1:], shape[0]).movedim(-1, 0)
-    if layout == FEATURES_MAJOR and shape:
-        return flat.view(shape[-1], *shape[:-1]).movedim(0, -1)
+    if layout in FEATURES_OUTERMOST and shape:
+        rows = list(shape[:-1])
+        if layout == IMAGES_INNERMOST and len(rows) > 1:
+            rows = [*rows[1:], rows[0]]
+        return features_last(flat.view(shape[-1], *rows), layout)
     return flat.view(tuple(shape))

@@ -157,6 +157,13 @@ def leaves() -> None:
             for op in (OPS.relu, lambda t: OPS.dropout(t, 0.3)):
                 leaf = x.clone().requires_grad_()
                 op(leaf)[0].backward(x)
+            for layout in layouts.FEATURES_OUTERMOST if x.numel() else ():
+                lies = layouts.as_layout(x.movedim(1, -1), layout).detach()
+                for wants in ((True, True, True), (False, True, False)):
+                    given = [t.clone() for t in (lies, *args[:2])]  # a clone lies as it does
+                    for t, wanted in zip(given, wants, strict=True):
+                        t.requires_grad_(wanted)
+                    OPS.features_norm(*given, 1e-5)[0].sum().backward()
             for layout in LAYOUTS:
                 if x.dim() > 3 or layout != layouts.CHANNELS_LAST:
                     OPS.to_layout(x, layout)

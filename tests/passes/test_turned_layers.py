@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
-from torchvision.models.convnext import CNBlock
+from torchvision.models.convnext import CNBlock, LayerNorm2d
 from torchvision.models.vision_transformer import EncoderBlock
 
 import swatfx
@@ -24,7 +24,7 @@ from swatfx.compiled.nodes import sparse_nodes
 from swatfx.kernels import layout as layout_kernels
 from swatfx.kernels import linear as linear_kernels
 from swatfx.tensors import layouts
-from swatfx.tensors.layouts import FEATURES_MAJOR
+from swatfx.tensors.layouts import FEATURES_MAJOR, FEATURES_OUTERMOST, IMAGES_INNERMOST
 from tests.nets.kernel_nets import assert_equal_training, pair
 from tests.nets.saving_nets import kept_by
 
@@ -64,11 +64,11 @@ class Reading(nn.Module):
 
 
 def told(gm: SwatModule) -> list[str]:
-    """Layers whose result comes in "features_major"."""
+    """Layers whose result comes with features outermost."""
     return [
         layer.plan.name
         for layer in sparse_nodes(gm)
-        if layer.node.kwargs.get("layout") == FEATURES_MAJOR
+        if layer.node.kwargs.get("layout") in FEATURES_OUTERMOST and not layer.is_conv
     ]
 
 
@@ -158,6 +158,162 @@ def test_networks_train_as_under_dense_kernels(build: Callable[[], nn.Module]) -
     assert_equal_training(sparse, dense, data)
     with torch.no_grad():
         assert_equal_training(sparse.eval(), dense.eval(), data, backward=False)
+
+
+class Stages(nn.Module):
+    """As ConvNeXt has them: blocks, a norm with channels second, a convolution between stages."""
+
+    def __init__(self, block: Callable[[], nn.Module], channels: int = NARROW) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(8, channels, 1), block(), block()
+        self.norm = LayerNorm2d(channels)
+        self.down = nn.Conv2d(channels, channels, 2, 2)
+        self.three = block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.two(self.one(self.stem(x)))
+        out: Tensor = self.three(self.down(self.norm(x)))
+        return out.flatten(2)
+
+
+class OtherBlock(nn.Module):
+    """As `CNBlock`, by methods; `spoils` makes somebody see more than the block does."""
+
+    def __init__(self, spoils: Callable[[Tensor], Tensor] | None = None, at: str = "") -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(NARROW, NARROW, 3, padding=1, groups=NARROW)
+        self.norm = nn.LayerNorm(NARROW)
+        self.up, self.down = nn.Linear(NARROW, WIDE), nn.Linear(WIDE, NARROW)
+        self.spoils, self.at = spoils, at
+
+    def _spoilt(self, x: Tensor, at: str) -> Tensor:
+        return x + self.spoils(x) if self.spoils is not None and at == self.at else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        y = self._spoilt(self.norm(self._spoilt(y, "seen")), "norm")
+        y = self._spoilt(self.down(F.gelu(self.up(y))), "made")
+        y = self._spoilt(y.permute(0, -1, 1, 2), "back")
+        return x + y
+
+
+SPOILERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "stride": lambda y: y.stride(1) * y.new_ones(()),
+    "view": lambda y: y.reshape(-1)[0],
+    "item": lambda y: y[0],
+    "matmul": lambda y: y @ y.transpose(-1, -2) @ y,
+}
+
+
+def images(gm: SwatModule) -> list[str]:
+    """Linear layers that compute with images innermost."""
+    return [
+        layer.plan.name
+        for layer in sparse_nodes(gm)
+        if layer.node.kwargs.get("layout") == IMAGES_INNERMOST
+    ]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [lambda: CNBlock(NARROW, 0.5, 0.0), OtherBlock],
+    ids=["torchvision", "own"],
+)
+def test_between_convolutions_nothing_is_converted(
+    block: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse, dense = pair(lambda: Stages(block), POLICY)
+    assert len(images(sparse)) == 6 and not images(dense)
+    torch.manual_seed(1)
+    data = [torch.randn(batch, 8, 4, 4) for batch in (16, 2, 4)]
+    assert_equal_training(sparse, dense, data)
+    turned: list[tuple[int, ...]] = []
+    real = linear_kernels.transpose_into
+
+    def transpose(x: Tensor, y: Tensor) -> None:
+        turned.append(tuple(x.shape))
+        real(x, y)
+
+    monkeypatch.setattr(linear_kernels, "transpose_into", transpose)
+    for gm in (sparse, dense):
+        gm(data[0]).sum().backward()
+    assert not turned
+    with torch.no_grad():
+        assert_equal_training(sparse.eval(), dense.eval(), data, backward=False)
+
+
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_stochastic_depth_draws_as_it_did(probability: float) -> None:
+    sparse, dense = pair(lambda: Stages(lambda: CNBlock(NARROW, 0.5, probability)), EXACT)
+    assert len(images(sparse)) == 6
+    x = torch.randn(16, 8, 4, 4)
+    grads = []
+    for gm in (sparse, dense):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(gm(x).square().sum(), list(gm.parameters())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(16, 3, 3), (3, 4, 4), (5, 5, 3), (16, 1, 2), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("half", [False, True])
+def test_blocks_of_any_size_are_the_formula(size: tuple[int, int, int], half: bool) -> None:
+    """Where images do not fill lines, tensors lie as in eager, and values are no other."""
+    torch.manual_seed(0)
+    both = pair(lambda: Stages(OtherBlock), EXACT)
+    assert images(both[0])
+    x = torch.randn(size[0], 8, *[2 * s for s in size[1:]])
+    results = []
+    for gm in both:
+        seen = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            y = gm(seen)
+        grads = torch.autograd.grad(y.float().square().sum(), [seen, *gm.parameters()])
+        results.append((y.detach(), *grads))
+    for one, other in zip(*results, strict=True):
+        error = float((one - other).norm()) / max(float(other.norm()), 1e-30)
+        assert error < (0.05 if half else 1e-4)
+
+
+@pytest.mark.parametrize("at", ["seen", "norm", "made", "back"])
+@pytest.mark.parametrize("name", SPOILERS)
+def test_blocks_that_others_see_into_are_left_alone(name: str, at: str) -> None:
+    def build() -> nn.Module:
+        return Stages(lambda: OtherBlock(SPOILERS[name], at))
+
+    sparse, dense = pair(build, EXACT)
+    if at != "seen":
+        assert not images(sparse)
+    torch.manual_seed(1)
+    assert_equal_training(sparse, dense, [torch.randn(16, 8, 4, 4) for _ in range(2)])
+
+
+@pytest.mark.parametrize("which", ["norm", "up", "down"])
+def test_hooks_in_a_block_see_what_they_saw(which: str) -> None:
+    strides: dict[str, list[tuple[int, ...]]] = {"sparse": [], "dense": []}
+    model = Stages(OtherBlock)
+    for kind, found in strides.items():
+        twin = copy.deepcopy(model)
+        assert isinstance(twin.one, OtherBlock)
+        twin.one.get_submodule(which).register_forward_hook(
+            lambda _, given, made, found=found: found.append(made.stride())
+        )
+        gm = swatfx.compile(twin, POLICY, kernels=kind)
+        gm(torch.ones(16, 8, 4, 4))
+        assert not any(name.startswith("one.") for name in images(gm))
+    assert strides["sparse"] == strides["dense"] and strides["dense"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_block_is_one_graph_under_torch_compile() -> None:
+    gm = swatfx.compile(Stages(OtherBlock), POLICY, kernels="sparse")
+    x = torch.randn(16, 8, 4, 4)
+    gm(x).sum().backward()
+    wanted = [p.grad.clone() for p in gm.parameters() if p.grad is not None]
+    gm.zero_grad()
+    torch.compile(gm, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    for p, grad in zip(gm.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +469,7 @@ def test_opcheck(shape: tuple[int, ...], lies: str) -> None:
     y = OPS.linear(*args, **options)
     with kernels.reference_only():
         assert OPS.linear(*args, **options).stride() == y.stride()
-    assert layouts.lies_in(y, layouts.between_linear(y.shape))
+    assert layouts.lies_in(y, layouts.between_linear(y.shape, FEATURES_MAJOR))
 
 
 def test_chosen_again_nothing_is_left() -> None:

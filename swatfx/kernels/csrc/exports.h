@@ -223,6 +223,21 @@ EXPORT void TYPED(swatfx_dropout)(const elem *x, elem *y, uint8_t *bits, float s
 EXPORT void TYPED(swatfx_dropout_backward)(const elem *grad, const uint8_t *bits, elem *dx, float scale,
     int64_t n, int threads);
 
+/* ---- Layer norm, features outermost: layer_norm.py, which checks dtypes, density and sizes ----
+ *
+ * x, y, grad, dx: [features, columns]; weight, bias: [features] or NULL; mean, rstd: [columns]. features and
+ * columns are at least 1, threads too. */
+
+/* y = (x - mean) * rstd * weight + bias, of each column by itself; mean and rstd are written. */
+EXPORT void TYPED(swatfx_layer_norm)(const elem *x, const float *weight, const float *bias, elem *y, float
+    *mean, float *rstd, int64_t features, int64_t columns, double eps, int threads);
+
+/* dx may be NULL: not wanted. dweight, dbias: [threads, features], what each thread adds to those gradients;
+ * may be anything before. mean, rstd: as forward wrote them. */
+EXPORT void TYPED(swatfx_layer_norm_backward)(const elem *grad, const elem *x, const float *weight, const
+    float *mean, const float *rstd, elem *dx, double *dweight, double *dbias, int64_t features, int64_t
+    columns, int threads);
+
 /* ---- Memory orders: layout.py, which checks dtype and density ---- */
 
 /* out[b * out_batch + j * out_row + i] = in[b * in_batch + i * in_row + j] for b < batch, i < rows, j <

@@ -1,0 +1,2 @@
+#define SWATFX_BF16
+#include "../layer_norm.c"
