@@ -185,6 +185,8 @@ class Heads:
             return False
         if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
             return False
+        if not query.shape[3]:  # there is nothing to keep, and no scale
+            return False
         given = [query, key, value]
         if mask is not None:
             if mask.requires_grad or (self.causal and self.bias is None):

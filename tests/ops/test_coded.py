@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swatfx.compiled.coded import Attention, scaled_dot_product_heads
 from swatfx.errors import SwatError
 from swatfx.ops.coded import RULES
 from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes, line_bytes
@@ -307,3 +308,13 @@ def test_attention_by_its_formula(form: str, saves: str, half: bool) -> None:
     errors = [float((g - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True)]
     assert max(errors) < near and all(g.dtype is torch.float32 for g in found)
     torch.library.opcheck(OPS.attention, (*inputs, None, mask, saves, causal, scale, dropout))
+
+
+@pytest.mark.parametrize("saves", ["exact", "int8"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_without_features_are_eagers(saves: str, masked: bool) -> None:
+    leaf = Attention(F.scaled_dot_product_attention, scaled_dot_product_heads, saves)
+    three = [torch.randn(1, 2, 5, 0, requires_grad=True) for _ in range(3)]
+    y = leaf(*three, torch.randn(1, 2, 5, 5) if masked else None)
+    y.sum().backward()
+    assert y.shape == (1, 2, 5, 0) and all(x.grad is not None for x in three)
