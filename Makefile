@@ -11,9 +11,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist workst
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+# The kernels are compiled by the installation: whoever pulls other sources gets them anew.
+$(READY): pyproject.toml setup.py $(wildcard swatfx/kernels/csrc/*.[ch] swatfx/kernels/csrc/bf16/*.c)
 	$(PYTHON) -c 'import sys; sys.exit("swatfx wants Python 3.11 or newer, set PYTHON=") if sys.version_info < (3, 11) else 0'
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 

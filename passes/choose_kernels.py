@@ -54,7 +54,7 @@ from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
 from swatfx.ops.coded import LAYER_NORM, RULES
-from swatfx.ops.layout import laid_out
+from swatfx.ops.layout import between_linear, laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
 from swatfx.tensors.layouts import (
@@ -250,6 +250,9 @@ def choose_again(gm: SwatModule, ctx: Context) -> None:
         if pack is not None and pack.layout in _TOLD:
             pack.layout = _TOLD[pack.layout]
     for _, part in all_parts(gm):
+        for node in list(part.graph.nodes):
+            if node.target is between_linear:
+                part.graph.erase_node(node)
         part.recompile()
     choose_kernels(gm, ctx)
 
@@ -378,17 +381,18 @@ def _turn(
     turned = turned_layers(part, versions.of(part, prefix), sparse)
     blocks = [] if flow is None else blocks_between_convolutions(flow, sparse, turned)
     calls, leaves = Calls(part, versions.eager(prefix)), Leaves(gm)
-    norms = []
+    norms, told = [], set()
     for block in blocks:
         found = None if block.norm is None else calls.coded(block.norm)
         if block.norm is not None and (found is None or found[0] != LAYER_NORM):
             continue
         norms += [] if block.norm is None else [block.norm]
+        told.update(block.layers)
         for layer in block.layers:
             _tell(layer, IMAGES_INNERMOST, makes=True)
     for one in turned:
         for layer in (*one.makers, *one.readers):
-            if layer.node.kwargs.get("layout") != IMAGES_INNERMOST:
+            if layer not in told:
                 _tell(layer, FEATURES_MAJOR, makes=layer in one.makers)
     # Both are slow with features outermost unless a leaf of ours calls them.
     for node in (*norms, *(node for one in turned for node in one.between)):
@@ -410,6 +414,13 @@ def _turn(
 def _tell(layer: LayerNode, layout: str, *, makes: bool) -> None:
     """Let a linear layer keep its input in `layout`, and where it `makes` so, return in it."""
     if makes:
-        layer.tell(layout=layout)
+        with layer.part.graph.inserting_before(layer.node):
+            name = f"{layer.node.name}_layout"
+            args = (layer.input, layout)
+            layer.tell(
+                layout=layer.part.graph.create_node(
+                    "call_function", between_linear, args, name=name
+                )
+            )
     if layer.pack_module is not None:
         layer.pack_module.layout = layout

@@ -39,6 +39,7 @@ from swatfx.compiled import (
 )
 from swatfx.errors import InputError, SwatError
 from swatfx.ops.layout import laid_out
+from swatfx.ops.pack import order_of
 from swatfx.tensors import bits, layouts
 
 Key = tuple[str, str]  # (part path, node name)
@@ -449,10 +450,8 @@ class _Interpreter(fx.Interpreter):
         kept = args[4]
         if kept is not None and not isinstance(kept, FakeTensor):
             elements = math.prod(shape)
-            mask = bits.bits_to_mask(kept[: (elements + 7) // 8], elements)
-            layout = layouts.ROW_MAJOR if pad else layouts.layout_of(args[0])
-            layout = str(n.kwargs.get("layout") or layout)
-            seen.keep = layouts.from_flat(mask, shape, layout)
+            mask = bits.bits_to_mask(kept.view(-1)[: (elements + 7) // 8], elements)
+            seen.keep = layouts.from_flat(mask, shape, order_of(kept))
 
 
 def _thawed(value: Any) -> Any:

@@ -15,16 +15,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from swatfx import models, policy
+from swatfx import models
 from swatfx.cli import bench as cli_bench
 from swatfx.cli import compare as cli_compare
 from swatfx.cli import demo
+from swatfx.cli import policies as cli_policies
 from swatfx.cli import simulate as cli_simulate
 from swatfx.cli import train as cli_train
 from swatfx.cli.arguments import (
@@ -44,9 +44,7 @@ from swatfx.compiled import evaluation_mode
 from swatfx.costs import report
 from swatfx.errors import InputError, SwatError
 from swatfx.exporting import export
-from swatfx.paper import table1
 from swatfx.pipeline import compile as compile_model
-from swatfx.policy import Policy
 from swatfx.tables import Page, Table
 from swatfx.version import __version__
 
@@ -225,9 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(command, default="resnet50", with_batch=False)
     cli_simulate.add_arguments(command)
 
-    command = add("policies", _policies, "list policies and the fields of one")
-    command.add_argument("--table1", action="store_true", help="the paper's table 1 instead")
-    add_formats(command)
+    command = add("policies", cli_policies.run, "list policies, or what the fields of one mean")
+    cli_policies.add_arguments(command)
     command = add("models", _models, "list model names")
     add_formats(command)
 
@@ -286,7 +283,8 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
     if args.input_shape is None:
         if ":" in args.model:
             raise InputError(
-                "your own model wants an input shape", remedy="add --input-shape 3,224,224"
+                "your own model wants an input shape",
+                remedy="add --input-shape 3,224,224: of one sample, without the batch",
             )
         return (batch, *models.default_input_shape(args.model))
     shape: tuple[int, ...] = ()
@@ -309,10 +307,11 @@ def read_shape(args: argparse.Namespace) -> tuple[int, ...]:
 def _report(args: argparse.Namespace) -> int:
     check_output(args)
     chosen = read_policy(args.policy, args.sparsity)
+    model = models.resolve_on_meta(args.model, args.num_classes)  # a wrong name is told first
     shape = read_shape(args)
     inputs = (torch.empty(shape, device="meta"),)
     gm = compile_model(
-        models.resolve_on_meta(args.model, args.num_classes),
+        model,
         chosen,
         example_inputs=inputs,
         **compile_options(args),
@@ -370,19 +369,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _simulate(args: argparse.Namespace) -> int:
     return cli_simulate.run(args, read_policy(args.policy, args.sparsity), read_shape)
-
-
-def _policies(args: argparse.Namespace) -> int:
-    if args.table1:
-        return show(table1.page(table1.table1()), args)
-    known = {f.name: f.default for f in fields(Policy) if f.name not in ("name", "rules")}
-    rows = [
-        (name, (build.__doc__ or "").strip().splitlines()[0])
-        for name, build in policy.CONSTRUCTORS.items()
-    ]
-    table = Table(("policy", "what it is"), tuple(rows))
-    options = Table(("field", "default"), tuple((n, repr(value)) for n, value in known.items()))
-    return show(Page((table, options), table, {"policies": dict(rows), "fields": known}), args)
 
 
 def _models(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ from swatfx.compiled import (
     sparse_nodes,
 )
 from swatfx.ops.coded import RULES
-from swatfx.ops.layout import laid_out
+from swatfx.ops.layout import between_linear, laid_out
 from swatfx.ops.where import active_weight
 from swatfx.training import refresh
 
@@ -59,6 +59,8 @@ def inference_module(gm: SwatModule) -> SwatModule:
         for node in list(part.graph.nodes):
             if node.target is laid_out:  # memory orders are for our own kernels
                 node.replace_all_uses_with(node.args[0])
+                part.graph.erase_node(node)
+            elif node.target is between_linear:
                 part.graph.erase_node(node)
             elif node.op == "call_module":
                 module = part.get_submodule(str(node.target))

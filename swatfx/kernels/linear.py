@@ -41,7 +41,6 @@ from swatfx.ops.linear import (
     linear_backward,
     linear_backward_reference,
     linear_reference,
-    result_layout,
 )
 from swatfx.ops.pack import order_of
 from swatfx.ops.where import not_a_view
@@ -99,12 +98,11 @@ def _forward(
         return None
     outputs, inputs = weight.shape
     shape = torch.Size((*input.shape[:-1], outputs))
-    layout = result_layout(call, shape)
-    rows = _matrix(input_in_forward(call, input), layout)
+    rows = _matrix(input_in_forward(call, input), call.layout)
     used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     turned = _turned(rows)
     problems = [forward_problem(_shapes(turned, weight), (inputs, 1, 1, 1))]
-    return _product(problems, turned, used, bias, threshold, shape, layout)
+    return _product(problems, turned, used, bias, threshold, shape, call.layout)
 
 
 def _product(
@@ -118,17 +116,21 @@ def _product(
 ) -> Tensor | None:
     """Of `_turned` rows in the order of `layout`, of `shape`; None if the kernels cannot run it."""
     count, features = shape[:-1].numel(), shape[-1]
-    if layout in FEATURES_OUTERMOST:  # whole cache lines: nothing was filled
+    out = turned.new_empty(0)
+    made = None
+    if layout in FEATURES_OUTERMOST:
         made = library.new(shape, layout, turned.dtype)
         out = features_first(made, layout).view(features, count)
-    else:
+    if out.shape != (features, turned.shape[1]):  # another order, or columns that were filled up
         out = turned.new_empty(features, turned.shape[1])
     for problem in problems:
         if not run_problem(problem, turned, weight, bias, out, threshold):
             return None
-    if layout in FEATURES_OUTERMOST:
-        return made
-    return not_a_view(_turned_back(out, count).view(shape))
+    if made is None:
+        return not_a_view(_turned_back(out, count).view(shape))
+    if turned.shape[1] != count:
+        features_first(made, layout).view(features, count).copy_(out[:, :count])
+    return made
 
 
 def _matrix(x: Tensor, layout: str) -> Tensor:
@@ -181,7 +183,7 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         return linear_backward_reference(grad, *rest)
     bias_grad = _matrix(grad, elementwise_layout_of(grad)).sum(0) if wants[2] else grad.new_empty(0)
     grad = call.gradient(grad, 0)
-    layout = result_layout(call, shape)
+    layout = call.layout
     turned = functools.cache(lambda order: _turned(_matrix(grad, order)))
     input_grad = weight_grad = reached = None
     if wants[1] and input is not None and input.dtype is grad.dtype:

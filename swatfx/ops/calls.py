@@ -177,8 +177,7 @@ class LinearCall(SparseCall):
 
     Attributes:
         layout: "", "features_major" or "images_innermost"; what the result comes in, and in
-            backward the input gradient, unless `layouts.between_linear` says that it does not pay.
-            "" gives what aten gives.
+            backward the input gradient. "" and "row_major" give what aten gives.
         sparse_kernels: a wish: run kernels that skip zeros, where there are any for the input.
     """
 

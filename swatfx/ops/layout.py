@@ -56,6 +56,11 @@ def converted(x: Tensor, layout: str) -> Tensor:
     return x if layouts.lies_in(x, layout) else to_layout(x, layout)
 
 
+def between_linear(x: Tensor, layout: str) -> str:
+    """What a graph tells a linear layer of `x`: `layout`, or row-major where that does not pay."""
+    return layouts.between_linear(x.shape, layout)
+
+
 def laid_out(x: Any, layout: str) -> Any:
     """`x` in `layout`: what a compiled graph calls where a layout begins and ends.
 

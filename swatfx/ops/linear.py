@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,16 +39,10 @@ def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: 
     weight_state, _, *options = rest
     call = LinearCall(*options)
     used = call.weight_in_forward(weight, weight_state, input.dtype)
-    return _in_layout(_run(input_in_forward(call, input), used, bias), call)
+    return _in_layout(_run(input_in_forward(call, input), used, bias), call.layout)
 
 
-def result_layout(call: LinearCall, shape: Sequence[int]) -> str:
-    """That of a result or an input gradient of `shape`; "" gives what aten gives."""
-    return call.layout and layouts.between_linear(shape, call.layout)
-
-
-def _in_layout(x: Tensor, call: LinearCall) -> Tensor:
-    layout = result_layout(call, x.shape)
+def _in_layout(x: Tensor, layout: str) -> Tensor:
     return in_layout(x, layout) if layout else x
 
 
@@ -85,7 +78,7 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @linear.register_fake
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **options: Any) -> Tensor:
     out = F.linear(input, as_seen(weight, input.dtype), bias)
-    layout = result_layout(LinearCall(*rest[2:], **options), out.shape)
+    layout = LinearCall(*rest[2:], **options).layout
     return new_in_layout(out.shape, layout, out) if layout else out
 
 
@@ -104,7 +97,7 @@ def linear_backward_reference(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
     input_grad, weight_grad = grad.new_empty(0), grad.new_empty(0)
     if wants[0]:
         used = call.weight_in_backward(weight, weight_state, grad.dtype)
-        input_grad = _in_layout((rows @ used).view(tuple(input_shape)), call)
+        input_grad = _in_layout((rows @ used).view(tuple(input_shape)), call.layout)
     if wants[1]:
         if input is None:
             if kept is None:
@@ -130,7 +123,7 @@ linear_backward = torch.library.custom_op(
 def _(grad: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
     saved, call = Saved.split(rest, LinearCall, **named)
     weight, input_shape, wants = saved.weight, saved.input_shape, saved.wants
-    layout = result_layout(call, input_shape) or layouts.ROW_MAJOR
+    layout = call.layout or layouts.ROW_MAJOR
     return (
         new_in_layout(tuple(input_shape), layout, grad) if wants[0] else grad.new_empty(0),
         weight.new_empty(tuple(weight.shape)) if wants[1] else grad.new_empty(0),
@@ -143,6 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     call = LinearCall(*inputs[5:])
     outermost = () if input.is_contiguous() else layouts.FEATURES_OUTERMOST
     layout = next((one for one in outermost if layouts.lies_in(input, one)), "")
+    layout = layout and layouts.between_linear(input.shape, layout)
     ctx.call = replace(call, layout=layout, activation_state=None, open=None)
     ctx.input_shape = tuple(input.shape)
     ctx.order = layouts.order_of(input)

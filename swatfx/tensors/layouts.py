@@ -69,10 +69,17 @@ def between_linear(shape: Sequence[int], layout: str) -> str:
     """What tensors of `shape` between sparse linear layers lie in, if they may lie in `layout`.
 
     Row-major after all, where a feature's rows are no whole number of cache lines: products of such
-    take twice the time, and a copy with room between the features would be made at each.
+    take twice the time, and a copy with room between the features would be made at each. So it is
+    where a trace leaves the number of rows open, which it still does then.
     """
     rows = math.prod(shape[:-1]) if shape else 0
-    return layout if rows and rows % _LINE == 0 else ROW_MAJOR
+    if isinstance(rows, torch.SymInt) or torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        whole = statically_known_true(rows % _LINE == 0) and not statically_known_true(rows == 0)
+    else:
+        whole = rows > 0 and rows % _LINE == 0
+    return layout if whole else ROW_MAJOR
 
 
 def of_each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -234,6 +235,23 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert data["fields"]["period"] == 1
     text = printed_by(capsys, "policies")
     assert all(name in text for name in (*policy.CONSTRUCTORS, "redistribute_every"))
+
+
+@pytest.mark.parametrize("text", ["rigl", "rigl:0.8", "ssc,g=2,p=0.5", "dense"])
+def test_fields_of_one_policy(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(printed_by(capsys, "policies", text, "--json"))
+    chosen = policy.parse("rigl:0.9" if text == "rigl" else text)
+    known = {f.name for f in dataclasses.fields(policy.Policy)} - {"rules"}
+    assert set(data["policy"]) == known
+    assert all(data["policy"][name] == getattr(chosen, name) for name in known)
+    assert {name for name, meaning in data["meanings"].items() if meaning} >= known
+    shown = printed_by(capsys, "policies", text)
+    assert "optimizer steps between mask updates; 0 is once an epoch." in shown
+
+
+def test_an_unknown_policy_has_no_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policies", "rigll"]) != 0
+    assert "did you mean" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 import swatfx
 from swatfx import kernels
 from swatfx.compiled.module import SwatModule
-from swatfx.compiled.nodes import sparse_nodes
+from swatfx.compiled.nodes import LayerNode, sparse_nodes
 from swatfx.kernels import layout as layout_kernels
 from swatfx.kernels import linear as linear_kernels
 from swatfx.tensors import layouts
@@ -63,12 +64,16 @@ class Reading(nn.Module):
         return self.two(F.gelu(y)), read
 
 
+def told_layout(layer: LayerNode) -> str:
+    """Of a linear layer's result, where it pays."""
+    node = layer.node.kwargs.get("layout")
+    return str(node.args[1]) if isinstance(node, fx.Node) else ""
+
+
 def told(gm: SwatModule) -> list[str]:
     """Layers whose result comes with features outermost."""
     return [
-        layer.plan.name
-        for layer in sparse_nodes(gm)
-        if layer.node.kwargs.get("layout") in FEATURES_OUTERMOST and not layer.is_conv
+        layer.plan.name for layer in sparse_nodes(gm) if told_layout(layer) in FEATURES_OUTERMOST
     ]
 
 
@@ -207,11 +212,7 @@ SPOILERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def images(gm: SwatModule) -> list[str]:
     """Linear layers that compute with images innermost."""
-    return [
-        layer.plan.name
-        for layer in sparse_nodes(gm)
-        if layer.node.kwargs.get("layout") == IMAGES_INNERMOST
-    ]
+    return [layer.plan.name for layer in sparse_nodes(gm) if told_layout(layer) == IMAGES_INNERMOST]
 
 
 @pytest.mark.parametrize(
@@ -469,7 +470,7 @@ def test_opcheck(shape: tuple[int, ...], lies: str) -> None:
     y = OPS.linear(*args, **options)
     with kernels.reference_only():
         assert OPS.linear(*args, **options).stride() == y.stride()
-    assert layouts.lies_in(y, layouts.between_linear(y.shape, FEATURES_MAJOR))
+    assert layouts.lies_in(y, FEATURES_MAJOR)
 
 
 def test_chosen_again_nothing_is_left() -> None:
@@ -494,3 +495,59 @@ def test_predicted_bytes_are_measured_ones(saves: str) -> None:
     result = swatfx.report(gm, x)
     twin = copy.deepcopy(gm)
     assert result.totals["saved_bytes"] == kept_by(lambda: twin(x), twin)
+
+
+def test_an_export_leaves_rows_open(tmp_path: Path) -> None:
+    gm = swatfx.compile(mlp(), POLICY, kernels="sparse")
+    x = torch.randn(64, NARROW)
+    swatfx.export(gm, tmp_path / "a.pt2", (x,), training=True)
+    read = torch.export.load(tmp_path / "a.pt2").module()
+    for rows in (33, 96):
+        assert read(torch.randn(rows, NARROW)).shape == (rows, NARROW)
+    open_rows = ({0: torch.export.Dim("rows", min=20)},)
+    program = torch.export.export(gm.eval(), (x,), dynamic_shapes=open_rows)
+    for rows in (33, 96):
+        data = torch.randn(rows, NARROW)
+        torch.testing.assert_close(program.module()(data), gm(data))
+
+
+class Chosen(nn.Module):
+    """Rows whose number depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = mlp()
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        out: Tensor = self.mlp(x[keep])
+        return out
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_rows_that_depend_on_data_are_compiled(
+    dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+    gm = swatfx.compile(Chosen(), EXACT, kernels="sparse")
+    assert told(gm)
+    compiled = torch.compile(gm, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for rows in (80, 64, 128):
+        x, keep = torch.randn(rows, NARROW), torch.arange(rows) % 2 == 0
+        grads = [
+            torch.autograd.grad(call(x, keep).square().sum(), list(gm.parameters()))
+            for call in (gm, compiled)
+        ]
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", FEATURES_OUTERMOST)
+@pytest.mark.parametrize("rows", [(17,), (33,), (3, 7), (2, 3, 5), (4, 8)], ids=str)
+def test_an_op_that_is_told_obeys(rows: tuple[int, ...], layout: str) -> None:
+    """Also where rows fill no lines, which graphs do not ask for."""
+    x = torch.randn(*rows, NARROW)
+    w = torch.randn(WIDE, NARROW)
+    y = OPS.linear(x, w, None, torch.tensor(0.0), None, sparse_kernels=True, layout=layout)
+    assert layouts.as_layout(y, layout).data_ptr() == y.data_ptr()
+    torch.testing.assert_close(y.double(), F.linear(x.double(), w.double()), rtol=1e-4, atol=1e-4)
