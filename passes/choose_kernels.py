@@ -415,12 +415,8 @@ def _tell(layer: LayerNode, layout: str, *, makes: bool) -> None:
     """Let a linear layer keep its input in `layout`, and where it `makes` so, return in it."""
     if makes:
         with layer.part.graph.inserting_before(layer.node):
-            name = f"{layer.node.name}_layout"
-            args = (layer.input, layout)
-            layer.tell(
-                layout=layer.part.graph.create_node(
-                    "call_function", between_linear, args, name=name
-                )
-            )
+            told = layer.part.graph.call_function(between_linear, (layer.input, layout))
+        told.name = f"{layer.node.name}_layout"  # also where it was chosen, and dropped, before
+        layer.tell(layout=told)
     if layer.pack_module is not None:
         layer.pack_module.layout = layout

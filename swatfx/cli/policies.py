@@ -6,10 +6,10 @@ import argparse
 import re
 from dataclasses import fields
 
-from swatfx import policy
+from swatfx import models, policy
 from swatfx.cli.output import add_formats, show
-from swatfx.errors import PolicyError
 from swatfx.paper import table1
+from swatfx.pipeline import compile as compile_model
 from swatfx.policy import Policy
 from swatfx.tables import Page, Table
 
@@ -17,7 +17,7 @@ from swatfx.tables import Page, Table
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Of `swatfx policies`."""
     command.add_argument(
-        "policy", nargs="?", metavar="POLICY", help="what one's fields are and mean: rigl, set:0.8"
+        "policy", nargs="?", metavar="POLICY", help="what one's fields are and mean: rigl:0.9"
     )
     command.add_argument("--table1", action="store_true", help="the paper's table 1 instead")
     add_formats(command)
@@ -40,13 +40,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(text: str) -> Policy:
-    """`text` as a policy; a name alone may stand for its usual sparsity."""
-    try:
-        return policy.parse(text)
-    except PolicyError:
-        if text not in policy.CONSTRUCTORS:
-            raise
-    return policy.parse(f"{text}:0.9")
+    """`text` as a policy that a model can be compiled for."""
+    chosen = policy.parse(text)
+    compile_model(models.create("digits/cnn"), chosen)  # it knows which names there are
+    return chosen
 
 
 def _one(chosen: Policy) -> Page:

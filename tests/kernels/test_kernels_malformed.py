@@ -170,9 +170,11 @@ def test_a_tensor_whose_storage_was_taken_away() -> None:
 
 def test_what_was_packed_says_in_which_order() -> None:
     x = torch.randn(3, 4, 5, 6)
-    for layout in (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, BATCH_INNERMOST):
-        packed = OPS.pack(x, torch.tensor(0.5), 2, "nchw", x.dtype, layout)
+    spatial = (layouts.ROW_MAJOR, layouts.CHANNELS_LAST, BATCH_INNERMOST)
+    for layout in (*spatial, *layouts.FEATURES_OUTERMOST):
+        among = 2 if layout in spatial else 0
+        packed = OPS.pack(x, torch.tensor(0.5), among, "nchw", x.dtype, layout)
         assert order_of(packed) == layout and not packed._is_view()
-    for wrong in (packed.float(), packed.view(-1, 1, 1, 1), packed.new_empty(())):
-        with pytest.raises(InputError, match="bytes in one to three dimensions"):
+    for wrong in (packed.float(), packed.view(-1, *[1] * 5), packed.new_empty(())):
+        with pytest.raises(InputError, match="bytes in one to five dimensions"):
             order_of(wrong)

@@ -525,10 +525,8 @@ class Chosen(nn.Module):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_rows_that_depend_on_data_are_compiled(
-    dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_rows_that_depend_on_data_are_compiled(dynamic: bool | None) -> None:
     gm = swatfx.compile(Chosen(), EXACT, kernels="sparse")
     assert told(gm)
     compiled = torch.compile(gm, backend="aot_eager", fullgraph=True, dynamic=dynamic)
