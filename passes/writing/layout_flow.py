@@ -274,7 +274,9 @@ def _is_put_back(flow: LayoutFlow, node: fx.Node) -> bool:
 
 def _is_permuted(node: fx.Node, to: int) -> bool:
     """Whether `node` puts the second dimension last (`to` -1), or the last one second (1)."""
-    if node.target not in ("permute", torch.permute) or not isinstance(node.args[0], fx.Node):
+    if node.target not in ("permute", torch.permute) or not node.args:
+        return False
+    if not isinstance(node.args[0], fx.Node):
         return False
     dims: Any = node.args[1:] or (node.kwargs.get("dims"),)
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):

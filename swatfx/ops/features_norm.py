@@ -126,6 +126,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _ = inputs
+    ctx.layout = layouts.elementwise_layout_of(x)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *output[1:], weight)
@@ -135,7 +136,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 4
     wants = list(ctx.needs_input_grad[:3])
-    grads = features_norm_backward(grad, *ctx.saved_tensors, wants)
+    x, *others = ctx.saved_tensors
+    x = layouts.as_layout(x, ctx.layout)  # hooks may bring it back in another order than statistics
+    grads = features_norm_backward(grad, x, *others, wants)
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None)
 
 

@@ -163,3 +163,14 @@ def test_the_leaf_takes_what_lies_so_and_else_does_as_eager(
     with pytest.raises(RuntimeError, match="normalized_shape"):
         leaf(x, (19,), None, None, EPS)
     assert isinstance(leaf, nn.Module)
+
+
+@pytest.mark.parametrize("layout", [FEATURES_MAJOR, IMAGES_INNERMOST])
+def test_hooks_may_bring_saved_tensors_back_in_another_order(layout: str) -> None:
+    x, *parameters, grad = inputs((4, 9), 20, layout, torch.float32, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, *parameters)]
+    wanted = torch.autograd.grad(OPS.features_norm(*leaves, EPS)[0], leaves, grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        y = OPS.features_norm(*leaves, EPS)[0]
+    for one, other in zip(torch.autograd.grad(y, leaves, grad), wanted, strict=True):
+        torch.testing.assert_close(one, other)
