@@ -25,18 +25,13 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from passes.predict_kernels import WOULD_TAKE, Choice, Prediction
 from passes.reading.aliasing import Versions
 from passes.reading.saving_calls import Calls
-from passes.writing.layout_flow import (
-    LayoutFlow,
-    Turned,
-    blocks_between_convolutions,
-    turned_layers,
-)
+from passes.writing.layout_flow import LayoutFlow
+from passes.writing.linear_flow import Turned, turn, turned_layers
 from passes.writing.saving_leaves import Leaves
 from swatfx import kernels, masks
 from swatfx.compiled import (
@@ -44,7 +39,6 @@ from swatfx.compiled import (
     Pack,
     SwatModule,
     all_parts,
-    join,
     nodes_of,
     relative,
     sparse_nodes,
@@ -53,17 +47,10 @@ from swatfx.errors import InputError
 from swatfx.kernels.library import ELEMENTS
 from swatfx.kernels.problems import MAX_TAPS
 from swatfx.meta import LayerCall, LayerPlan
-from swatfx.ops.coded import LAYER_NORM, RULES
 from swatfx.ops.layout import between_linear, laid_out
 from swatfx.passing import Context, PassResult
 from swatfx.policy import Policy
-from swatfx.tensors.layouts import (
-    BATCH_INNERMOST,
-    FEATURES_MAJOR,
-    FEATURES_OUTERMOST,
-    IMAGES_INNERMOST,
-    ROW_MAJOR,
-)
+from swatfx.tensors.layouts import BATCH_INNERMOST, FEATURES_OUTERMOST, ROW_MAJOR
 
 MOST_DENSE = 0.3
 STAYS_SPARSE = 0.36  # of what runs sparse already: a density that wavers shall not move it about
@@ -94,7 +81,11 @@ def choose_kernels(gm: SwatModule, ctx: Context) -> PassResult:
             layer.tell(sparse_kernels=True)
     for prefix, part in all_parts(gm):
         flow = _lay_out(part, prefix, versions)
-        _turn(gm, part, prefix, versions, flow)
+        sparse = [n for n in nodes_of(part, prefix) if not n.is_conv and n.plan.kernels == SPARSE]
+        if sparse:
+            turned = turned_layers(part, versions.of(part, prefix), sparse)
+            calls = Calls(part, versions.eager(prefix))
+            turn(sparse, turned, flow, calls, Leaves(gm), prefix)
         part.recompile()
     # A layer that several graphs call, or one calls twice, is one layer; all its calls run alike.
     layers = {layer.plan.name: reason for layer, reason in reasons.items()}
@@ -364,59 +355,3 @@ def _lay_out(part: SwatModule, prefix: str, versions: _Known) -> LayoutFlow | No
         if layer.pack_module is not None:  # else its weight gradient reads the dense activation
             layer.pack_module.layout = BATCH_INNERMOST
     return flow
-
-
-def _turn(
-    gm: SwatModule, part: SwatModule, prefix: str, versions: _Known, flow: LayoutFlow | None
-) -> None:
-    """Let what lies between sparse linear layers alone lie as their kernels compute it.
-
-    Between two convolutions that is as these do: nothing is converted. A layer whose input or
-    gradient comes so keeps its packed input so as well: its weight gradient then reads both as they
-    lie.
-    """
-    sparse = [n for n in nodes_of(part, prefix) if not n.is_conv and n.plan.kernels == SPARSE]
-    if not sparse:
-        return
-    turned = turned_layers(part, versions.of(part, prefix), sparse)
-    blocks = [] if flow is None else blocks_between_convolutions(flow, sparse, turned)
-    calls, leaves = Calls(part, versions.eager(prefix)), Leaves(gm)
-    norms, told = [], set()
-    for block in blocks:
-        found = None if block.norm is None else calls.coded(block.norm)
-        if block.norm is not None and (found is None or found[0] != LAYER_NORM):
-            continue
-        norms += [] if block.norm is None else [block.norm]
-        told.update(block.layers)
-        for layer in block.layers:
-            _tell(layer, IMAGES_INNERMOST, makes=True)
-    for one in turned:
-        for layer in (*one.makers, *one.readers):
-            if layer not in told:
-                _tell(layer, FEATURES_MAJOR, makes=layer in one.makers)
-    # Both are slow with features outermost unless a leaf of ours calls them.
-    for node in (*norms, *(node for one in turned for node in one.between)):
-        found = calls.coded(node)
-        if found is None or not (found[0] == LAYER_NORM or F.gelu in RULES[found[0]].functions):
-            continue
-        if found[0] == LAYER_NORM and node.op == "call_module":
-            target = leaves.layer_norm(join(prefix, str(node.target)))
-        else:
-            target = leaves.coded(found[0])
-        with part.graph.inserting_before(node):
-            leaf = part.graph.call_module(target, found[1])
-        leaf.meta.update(node.meta)
-        node.replace_all_uses_with(leaf)
-        part.graph.erase_node(node)
-        leaf.name = node.name
-
-
-def _tell(layer: LayerNode, layout: str, *, makes: bool) -> None:
-    """Let a linear layer keep its input in `layout`, and where it `makes` so, return in it."""
-    if makes:
-        with layer.part.graph.inserting_before(layer.node):
-            told = layer.part.graph.call_function(between_linear, (layer.input, layout))
-        told.name = f"{layer.node.name}_layout"  # also where it was chosen, and dropped, before
-        layer.tell(layout=told)
-    if layer.pack_module is not None:
-        layer.pack_module.layout = layout

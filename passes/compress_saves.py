@@ -22,11 +22,10 @@ from passes.reading.aliasing import Versions
 from passes.reading.effects import storage_of
 from passes.reading.saving_calls import ATTENTION, Calls
 from passes.tracing.composites.window import window_attend
-from passes.writing.saving_leaves import Leaves
+from passes.writing.saving_leaves import Leaves, replace_by_leaf
 from swatfx import meta
 from swatfx.compiled import SwatModule, all_parts, evaluate, join, relative, saves, sparse_nodes
 from swatfx.meta import LayerPlan
-from swatfx.ops.coded import LAYER_NORM
 from swatfx.ops.codes import BITS
 from swatfx.passing import Context, PassResult
 
@@ -93,16 +92,6 @@ class _Rewriter:
             self.part.recompile()
         return len(rewrites)
 
-    def _replace(
-        self, node: fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        with self.part.graph.inserting_before(node):
-            new = self.part.graph.create_node("call_module", target, args, kwargs)
-        new.meta.update(node.meta)
-        node.replace_all_uses_with(new)
-        self.part.graph.erase_node(node)
-        new.name = node.name
-
     # ---- ReLU, alone or behind a norm ----
 
     def _relu(self, node: fx.Node) -> Callable[[], None] | None:
@@ -127,7 +116,7 @@ class _Rewriter:
         call = self.calls.relu(node)
         assert call is not None  # decided before
         options = {"inplace": True} if call[1] else {}
-        self._replace(node, self.leaves.shared("relu"), call[:1], options)
+        replace_by_leaf(node, self.leaves.shared("relu"), call[:1], options)
 
     def _is_alone(self, node: fx.Node) -> bool:
         return len(node.users) == 1
@@ -206,7 +195,7 @@ class _Rewriter:
             target = self.leaves.norm(join(self.prefix, str(norm.target)))
         else:
             target = self.leaves.functional_norm()
-        self._replace(last, target, args, options)
+        replace_by_leaf(last, target, args, options)
         for node in (total, norm):
             if node is not None and node is not last:
                 self.part.graph.erase_node(node)
@@ -235,23 +224,19 @@ class _Rewriter:
     def _replace_attention(self, node: fx.Node) -> None:
         function: Any = node.target
         target = self.leaves.attention(function, ATTENTION[function])
-        self._replace(node, target, node.args, node.kwargs)
+        replace_by_leaf(node, target, node.args, node.kwargs)
 
     def _replace_coded(self, node: fx.Node) -> None:
         call = self.calls.coded(node)
         assert call is not None  # decided before
         rule, args, _ = call
-        if rule == LAYER_NORM and node.op == "call_module":
-            target = self.leaves.layer_norm(join(self.prefix, str(node.target)))
-        else:
-            target = self.leaves.coded(rule)
-        self._replace(node, target, args, {})
+        replace_by_leaf(node, self.leaves.of_rule(rule, node, self.prefix), args)
 
     def _replace_pool(self, node: fx.Node) -> None:
         call = self.calls.pool(node)
         assert call is not None  # decided before
         args = (node.all_input_nodes[0], *call[1])
-        self._replace(node, self.leaves.shared(call[0]), args, {})
+        replace_by_leaf(node, self.leaves.shared(call[0]), args)
 
     def _replace_dropout(self, node: fx.Node) -> None:
         call = self.calls.dropout(node)
@@ -260,4 +245,4 @@ class _Rewriter:
             target = self.leaves.dropout(join(self.prefix, str(node.target)))
         else:
             target = self.leaves.shared("dropout")
-        self._replace(node, target, call[0], {})
+        replace_by_leaf(node, target, call[0])

@@ -27,7 +27,8 @@ from swatfx.forecast.work import CONVERSION, DENSE, NORM, PLAIN, SPARSE
 from swatfx.tensors.layouts import FEATURES_MAJOR, between_linear
 
 if TYPE_CHECKING:
-    from passes.writing.layout_flow import LayoutFlow, Turned
+    from passes.writing.layout_flow import LayoutFlow
+    from passes.writing.linear_flow import Turned
 
 WOULD_TAKE = "sparse kernels would take"
 _Shape = tuple[int, ...]

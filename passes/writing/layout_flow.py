@@ -1,4 +1,4 @@
-"""How the layout of sparse convolutions flows through a graph, and that of linear layers.
+"""How the layout of sparse convolutions flows through a graph.
 
 Reads nodes and modules; inserts `laid_out` calls, which copy a tensor into a layout where it is not
 in it yet. A tensor is converted where it is made, once for all its readers that want it, unless
@@ -10,7 +10,7 @@ row-major order.
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,9 @@ from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
 # Whose results lie in memory as their operands do.
-_ELEMENTWISE_SAVERS = (saves.Relu, saves.DropoutOf, saves.Dropout, Elementwise)
+ELEMENTWISE_SAVERS = (saves.Relu, saves.DropoutOf, saves.Dropout, Elementwise)
 _SAVERS = (
-    *_ELEMENTWISE_SAVERS,
+    *ELEMENTWISE_SAVERS,
     saves.MaxPool2d,
     saves.AvgPool2d,
     saves.Norm,
@@ -109,10 +109,10 @@ _STRIDES = (
 )
 
 
-def _passing_on(
+def passing_on(
     part: SwatModule, node: fx.Node, savers: tuple[type[torch.nn.Module], ...]
 ) -> list[fx.Node]:
-    """The inputs whose memory order `node` passes on."""
+    """The inputs whose memory order `node` passes on, if among leaves of ours these `savers` do."""
     found: tuple[Any, ...]
     if node.op == "call_module":
         module = part.get_submodule(str(node.target))
@@ -131,161 +131,6 @@ def _named(node: fx.Node) -> bool:
     target = node.target
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
     return node.op == "call_function" and name in _NAMED
-
-
-class Turned(NamedTuple):
-    """Tensors between linear layers that nobody else sees, and that meet each other.
-
-    Attributes:
-        makers: layers whose result elementwise functions alone read, for `readers` alone.
-        readers: layers that read such results, mediately or not.
-        between: calls of elementwise functions.
-    """
-
-    makers: list[LayerNode]
-    readers: list[LayerNode]
-    between: list[fx.Node]
-
-
-def turned_layers(part: SwatModule, versions: Versions, layers: list[LayerNode]) -> list[Turned]:
-    """What may lie in "features_major": tensors between linear layers, each with what it needs.
-
-    Args:
-        part: whose graph it is; nothing in it is changed.
-        versions: of its tensors.
-        layers: the linear layers that run sparse.
-    """
-    makers = {layer.node: layer for layer in layers}
-    readers = {
-        (layer.input, reader): layer
-        for layer in layers
-        for reader in (layer.node, layer.pack, layer.activation_state)
-        if reader is not None and layer.weight is not layer.input
-    }
-    turned: list[Turned] = []
-    known: set[fx.Node] = set()
-    for start in layers:
-        if start.node in known:
-            continue
-        seen, todo = {start.node}, [start.node]
-        found: list[LayerNode] | None = []
-        while todo and found is not None:
-            node = todo.pop()
-            for user in node.users:
-                if (node, user) in readers:
-                    found.append(readers[node, user])
-                    continue
-                operands = _passing_on(part, user, _ELEMENTWISE_SAVERS)
-                if node not in operands or versions.is_foreign(user):
-                    found = None
-                    break
-                todo += [n for n in (user, *operands) if n not in seen]
-                seen.update((user, *operands))
-            sources = node in makers or _passing_on(part, node, _ELEMENTWISE_SAVERS)
-            found = found if sources else None
-        if found:
-            ends = {layer.node: layer for layer in found}
-            between = [n for n in seen if n not in makers]
-            turned.append(
-                Turned([makers[n] for n in seen if n in makers], list(ends.values()), between)
-            )
-            known |= seen
-    return turned
-
-
-class Block(NamedTuple):
-    """What sees channels last that come from convolutions and go back to them.
-
-    Attributes:
-        layers: linear layers.
-        norm: a call that may be a layer norm, before them or alone.
-    """
-
-    layers: list[LayerNode]
-    norm: fx.Node | None
-
-
-def blocks_between_convolutions(
-    flow: LayoutFlow, layers: list[LayerNode], turned: list[Turned]
-) -> list[Block]:
-    """Where all between two conversions may lie as convolutions do: (channel, y, x, image).
-
-    Args:
-        flow: that has run over the graph; nothing in it is changed.
-        layers: the graph's linear layers that run sparse.
-        turned: `turned_layers` of them.
-    """
-    ends = {one.readers[0]: one for one in turned if len(one.readers) == 1}
-    known = {layer for one in turned for layer in (*one.makers, *one.readers)}
-    found = []
-    for last in layers:
-        if (last in known and last not in ends) or not _is_put_back(flow, last.node):
-            continue
-        first = ends[last].makers if last in ends else [last]
-        block = _block([*first, last] if last in ends else first, first)
-        found += [] if block is None else [block]
-    for node in flow.graph.nodes:
-        only = next(iter(node.users)) if len(node.users) == 1 else None
-        if _is_permuted(node, -1) and only is not None and _is_put_back(flow, only):
-            found.append(Block([], only))
-    return found
-
-
-def _block(layers: list[LayerNode], first: list[LayerNode]) -> Block | None:
-    """Of layers, the `first` of which read what a convolution made; None if they do not."""
-    source, *others = {layer.input for layer in first}
-    readers = {n for one in first for n in (one.node, one.pack, one.activation_state)}
-    norm = None
-    if others or set(source.users) - readers:
-        return None
-    if not _is_permuted(source, -1):
-        norm, source = source, next(iter(source.all_input_nodes), source)
-        if not _is_permuted(source, -1) or set(source.users) != {norm}:
-            return None
-    (origin, *_) = source.all_input_nodes
-    told = origin.kwargs.get("layout") == BATCH_INNERMOST
-    return Block(layers, norm) if told or _lays_out(origin) else None
-
-
-def _lays_out(node: fx.Node) -> bool:
-    return node.target is laid_out and str(node.args[1]) == BATCH_INNERMOST
-
-
-def _is_put_back(flow: LayoutFlow, node: fx.Node) -> bool:
-    """Whether `node` is read with channels second alone, and only by what the layout begins with.
-
-    Elementwise functions may come between.
-    """
-    views = list(node.users)
-    if len(views) != 1 or not _is_permuted(views[0], 1) or not views[0].users:
-        return False
-    todo = views
-    while todo:
-        made = todo.pop()
-        for user in made.users:
-            passes_on = made in _passing_on(flow.part, user, _ELEMENTWISE_SAVERS)
-            if _lays_out(user) or (passes_on and user in flow.lies):
-                continue
-            if not passes_on or flow.versions.is_foreign(user):
-                return False
-            todo.append(user)
-    return True
-
-
-def _is_permuted(node: fx.Node, to: int) -> bool:
-    """Whether `node` puts the second dimension last (`to` -1), or the last one second (1)."""
-    if node.target not in ("permute", torch.permute) or not node.args:
-        return False
-    if not isinstance(node.args[0], fx.Node):
-        return False
-    dims: Any = node.args[1:] or (node.kwargs.get("dims"),)
-    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
-        dims = dims[0]
-    size = len(dims)
-    if size < 3 or not all(type(d) is int and -size <= d < size for d in dims):
-        return False
-    wanted = (0, *range(2, size), 1) if to == -1 else (0, size - 1, *range(1, size - 1))
-    return tuple(d % size for d in dims) == wanted
 
 
 class LayoutFlow:
@@ -315,7 +160,7 @@ class LayoutFlow:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose memory order `node` passes on; empty for all that goes its own way."""
-        nodes = _passing_on(self.part, node, _SAVERS)
+        nodes = passing_on(self.part, node, _SAVERS)
         return nodes if all(self._may_copy(n, node) for n in nodes) else []
 
     def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:

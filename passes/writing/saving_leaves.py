@@ -1,14 +1,14 @@
-"""The leaves below `swat` that `compress_saves` calls, and their names."""
+"""The leaves below `swat` that passes call, their names, and how they get into graphs."""
 
 from __future__ import annotations
 
 import functools
 import keyword
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from swatfx.compiled import (
     Attention,
@@ -17,6 +17,7 @@ from swatfx.compiled import (
     LayerNormOf,
     Multiply,
     SwatModule,
+    join,
     saves,
     scaled_dot_product_heads,
 )
@@ -79,6 +80,12 @@ class Leaves:
         """Target of the leaf for the model's layer norm at `path`."""
         return self._bound(path, functools.partial(LayerNormOf, saves=self._norm_saves))
 
+    def of_rule(self, rule: str, node: fx.Node, prefix: str) -> str:
+        """Target of the leaf for `node`, which `rule` is of, in the graph of the part `prefix`."""
+        if rule == LAYER_NORM and node.op == "call_module":
+            return self.layer_norm(join(prefix, str(node.target)))
+        return self.coded(rule)
+
     def dropout(self, path: str) -> str:
         """Target of the leaf for the model's dropout at `path`."""
         return self._bound(path, saves.DropoutOf)
@@ -109,6 +116,18 @@ class Leaves:
         container = self.gm.swat.get_submodule(self.container)
         container.add_module(name, module)
         container.train(self.gm.swat.training)
+
+
+def replace_by_leaf(
+    node: fx.Node, target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Put a call of a leaf in the place, and under the name, of `node`."""
+    with node.graph.inserting_before(node):
+        new = node.graph.create_node("call_module", target, args, dict(kwargs or {}))
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+    new.name = node.name
 
 
 def _unused(name: str, taken: Any) -> str:
