@@ -4,8 +4,8 @@ Reads LayerPlans, LayerCalls and the weights; writes `LayerPlan.kernels`, gives 
 that runs sparse the argument `sparse_kernels`, and each convolution `layout="batch_innermost"`. Its
 result and its input gradient lie so then, and what follows (norms, ReLUs, additions, pools) keeps
 the order that it finds; a tensor that comes in another order is converted once, where it is made
-(`layout_flow`). Values do not change beyond rounding. A second run finds nothing left and changes
-nothing.
+(`layout_flow`). Linear layers pass on the order in which they compute (`linear_flow`). Values do
+not change beyond rounding. A second run finds nothing left and changes nothing.
 
 A model on the meta device has no device of its own yet: it is taken for one of this machine's CPU.
 

@@ -24,7 +24,11 @@ from swatfx.compiled import (
     RESIDUAL,
     AvgPool2d,
     Clock,
+    Elementwise,
+    LayerNorm,
+    LayerNormOf,
     MaxPool2d,
+    Multiply,
     Norm,
     NormOf,
     Pack,
@@ -56,6 +60,9 @@ _FRESH_MODULES = (
     nn.ELU,
     MaxPool2d,
     AvgPool2d,
+    Elementwise,
+    LayerNorm,
+    LayerNormOf,
 )
 _FRESH_FUNCTIONS: set[Any] = {
     operator.sub,
@@ -218,7 +225,10 @@ class Effects:
             return Effect((*residual, *state), residual, writes_own=own)
         if getattr(module, "inplace", False) or node.kwargs.get("inplace"):
             return _in_place(node)
-        effect = _fresh_if(isinstance(module, _FRESH_MODULES), node)
+        fresh = isinstance(module, _FRESH_MODULES)
+        if isinstance(module, Multiply):  # of a tensor; else a sequence is repeated
+            fresh = any(n in self._tensors for n in node.all_input_nodes)
+        effect = _fresh_if(fresh, node)
         return replace(effect, writes_own=self._writes_own(module))
 
     def _writes_own(self, module: nn.Module) -> bool:

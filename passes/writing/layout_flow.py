@@ -10,64 +10,18 @@ row-major order.
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from passes.reading.aliasing import Versions
-from passes.tracing.augmented import PLAIN
-from swatfx.compiled import CONV, LINEAR, Elementwise, LayerNode, Multiply, SwatModule, saves
+from passes.reading.memory_order import KEEPING, passing_on
+from passes.writing.naming import rename
+from swatfx.compiled import CONV, LINEAR, LayerNode, SwatModule
 from swatfx.ops.layout import laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, ROW_MAJOR
 
-# Whose results lie in memory as their operands do.
-ELEMENTWISE_SAVERS = (saves.Relu, saves.DropoutOf, saves.Dropout, Elementwise)
-_SAVERS = (
-    *ELEMENTWISE_SAVERS,
-    saves.MaxPool2d,
-    saves.AvgPool2d,
-    saves.Norm,
-    saves.NormOf,
-    Multiply,
-)
-_MODULES = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Identity,
-)
-_FUNCTIONS = (
-    torch.relu,
-    torch.add,
-    torch.mul,
-    torch.sigmoid,
-    torch.tanh,
-    operator.add,
-    operator.iadd,
-    operator.mul,
-    operator.imul,
-    *(assign for assign, plain in PLAIN.items() if plain in (operator.add, operator.mul)),
-    F.relu,
-    F.relu6,
-    F.leaky_relu,
-    F.gelu,
-    F.silu,
-    F.hardswish,
-    F.hardsigmoid,
-    F.sigmoid,
-)
-_NAMED = ("torchvision.ops.stochastic_depth.stochastic_depth",)  # functions not to import for it
-_METHODS = ("add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "tanh", "clone")
 # Whose results are row-major whatever the operands are.
 _ROW_MAJOR_MODULES = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.Embedding)
 _ROW_MAJOR = (
@@ -109,30 +63,6 @@ _STRIDES = (
 )
 
 
-def passing_on(
-    part: SwatModule, node: fx.Node, savers: tuple[type[torch.nn.Module], ...]
-) -> list[fx.Node]:
-    """The inputs whose memory order `node` passes on, if among leaves of ours these `savers` do."""
-    found: tuple[Any, ...]
-    if node.op == "call_module":
-        module = part.get_submodule(str(node.target))
-        if not isinstance(module, savers) and type(module) not in _MODULES:
-            return []
-        operands = 2 if isinstance(module, Multiply) else 1
-        found = (*node.args[:operands], node.kwargs.get("input"), node.kwargs.get("residual"))
-    elif node.target in (_METHODS if node.op == "call_method" else _FUNCTIONS) or _named(node):
-        found = (*node.args[:2], node.kwargs.get("input"), node.kwargs.get("other"))
-    else:
-        return []
-    return [n for n in found if isinstance(n, fx.Node) and n.op != "get_attr"]
-
-
-def _named(node: fx.Node) -> bool:
-    target = node.target
-    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
-    return node.op == "call_function" and name in _NAMED
-
-
 class LayoutFlow:
     """The layout in one graph, from the sparse convolutions `layers` on.
 
@@ -160,7 +90,7 @@ class LayoutFlow:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose memory order `node` passes on; empty for all that goes its own way."""
-        nodes = passing_on(self.part, node, _SAVERS)
+        nodes = passing_on(self.part, node, KEEPING)
         return nodes if all(self._may_copy(n, node) for n in nodes) else []
 
     def _may_copy(self, source: fx.Node, node: fx.Node) -> bool:
@@ -270,8 +200,9 @@ class LayoutFlow:
             reader.replace_input_with(source, new)
 
     def _call(self, source: fx.Node, layout: str) -> fx.Node:
-        name = f"{source.name}_laid_out"
-        return self.graph.create_node("call_function", laid_out, (source, layout), name=name)
+        new = self.graph.call_function(laid_out, (source, layout))
+        rename(new, f"{source.name}_laid_out")
+        return new
 
     # ---- And out of it ----
 

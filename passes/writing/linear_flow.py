@@ -7,20 +7,24 @@ layout was written into the graph.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from passes.reading.aliasing import Versions
-from passes.reading.saving_calls import Calls
-from passes.writing.layout_flow import ELEMENTWISE_SAVERS, LayoutFlow, passing_on
+from passes.reading.memory_order import ELEMENTWISE, KEEPING, passing_on
+from passes.writing.naming import rename
 from passes.writing.saving_leaves import Leaves, replace_by_leaf
-from swatfx.compiled import LayerNode, SwatModule
+from swatfx.compiled import LayerNode, LayerNorm, LayerNormOf, SwatModule
 from swatfx.ops.coded import LAYER_NORM, RULES
 from swatfx.ops.layout import between_linear, laid_out
 from swatfx.tensors.layouts import BATCH_INNERMOST, FEATURES_MAJOR, IMAGES_INNERMOST
+
+if TYPE_CHECKING:
+    from passes.reading.aliasing import Versions
+    from passes.reading.saving_calls import Calls
+    from passes.writing.layout_flow import LayoutFlow
 
 
 class Turned(NamedTuple):
@@ -65,13 +69,13 @@ def turned_layers(part: SwatModule, versions: Versions, layers: list[LayerNode])
                 if (node, user) in readers:
                     found.append(readers[node, user])
                     continue
-                operands = passing_on(part, user, ELEMENTWISE_SAVERS)
+                operands = passing_on(part, user, ELEMENTWISE)
                 if node not in operands or versions.is_foreign(user):
                     found = None
                     break
                 todo += [n for n in (user, *operands) if n not in seen]
                 seen.update((user, *operands))
-            sources = node in makers or passing_on(part, node, ELEMENTWISE_SAVERS)
+            sources = node in makers or passing_on(part, node, ELEMENTWISE)
             found = found if sources else None
         if found:
             ends = {layer.node: layer for layer in found}
@@ -144,7 +148,7 @@ def _lays_out(node: fx.Node) -> bool:
 def _is_put_back(flow: LayoutFlow, node: fx.Node) -> bool:
     """Whether `node` is read with channels second alone, and only by what the layout begins with.
 
-    Elementwise functions may come between.
+    What keeps the convolutions' order may come between.
     """
     views = list(node.users)
     if len(views) != 1 or not _is_permuted(views[0], 1) or not views[0].users:
@@ -153,7 +157,7 @@ def _is_put_back(flow: LayoutFlow, node: fx.Node) -> bool:
     while todo:
         made = todo.pop()
         for user in made.users:
-            passes_on = made in passing_on(flow.part, user, ELEMENTWISE_SAVERS)
+            passes_on = made in passing_on(flow.part, user, KEEPING)
             if _lays_out(user) or (passes_on and user in flow.lies):
                 continue
             if not passes_on or flow.versions.is_foreign(user):
@@ -206,9 +210,10 @@ def turn(
     for block in blocks:
         if block.norm is not None:
             found = calls.coded(block.norm)
-            if found is None or found[0] != LAYER_NORM:
+            if found is not None and found[0] == LAYER_NORM:
+                rewritten.append((block.norm, *found[:2]))
+            elif not _is_leaf(calls.part, block.norm):
                 continue
-            rewritten.append((block.norm, *found[:2]))
         told.update(block.layers)
         for layer in block.layers:
             _tell(layer, IMAGES_INNERMOST, makes=True)
@@ -225,12 +230,19 @@ def turn(
         replace_by_leaf(node, leaves.of_rule(rule, node, prefix), args)
 
 
+def _is_leaf(part: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether `node` is a layer norm that is a leaf of ours already."""
+    if node.op != "call_module":
+        return False
+    return isinstance(part.get_submodule(str(node.target)), (LayerNorm, LayerNormOf))
+
+
 def _tell(layer: LayerNode, layout: str, *, makes: bool) -> None:
     """Let a linear layer keep its input in `layout`, and where it `makes` so, return in it."""
     if makes:
         with layer.part.graph.inserting_before(layer.node):
             told = layer.part.graph.call_function(between_linear, (layer.input, layout))
-        told.name = f"{layer.node.name}_layout"  # also where it was chosen, and dropped, before
+        rename(told, f"{layer.node.name}_layout")
         layer.tell(layout=told)
     if layer.pack_module is not None:
         layer.pack_module.layout = layout

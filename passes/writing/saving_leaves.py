@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from passes.writing.naming import unused
 from swatfx.compiled import (
     Attention,
     Elementwise,
@@ -43,7 +44,7 @@ class Leaves:
     def __init__(self, gm: SwatModule) -> None:
         self.gm = gm
         found = [n for n, m in gm.swat.named_children() if isinstance(m, saves.Saves)]
-        self.container = found[0] if found else _unused("saves", gm.swat._modules)
+        self.container = found[0] if found else unused("saves", gm.swat._modules)
         self._norm_saves = gm.swat.options.norm_saves
         self._names = {m.path: n for n, m in self._children().items() if isinstance(m, saves.Bound)}
 
@@ -106,7 +107,7 @@ class Leaves:
             if not base.isidentifier() or keyword.iskeyword(base):
                 base = "of_" + base
             taken = {*self._children(), *SHARED, *RULES, _FUNCTIONAL_NORM}
-            self._names[path] = _unused(base, taken)
+            self._names[path] = unused(base, taken)
             self._add(self._names[path], make(self.gm.get_submodule(owner), leaf, path))
         return f"swat.{self.container}.{self._names[path]}"
 
@@ -128,10 +129,3 @@ def replace_by_leaf(
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
     new.name = node.name
-
-
-def _unused(name: str, taken: Any) -> str:
-    chosen, count = name, 1
-    while chosen in taken:
-        chosen, count = f"{name}_{count}", count + 1
-    return chosen

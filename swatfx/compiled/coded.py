@@ -20,6 +20,7 @@ from swatfx.ops.norm import EXACT
 from swatfx.tensors import layouts
 
 _DTYPES = (torch.float32, torch.bfloat16)  # of activations that our own layer norm takes
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def _pays(x: Any) -> bool:
@@ -46,19 +47,47 @@ class Elementwise(Saver):
         return layouts.of_each(RULES[self.rule].of_elements, x)
 
 
-def _normalised(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+def _layer_norm(
+    saves: str,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor | None:
-    """Layer norm with exact saves of what lies with features outermost; None if `x` does not."""
-    if x.is_contiguous() or len(shape) != 1 or tuple(x.shape[-1:]) != tuple(shape):
+    """Layer norm by an op of ours; None where eager's is to be called.
+
+    What lies with features outermost goes on so. With exact saves the input is kept, else the codes
+    of the normalised input.
+    """
+    y: Tensor
+    if not _agree(x, weight, bias):
         return None
-    given = [p for p in (weight, bias) if p is not None]
-    if x.dtype not in _DTYPES or any(p.dtype not in (torch.float32, x.dtype) for p in given):
-        return None
-    if layouts.elementwise_layout_of(x) not in layouts.FEATURES_OUTERMOST:
-        return None
-    y: Tensor = ops.features_norm(x, weight, bias, eps)[0]
+    if saves != EXACT and wanted(x, weight, bias):
+        if not _fits(x, shape, weight, bias):
+            return None
+        y = ops.layer_norm(x, weight, bias, shape, eps, saves)[0]
+    else:
+        if not _lies_outermost(x, shape):
+            return None
+        y = ops.features_norm(x, weight, bias, eps)[0]
     return y
+
+
+def _agree(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether eager takes these dtypes, forward and backward: parameters of x's, or float32."""
+    own = x.dtype if weight is None else weight.dtype
+    known = own is x.dtype or (own is torch.float32 and x.dtype in _HALVES)
+    return known and (bias is None or bias.dtype is own)
+
+
+def _lies_outermost(x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether features do, and `swatfx::features_norm` is for them."""
+    if x.is_contiguous() or len(shape) != 1 or tuple(x.shape[-1:]) != tuple(shape):
+        return False
+    if x.dtype not in _DTYPES:
+        return False
+    return layouts.elementwise_layout_of(x) in layouts.FEATURES_OUTERMOST
 
 
 class LayerNorm(Saver):
@@ -72,13 +101,8 @@ class LayerNorm(Saver):
         self, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
     ) -> Tensor:
         """Keep the codes of the normalised input, or with exact saves the input."""
-        if self.saves == EXACT:
-            y = _normalised(x, shape, weight, bias, eps)
-            return self.plain(x, shape, weight, bias, eps) if y is None else y
-        if not (wanted(x, weight, bias) and _fits(x, shape, weight, bias)):
-            return self.plain(x, shape, weight, bias, eps)
-        coded: Tensor = ops.layer_norm(x, weight, bias, shape, eps, self.saves)[0]
-        return coded
+        y = _layer_norm(self.saves, x, shape, weight, bias, eps)
+        return self.plain(x, shape, weight, bias, eps) if y is None else y
 
     def plain(self, x: Tensor, *args: Any) -> Tensor:
         """As in eager."""
@@ -90,8 +114,7 @@ def _fits(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor |
     shape = tuple(shape)
     given = [p for p in (weight, bias) if p is not None]
     fits = x.dim() >= len(shape) and tuple(x.shape[x.dim() - len(shape) :]) == shape
-    same = {p.dtype for p in given} <= {x.dtype}
-    return _pays(x) and fits and same and all(tuple(p.shape) == shape for p in given)
+    return _pays(x) and fits and all(tuple(p.shape) == shape for p in given)
 
 
 class LayerNormOf(Bound):
@@ -107,15 +130,8 @@ class LayerNormOf(Bound):
         if is_changed(norm, (nn.LayerNorm,)):
             return self.plain(x)
         shape = tuple(norm.normalized_shape)
-        if self.saves == EXACT:
-            y = _normalised(x, shape, norm.weight, norm.bias, norm.eps)
-            return self.plain(x) if y is None else y
-        if not wanted(x, norm.weight, norm.bias):
-            return self.plain(x)
-        if not _fits(x, shape, norm.weight, norm.bias):
-            return self.plain(x)
-        coded: Tensor = ops.layer_norm(x, norm.weight, norm.bias, shape, norm.eps, self.saves)[0]
-        return coded
+        y = _layer_norm(self.saves, x, shape, norm.weight, norm.bias, norm.eps)
+        return self.plain(x) if y is None else y
 
     def plain(self, x: Tensor) -> Tensor:
         """As in eager."""

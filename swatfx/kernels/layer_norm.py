@@ -24,13 +24,14 @@ from swatfx.ops.saved import new_in_layout
 from swatfx.tensors import layouts
 
 
-def _fits(x: Tensor, *parameters: Tensor | None) -> bool:
+def _layout(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """That of `x`; None if C cannot run it."""
     if not library.available() or x.dtype not in library.ELEMENTS or not x.numel():
-        return False
-    if layouts.elementwise_layout_of(x) not in layouts.FEATURES_OUTERMOST:
-        return False
+        return None
+    layout = layouts.elementwise_layout_of(x)
     given = [p for p in parameters if p is not None]
-    return all(p.shape == x.shape[-1:] and p.dtype in library.ELEMENTS for p in given)
+    known = all(p.shape == x.shape[-1:] and p.dtype in library.ELEMENTS for p in given)
+    return layout if known and layout in layouts.FEATURES_OUTERMOST else None
 
 
 def _wide(parameter: Tensor | None) -> Tensor | None:
@@ -46,9 +47,10 @@ def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
 def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fits(x, weight, bias):
+    layout = _layout(x, weight, bias)
+    if layout is None:
         return features_norm_reference(x, weight, bias, eps)
-    y = new_in_layout(x.shape, layouts.elementwise_layout_of(x), x)
+    y = new_in_layout(x.shape, layout, x)
     mean, rstd = (torch.empty(x.numel() // x.shape[-1]) for _ in range(2))
     scale, shift = _wide(weight), _wide(bias)
     library.function("swatfx_layer_norm", elements=x.dtype)(
@@ -77,9 +79,9 @@ def _(
     rows = (x.numel() // x.shape[-1],) if x.numel() else ()
     told = all(s.shape == rows and s.dtype is torch.float32 for s in (mean, rstd))
     same = grad.shape == x.shape and grad.dtype is x.dtype
-    if not (_fits(x, weight) and told and same):
+    layout = _layout(x, weight)
+    if layout is None or not (told and same):
         return features_norm_backward_reference(grad, x, mean, rstd, weight, wants)
-    layout, none = layouts.elementwise_layout_of(x), x.new_empty(0)
     grad, scale = converted(grad, layout), _wide(weight)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     dx = new_in_layout(x.shape, layout, x) if wants[0] else None
@@ -98,7 +100,7 @@ def _(
     )
     dweight, dbias = gains.sum(1).to(x.dtype if weight is None else weight.dtype)
     return (
-        none if dx is None else dx,
-        dweight.clone() if wants[1] else none,
-        dbias.clone() if wants[2] else none.clone(),
+        x.new_empty(0) if dx is None else dx,
+        dweight.clone() if wants[1] else x.new_empty(0),
+        dbias.clone() if wants[2] else x.new_empty(0),
     )

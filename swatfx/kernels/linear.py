@@ -43,7 +43,7 @@ from swatfx.ops.linear import (
     linear_reference,
 )
 from swatfx.ops.pack import order_of
-from swatfx.ops.where import not_a_view
+from swatfx.ops.saved import not_a_view
 from swatfx.tensors import bits
 from swatfx.tensors.layouts import (
     FEATURES_OUTERMOST,

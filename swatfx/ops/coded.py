@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from swatfx.errors import InputError
 from swatfx.ops.codes import decode_flat, encode_flat, encode_lines, flat_bytes, line_bytes
-from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward, once_only
-from swatfx.ops.where import not_a_view
+from swatfx.ops.features_norm import features_norm, features_norm_backward
+from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward, not_a_view, once_only
 from swatfx.tensors import layouts
 
 aten = torch.ops.aten
@@ -174,14 +174,34 @@ def layer_norm_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`F.layer_norm(x, shape, weight, bias, eps)`, and what backward wants.
 
+    Args:
+        x: in any memory order; a matrix's features may lie outermost, and lie so in y then.
+        weight: of `shape`, or None; of x's dtype, or float32.
+        bias: likewise.
+        shape: what is normalised.
+        eps: added to the variance.
+        saves: "int8" or "int4".
+
     Returns:
         y: as in eager.
-        rstd: of every row, float32 or wider.
-        code: uint8 [bytes], the normalised input.
+        rstd: of every row, float32 or wider; in the order in which they lie.
+        code: uint8 [bytes], the normalised input in its memory order.
     """
+    if _norm_layout(x, shape) != layouts.ROW_MAJOR:
+        y, _, rstd = features_norm(x, weight, bias, eps)
+        seen = features_norm(x, None, None, eps)[0]
+        return y, rstd, encode_flat(layouts.flat_view(seen, _norm_layout(x, shape)), saves)
     x = x.contiguous()
     y, mean, rstd = aten.native_layer_norm(x, list(shape), weight, bias, eps)
     return y, rstd, encode_flat((x - mean).mul_(rstd).to(x.dtype).view(-1), saves)
+
+
+def _norm_layout(x: Tensor, shape: Sequence[int]) -> str:
+    """In which a layer norm goes through `x`: its own where features lie outermost."""
+    if len(shape) != 1 or x.dtype not in (torch.float32, torch.bfloat16):
+        return layouts.ROW_MAJOR
+    layout = layouts.elementwise_layout_of(x)
+    return layout if layout in layouts.FEATURES_OUTERMOST else layouts.ROW_MAJOR
 
 
 layer_norm = torch.library.custom_op(
@@ -202,7 +222,10 @@ def _(
     eps: float,
     saves: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, _, rstd = aten.native_layer_norm(x.contiguous(), list(shape), weight, bias, eps)
+    if _norm_layout(x, shape) != layouts.ROW_MAJOR:
+        y, _, rstd = features_norm(x, weight, bias, eps)
+    else:
+        y, _, rstd = aten.native_layer_norm(x.contiguous(), list(shape), weight, bias, eps)
     return y, rstd, x.new_empty(flat_bytes(x.numel(), saves), dtype=torch.uint8)
 
 
@@ -214,12 +237,21 @@ def layer_norm_backward_reference(
     bias: Tensor | None,
     shape: Sequence[int],
     saves: str,
+    layout: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `swatfx::layer_norm` for x, weight and bias; those not wanted: empty."""
-    grad = grad.contiguous()
-    seen = _decoded(code, grad.shape, layouts.ROW_MAJOR, saves, grad)
+    """Gradients of `swatfx::layer_norm` for x, weight and bias; those not wanted: empty.
+
+    `layout` is that of forward's input, and of its gradient.
+    """
+    grad = in_layout(grad, layout)
+    seen = _decoded(code, grad.shape, layout, saves, grad)
     mean, one = torch.zeros_like(rstd), torch.ones_like(rstd)  # what is normalised has these
+    if layout != layouts.ROW_MAJOR:
+        dx, dweight, dbias = features_norm_backward(grad, seen, mean, one, weight, list(wants))
+        if wants[0]:
+            layouts.flat_view(dx, layout).view(grad.shape[-1], -1).mul_(rstd)
+        return dx, dweight, dbias
     found = aten.native_layer_norm_backward(
         grad, seen, list(shape), mean, one, weight, bias, list(wants)
     )
@@ -232,7 +264,7 @@ layer_norm_backward = torch.library.custom_op(
     layer_norm_backward_reference,
     mutates_args=(),
     schema="(Tensor grad, Tensor rstd, Tensor code, Tensor? weight, Tensor? bias, SymInt[] shape,"
-    " str saves, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    " str saves, str layout, bool[] wants) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -245,18 +277,20 @@ def _(
     bias: Tensor | None,
     shape: Sequence[int],
     saves: str,
+    layout: str,
     wants: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    owners = (grad.contiguous(), weight, bias)
-    first, second, third = (
+    first = new_in_layout(grad.shape, layout, grad) if wants[0] else grad.new_empty(0)
+    second, third = (
         torch.empty_like(owner) if wanted and owner is not None else grad.new_empty(0)
-        for owner, wanted in zip(owners, wants, strict=True)
+        for owner, wanted in zip((weight, bias), wants[1:], strict=True)
     )
     return first, second, third
 
 
 def _setup_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, bias, ctx.shape, _, ctx.saves = inputs
+    x, weight, bias, ctx.shape, _, ctx.saves = inputs
+    ctx.layout = _norm_layout(x, ctx.shape)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], weight, bias)
@@ -266,7 +300,7 @@ def _layer_norm_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     if grad is None:
         return (None,) * 6
     wants = list(ctx.needs_input_grad[:3])
-    told = (ctx.shape, ctx.saves, wants)
+    told = (ctx.shape, ctx.saves, ctx.layout, wants)
     grads = once_only(*layer_norm_backward(grad, *ctx.saved_tensors, *told))
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), None, None, None)
 

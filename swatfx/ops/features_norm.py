@@ -82,7 +82,7 @@ def features_norm_backward_reference(
     rows = layouts.images_behind(x, layout).contiguous().float()
     up = layouts.images_behind(grad, layout).contiguous().float()
     sizes = (*rows.shape[:-1], 1)
-    wide = torch.ones_like(rows[(0,) * (rows.dim() - 1)]) if weight is None else weight.float()
+    wide = rows.new_ones(shape) if weight is None else weight.float()
     dx, dweight, dbias = aten.native_layer_norm_backward(
         up, rows, shape, mean.view(sizes), rstd.view(sizes), wide, wide, list(wants)
     )

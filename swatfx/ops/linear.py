@@ -16,8 +16,8 @@ from swatfx.ops.autocast import register_autocast
 from swatfx.ops.calls import BACKWARD, FORWARD, LinearCall, Saved, schema_of
 from swatfx.ops.learned import wanted_gradients, wants_weight_gradient
 from swatfx.ops.pack import unpack
-from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward
-from swatfx.ops.where import as_seen, kept_only, not_a_view
+from swatfx.ops.saved import in_layout, new_in_layout, no_double_backward, not_a_view
+from swatfx.ops.where import as_seen, kept_only
 from swatfx.selectors import Axes
 from swatfx.tensors import layouts
 

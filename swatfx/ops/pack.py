@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swatfx import selectors
 from swatfx.errors import InputError
-from swatfx.ops.where import not_a_view
+from swatfx.ops.saved import not_a_view
 from swatfx.selectors import Axes
 from swatfx.tensors import bits, layouts
 from swatfx.tensors.layouts import (

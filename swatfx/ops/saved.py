@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from swatfx.errors import SwatError
-from swatfx.ops.where import not_a_view
 from swatfx.tensors import bits, layouts
+
+
+def not_a_view(x: Tensor) -> Tensor:
+    """`x`, no longer known as a view: autograd lets no one write into a view that an op returns."""
+    return torch.ops.aten._unsafe_view.default(x, x.shape) if x._is_view() else x
 
 
 def in_layout(x: Tensor, layout: str) -> Tensor:

@@ -69,11 +69,6 @@ def weight_keep(weight: Tensor, state: Tensor, selector: str) -> Tensor:
     return selectors.get(selector).keep(weight, state, Axes(0, 1))
 
 
-def not_a_view(x: Tensor) -> Tensor:
-    """`x`, no longer known as a view: autograd lets no one write into a view that an op returns."""
-    return torch.ops.aten._unsafe_view.default(x, x.shape) if x._is_view() else x
-
-
 def as_seen(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in the half precision that autocast gave the activation.
 

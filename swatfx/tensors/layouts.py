@@ -142,8 +142,7 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...], innermost: int |
 def as_layout(x: Tensor, layout: str) -> Tensor:
     """`x` in `layout`; `x` itself where it is so already."""
     if layout in FEATURES_OUTERMOST:
-        first = features_first(x, layout).contiguous() if x.dim() else x
-        return features_last(first, layout) if x.dim() else x
+        return features_last(features_first(x, layout).contiguous(), layout) if x.dim() else x
     if layout == BATCH_INNERMOST:
         return x.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == CHANNELS_LAST:

@@ -15,6 +15,7 @@ from swatfx.errors import SwatError
 from swatfx.ops.coded import RULES
 from swatfx.ops.codes import BITS, decode_flat, encode_flat, flat_bytes, line_bytes
 from swatfx.tensors import bits, layouts
+from swatfx.tensors.layouts import FEATURES_MAJOR, IMAGES_INNERMOST
 from tests.nets.saving_ops import saved_by
 
 pytestmark = pytest.mark.filterwarnings(
@@ -100,6 +101,36 @@ def test_layer_norms(affine: bool, saves: str) -> None:
         check(ours, lambda x, *p: F.layer_norm(x, width, *p), (x, *parameters), NEAR[saves])
         given = parameters or (None, None)
         torch.library.opcheck(OPS.layer_norm, (x, *given, width, 1e-5, saves))
+
+
+@pytest.mark.parametrize("saves", BITS)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [FEATURES_MAJOR, IMAGES_INNERMOST])
+@pytest.mark.parametrize("rows", [(64,), (3, 5), (16, 4, 4), (2, 1, 7)], ids=str)
+def test_layer_norms_with_features_outermost_go_on_so(
+    rows: tuple[int, ...], layout: str, dtype: torch.dtype, affine: bool, saves: str
+) -> None:
+    """Parameters are float32 as under autocast; codes and gradients lie as their input does."""
+    width, shape = (33,), (*rows, 33)
+    x = layouts.as_layout(leaf(shape).detach().to(dtype), layout).requires_grad_()
+    parameters = [leaf(width, seed=1), leaf(width, seed=2)] if affine else []
+    used = [x, *parameters]
+    y = OPS.layer_norm(x, *(parameters or (None, None)), width, 1e-5, saves)[0]
+    grad = leaf(shape, seed=3).detach().to(dtype)
+    found = torch.autograd.grad(y, used, grad)
+    wide = [t.detach().double().requires_grad_() for t in used]
+    true = F.layer_norm(wide[0], width, *wide[1:])
+    wanted = torch.autograd.grad(true, wide, grad.double())
+    assert (y - true).norm() <= (1e-5 if dtype is torch.float32 else 0.01) * true.norm()
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() <= (NEAR[saves] + 0.01) * other.norm()
+    for made in (y, found[0]):
+        assert layouts.as_layout(made, layout).data_ptr() == made.data_ptr()
+    kept = saved_by(lambda: OPS.layer_norm(x, *(parameters or (None, None)), width, 1e-5, saves))
+    count = torch.Size(rows).numel()
+    assert [t.numel() for t in kept][:2] == [count, flat_bytes(x.numel(), saves)]
+    torch.library.opcheck(OPS.layer_norm, (x, *(parameters or (None, None)), width, 1e-5, saves))
 
 
 @pytest.mark.parametrize("saves", ["exact", *BITS])

@@ -124,6 +124,33 @@ def test_a_large_mean_cancels_nothing() -> None:
     assert (y.double() - true).abs().max() < 3e-3  # an element's own rounding is 1e-3
 
 
+@pytest.mark.parametrize("features", [3, 33, 96, 700])
+@pytest.mark.parametrize("value", [1e4, -3.7e6, 1e-3, 0.1])
+def test_rows_of_equal_values_are_normalised_to_nothing(value: float, features: int) -> None:
+    """However large they are: the mean is theirs to the last digit."""
+    x = layouts.as_layout(torch.full((40, features), value), FEATURES_MAJOR)
+    y, mean, rstd = OPS.features_norm(x, None, None, EPS)
+    assert not y.any() and torch.equal(mean, x[:, 0])
+    torch.testing.assert_close(rstd, torch.full((40,), EPS**-0.5))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["c", "reference"])
+@pytest.mark.parametrize("parameters", [True, False])
+def test_no_rows_no_gradient(parameters: bool, fast: bool) -> None:
+    x = layouts.as_layout(torch.empty(0, 4, 12), IMAGES_INNERMOST).requires_grad_()
+    given = [torch.ones(12, requires_grad=True) if parameters else None for _ in range(2)]
+    statistics = (torch.empty(0), torch.empty(0))
+    wants = [True, parameters, parameters]
+    grad = torch.empty(0, 4, 12)
+    if fast:
+        found = OPS.features_norm_backward(grad, x, *statistics, given[0], wants)
+    else:
+        with kernels.reference_only():
+            found = OPS.features_norm_backward(grad, x, *statistics, given[0], wants)
+    assert found[0].shape == x.shape
+    assert [g.tolist() for g in found[1:]] == [[0.0] * 12 if parameters else []] * 2
+
+
 def test_inf_and_nan_stay_in_their_rows() -> None:
     x = layouts.as_layout(torch.randn(40, 7), FEATURES_MAJOR)
     x[3, 2], x[17, 5] = torch.inf, torch.nan
@@ -160,6 +187,11 @@ def test_the_leaf_takes_what_lies_so_and_else_does_as_eager(
         expected = F.layer_norm(other, (20,), one)
         assert torch.equal(leaf(other, (20,), one, None, EPS), expected)
     assert torch.equal(leaf(x, (3, 20), None, None, EPS), F.layer_norm(x, (3, 20)))
+    half = layouts.as_layout(x.bfloat16(), IMAGES_INNERMOST)
+    made = leaf(half, (20,), None, bias, EPS)  # eager forgives it forward alone
+    assert torch.equal(made, F.layer_norm(half, (20,), None, bias, EPS))
+    with pytest.raises(RuntimeError, match="scalar type|dtype"):
+        leaf(half, (20,), weight, bias.bfloat16(), EPS)
     with pytest.raises(RuntimeError, match="normalized_shape"):
         leaf(x, (19,), None, None, EPS)
     assert isinstance(leaf, nn.Module)

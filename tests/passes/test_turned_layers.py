@@ -243,6 +243,34 @@ def test_between_convolutions_nothing_is_converted(
         assert_equal_training(sparse.eval(), dense.eval(), data, backward=False)
 
 
+@pytest.mark.parametrize("saves", ["exact", "int8"])
+def test_blocks_stay_when_kernels_are_chosen_again(saves: str) -> None:
+    gm = swatfx.compile(
+        Stages(lambda: CNBlock(NARROW, 0.5, 0.0)), POLICY, kernels="sparse", norm_saves=saves
+    )
+    found, graph = images(gm), str(gm.graph)
+    assert len(found) == 6
+    gm.bfloat16()
+    assert images(gm) == found and str(gm.graph) == graph
+    gm.float()
+    assert images(gm) == found and str(gm.graph) == graph
+    gm(torch.randn(16, 8, 4, 4)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gm.parameters())
+
+
+class ByKeyword(OtherBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.permute(input=self.depthwise(x), dims=(0, 2, 3, 1))
+        y = self.down(F.gelu(self.up(self.norm(y))))
+        return x + torch.permute(input=y, dims=(0, 3, 1, 2))
+
+
+def test_permutations_by_keyword() -> None:
+    sparse, dense = pair(lambda: Stages(ByKeyword), POLICY)
+    torch.manual_seed(1)
+    assert_equal_training(sparse, dense, [torch.randn(16, 8, 4, 4) for _ in range(2)])
+
+
 @pytest.mark.parametrize("probability", [0.5, 1.0])
 def test_stochastic_depth_draws_as_it_did(probability: float) -> None:
     sparse, dense = pair(lambda: Stages(lambda: CNBlock(NARROW, 0.5, probability)), EXACT)

@@ -43,7 +43,7 @@ INLINE void begin(total *t) {
 
 static void block_forward(const elem *x, const float *weight, const float *bias, elem *y, float *mean,
                           float *rstd, int64_t features, int64_t columns, int width, double eps, int past) {
-    total t;
+    total t, rest;
     wide center[VECTORS], scale[VECTORS], share = splat((float)(1 / (double)features));
     begin(&t);
     for (int64_t f = 0; f < features; f++) {
@@ -52,19 +52,25 @@ static void block_forward(const elem *x, const float *weight, const float *bias,
         join(&t, f, features);
     }
     for (int v = 0; v < VECTORS; v++) center[v] = mul(t.sum[v], share);
+    /* The mean of what is left corrects the mean: of equal values, however large, nothing remains. */
     begin(&t);
+    begin(&rest);
     for (int64_t f = 0; f < features; f++) {
         const elem *row = x + f * columns;
         EACH_VECTOR(width, {
             wide far = sub(get_some(row + at, count, 0), center[v]);
+            rest.few[v] = add(rest.few[v], far);
             t.few[v] = multiply_add(far, far, t.few[v]);
         });
         join(&t, f, features);
+        join(&rest, f, features);
     }
     EACH_VECTOR(width, {
+        wide off = mul(rest.sum[v], share);
         float found[LANES];
-        put(found, mul(t.sum[v], share));
-        for (int l = 0; l < LANES; l++) found[l] = (float)(1 / sqrt((double)found[l] + eps));
+        put(found, sub(mul(t.sum[v], share), mul(off, off)));
+        for (int l = 0; l < LANES; l++) found[l] = (float)(1 / sqrt((found[l] < 0 ? 0 : (double)found[l]) + eps));
+        center[v] = add(center[v], off);
         scale[v] = get(found);
         put_some(mean + at, center[v], count);
         put_some(rstd + at, scale[v], count);
