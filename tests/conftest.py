@@ -79,3 +79,12 @@ def no_references(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no compiled kernels")
 
     forbid_references(monkeypatch)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def each_number_of_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Once with one thread, once with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)

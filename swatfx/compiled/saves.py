@@ -42,6 +42,11 @@ def _ours(x: Tensor) -> bool:
     return layouts.layout_of(x) == layouts.BATCH_INNERMOST
 
 
+def _in_rows(x: Tensor) -> bool:
+    """Whether `x` are row-major images on the CPU: torch finds maxima at a tenth of our rate."""
+    return x.device.type == "cpu" and x.is_contiguous()
+
+
 class Saver(nn.Module):
     """A leaf whose `plain` does, for the arguments of `forward`, what eager does and keeps."""
 
@@ -73,7 +78,7 @@ class MaxPool2d(Saver):
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """Keep a byte an output."""
         asked, window = wanted(x), args[0][0] * args[0][1]
-        if x.dim() != 4 or window > MOST_CELLS or not (asked or _ours(x)):
+        if x.dim() != 4 or window > MOST_CELLS or not (asked or _in_rows(x) or _ours(x)):
             return self.plain(x, *args)
         y: Tensor = ops.max_pool2d(x, *args, asked)[0]
         return y

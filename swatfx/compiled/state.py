@@ -369,13 +369,16 @@ class WeightThreshold(Threshold):
             return self._refresh(weight, step, self.held)
         weight = weight.detach()
         decides = self.threshold, self.stamp, step, self.density, self.fraction
+        found = None
         if not torch.compiler.is_compiling():
             found = recall(self.remembered, self.held, weight, *decides)
             if found is not None:
                 return found
         told = self.selector, self.layer, self.seed, self.remembered.token, self.held
         state: Tensor = ops.current(weight, *decides, *told)
-        return state
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            found = recall(self.remembered, self.held, weight, *decides)
+        return state if found is None else found
 
     def state_now(self, weight: Tensor) -> Tensor:
         """The state that evaluation uses for `weight`, not to be written into; nothing changes."""

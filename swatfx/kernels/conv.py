@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swatfx.kernels import fitting, library, problems
+from swatfx.kernels import fitting, kept_rows, library, problems
 from swatfx.kernels.problems import Shapes
 from swatfx.ops.calls import ConvCall, Saved
 from swatfx.ops.conv import (
@@ -73,14 +73,16 @@ def sparse_weight(weight: Tensor, state: Tensor, selector: str) -> tuple[Tensor,
 def run_problem(
     problem: problems.Problem,
     input: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
     threshold: float,
+    made: Tensor | None = None,
 ) -> bool:
     """Run one sum of shifted planes into `out`, of the input's dtype.
 
-    Weights below `threshold` do not count.
+    Weights below `threshold` do not count. With what `kept_rows` has `made` of it no weight is
+    needed.
 
     Returns:
         False if a tile with its halo is too large for the kernels.
@@ -96,8 +98,29 @@ def run_problem(
         library.pointer(bias),
         library.result(out),
         library.real(threshold),
+        library.pointer(made),
     )
     return succeeded(failed, "a sparse convolution")
+
+
+def run_forward(
+    shapes: Shapes,
+    input: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    selector: str,
+    bias: Tensor | None,
+    out: Tensor,
+) -> bool:
+    """Run the convolution of `shapes` by Top-K weights into `out`; returns and raises as above."""
+    key = shapes, torch.get_num_threads(), input.dtype
+    rows = kept_rows.find(weight, state, key)
+    if rows is not None:
+        return run_problem(rows.problem, input, None, bias, out, 0.0, rows.made)
+    used, threshold = sparse_weight(weight, state, selector)
+    problem = _forward_problem(shapes, problems.weight_strides(used), torch.get_num_threads())
+    made = kept_rows.keep(weight, state, key, problem, used, threshold)
+    return run_problem(problem, input, used, bias, out, threshold, made)
 
 
 def run_sampled(
@@ -175,14 +198,12 @@ def _forward(
         return None
     spatial = weight.dim() - 2
     seen = converted(input_in_forward(call, input, spatial), call.layout)
-    used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     size = shapes.out_size[-spatial:]
     out = library.new((shapes.batch, shapes.filters, *size), call.layout, input.dtype)
     if shapes.is_strided_pointwise:
         seen, shapes = _take_strided(seen, shapes), shapes.without_stride()
-    strides = problems.weight_strides(used)
-    problem = _forward_problem(shapes, strides, torch.get_num_threads())
-    return out if run_problem(problem, seen, used, bias, out, threshold) else None
+    done = run_forward(shapes, seen, weight, weight_state, call.weight_selector, bias, out)
+    return out if done else None
 
 
 def _strided(name: str, source: Tensor, result: Tensor, shapes: Shapes) -> Tensor:

@@ -3,15 +3,15 @@
 Rows are laid innermost for the two products with sparse weights, and back again, unless they lie so
 already ("features_major") and are to go on doing so. The weight gradient reads the packed rows as
 they are, or, where they were packed in that order, by the kernel of convolutions. Taken in float32
-and bfloat16, where the op was told to, from `LEAST_ROWS` rows on: with fewer, dense products are
-bound by reading the weight, as these are.
+and bfloat16, where the op was told to; backward from `LEAST_ROWS` rows on: with fewer, dense
+products are bound by reading the weight, as these are.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from swatfx.kernels import fitting, library
 from swatfx.kernels.conv import (
     as_weight,
+    run_forward,
     run_problem,
     run_sampled,
     run_weight_gradient,
@@ -29,7 +30,6 @@ from swatfx.kernels.conv import (
 )
 from swatfx.kernels.layout import transpose_into
 from swatfx.kernels.problems import (
-    Problem,
     Shapes,
     forward_problem,
     input_gradient_problems,
@@ -64,7 +64,9 @@ class LinearProblem(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int64) for n in ("rows", "inputs", "outputs", "threads", "half")]
 
 
-def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int | None:
+def _rows(
+    shape: Sequence[int], weight: Tensor, last: int, asked: bool, least: int = 1
+) -> int | None:
     """Rows of a matrix that a sparse layer reads or writes; None if that cannot run here.
 
     Args:
@@ -72,13 +74,14 @@ def _rows(shape: Sequence[int], weight: Tensor, last: int, asked: bool) -> int |
         weight: (out, in).
         last: which dimension of `weight` the last of `shape` has to equal.
         asked: whether the op was told to run sparse.
+        least: fewer are too few.
     """
     if not asked or not library.available():
         return None
     if weight.dim() != 2 or not shape or not weight.numel() or shape[-1] != weight.shape[last]:
         return None
     rows = torch.Size(shape[:-1]).numel()
-    return rows if rows >= LEAST_ROWS and weight.shape[1] <= fitting.INT32 else None
+    return rows if rows >= least and weight.shape[1] <= fitting.INT32 else None
 
 
 @linear.register_kernel("cpu")
@@ -96,25 +99,28 @@ def _forward(
         return None
     if not fitting.is_bias(bias, input, weight):
         return None
-    outputs, inputs = weight.shape
-    shape = torch.Size((*input.shape[:-1], outputs))
+    shape = torch.Size((*input.shape[:-1], weight.shape[0]))
     rows = _matrix(input_in_forward(call, input), call.layout)
-    used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
     turned = _turned(rows)
-    problems = [forward_problem(_shapes(turned, weight), (inputs, 1, 1, 1))]
-    return _product(problems, turned, used, bias, threshold, shape, call.layout)
+
+    def run(out: Tensor) -> bool:
+        shapes = _shapes(turned, weight)
+        return run_forward(shapes, turned, weight, weight_state, call.weight_selector, bias, out)
+
+    return _product(run, turned, shape, call.layout)
 
 
 def _product(
-    problems: Iterable[Problem],
-    turned: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    shape: torch.Size,
-    layout: str,
+    run: Callable[[Tensor], bool], turned: Tensor, shape: torch.Size, layout: str
 ) -> Tensor | None:
-    """Of `_turned` rows in the order of `layout`, of `shape`; None if the kernels cannot run it."""
+    """What `run` makes of `_turned` rows in the order of `layout`; None if it cannot.
+
+    Args:
+        run: writes a matrix (features, columns of `turned`).
+        turned: what it reads.
+        shape: of the result.
+        layout: likewise, of `swatfx.tensors.layouts`.
+    """
     count, features = shape[:-1].numel(), shape[-1]
     out = turned.new_empty(0)
     made = None
@@ -123,9 +129,8 @@ def _product(
         out = features_first(made, layout).view(features, count)
     if out.shape != (features, turned.shape[1]):  # another order, or columns that were filled up
         out = turned.new_empty(features, turned.shape[1])
-    for problem in problems:
-        if not run_problem(problem, turned, weight, bias, out, threshold):
-            return None
+    if not run(out):
+        return None
     if made is None:
         return not_a_view(_turned_back(out, count).view(shape))
     if turned.shape[1] != count:
@@ -176,7 +181,7 @@ def _turned_back(turned: Tensor, count: int) -> Tensor:
 def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     saved, call = Saved.split(rest, LinearCall)
     input, kept, weight, weight_state, input_shape, wants = saved
-    count = _rows(grad.shape, weight, 0, call.sparse_kernels)
+    count = _rows(grad.shape, weight, 0, call.sparse_kernels, LEAST_ROWS)
     shape = torch.Size(input_shape)
     fits = fitting.are_elements(grad, weight) and shape == (*grad.shape[:-1], weight.shape[1])
     if count is None or not fits:
@@ -191,8 +196,12 @@ def _(grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     if wants[0] and call.where.backward_weight:
         rows = turned(_order(layout))
         used, threshold = sparse_weight(weight, weight_state, call.weight_selector)
-        problems = input_gradient_problems(_shapes(rows, weight), (weight.shape[1], 1, 1, 1))
-        input_grad = _product(problems, rows, used, None, threshold, shape, layout)
+        (problem,) = input_gradient_problems(_shapes(rows, weight), (weight.shape[1], 1, 1, 1))
+
+        def run(out: Tensor) -> bool:
+            return run_problem(problem, rows, used, None, out, threshold)
+
+        input_grad = _product(run, rows, shape, layout)
     if wants[1] and input is None and kept is not None:
         packed_in, stored = order_of(kept), call.stored_dtype(grad)
         if packed_in in FEATURES_OUTERMOST:

@@ -22,6 +22,7 @@ from swatfx.ops.copied import Buffers, Copied, Mended, version_of
 from swatfx.ops.memory import Memory
 from swatfx.ops.state import draw_seed, read_density
 from swatfx.selectors import Axes
+from swatfx.tensors.keeping import let_keep
 
 _PROBES = 64  # elements that are compared, too: whole tensors are written behind autograd's back
 
@@ -37,6 +38,7 @@ class _Seen:
     version: int
     looks: tuple[Any, ...]
     target: tuple[Any, ...]
+    step: int
     probe: Tensor | None
     found: Any
 
@@ -54,9 +56,23 @@ class Ranked(Memory):
         self.seen = None
 
     def recall(self, weight: Tensor, target: tuple[Any, ...]) -> Tensor | None:
-        """The state that `weight` had for `target`, if it is the one that was seen last."""
+        """The state that `weight` had for `target`, if it is the one that was seen last.
+
+        Nobody may write into it.
+        """
         found = self._found(weight, target)
-        return found.clone() if isinstance(found, Tensor) else None
+        return found if isinstance(found, Tensor) else None
+
+    def held(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """A held mask, the same tensor as long as neither changes."""
+        if mask.is_inference():
+            return mask
+        target = mask.data_ptr(), version_of(mask)
+        found = self.recall(weight, target)
+        if found is None:
+            found = let_keep(mask.detach())
+            self.seen = _look(weight, target, found)
+        return found
 
     def mended(self, selector: str, weight: Tensor, buffers: Buffers, draw: int) -> Mended | None:
         """What the state of a copy should be; None where this is no copy's.
@@ -156,7 +172,7 @@ def _current(
     target = _target(stamp, iteration, density, fraction)
     found = None if memory is None else memory.recall(weight, target)
     if found is not None:
-        return found
+        return found.clone()
     state = selectors.get(call.selector).state(
         weight,
         read_density(density, fraction) if mended is None else mended.density,
@@ -164,7 +180,7 @@ def _current(
         draw,
     )
     if memory is not None:
-        memory.seen = _look(weight, target, state.clone())
+        memory.seen = _look(weight, target, let_keep(state.clone()))
     return state
 
 
@@ -200,7 +216,8 @@ def recall(
     """What `current` would return without ranking, and without the price of calling an op.
 
     `target` are the iteration, the density and its fraction. None while traced, and where there is
-    something to rank. Nobody may write into the result.
+    something to rank. Nobody may write into the result. Without gradients it is the same tensor as
+    long as the weight is: kernels may keep beside it what they made of both.
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return None
@@ -212,10 +229,11 @@ def recall(
         if memory.copied is not None:
             return None
         # The mask may change in place; a pending backward must not see that.
-        return threshold.clone() if torch.is_grad_enabled() else threshold
+        return threshold.clone() if torch.is_grad_enabled() else memory.held(weight, threshold)
     if memory.seen is None:
         return None
-    return memory.recall(weight, _target(stamp, *target))
+    found = memory.recall(weight, _target(stamp, *target))
+    return found.clone() if found is not None and torch.is_grad_enabled() else found
 
 
 @current.register_fake
@@ -230,14 +248,16 @@ def _looks(weight: Tensor) -> tuple[Any, ...]:
     return *place, weight.dtype, weight.device
 
 
-def _probe(weight: Tensor) -> Tensor | None:
-    """A view of some elements; None on other devices, which would have to be waited for."""
+def _span(weight: Tensor) -> int:
+    """Elements of the storage that are looked at; none on other devices: one would have to wait."""
     if weight.device.type != "cpu" or not weight.numel():
-        return None
-    pairs = zip(weight.shape, weight.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in pairs)
-    step = max(1, span // _PROBES)
-    return weight.as_strided((-(-span // step),), (step,), weight.storage_offset())
+        return 0
+    return 1 + sum((n - 1) * by for n, by in zip(weight.shape, weight.stride(), strict=True))
+
+
+def _probe(weight: Tensor, count: int, step: int) -> Tensor:
+    """A view of some elements."""
+    return weight.as_strided((count,), (step,), weight.storage_offset())
 
 
 def _look(weight: Tensor, target: tuple[Any, ...], found: Any) -> _Seen | None:
@@ -248,9 +268,10 @@ def _look(weight: Tensor, target: tuple[Any, ...], found: Any) -> _Seen | None:
         looks = _looks(weight)
     except (NotImplementedError, RuntimeError):
         return None  # no storage: nothing tells one such tensor from another
-    probe = _probe(weight)
-    probe = None if probe is None else probe.clone()
-    return _Seen(storage, weight._version, looks, target, probe, found)
+    span = _span(weight)
+    step = max(1, span // _PROBES)
+    probe = _probe(weight, -(-span // step), step).clone() if span else None
+    return _Seen(storage, weight._version, looks, target, step, probe, found)
 
 
 def _is_same(weight: Tensor, seen: _Seen) -> bool:
@@ -261,5 +282,6 @@ def _is_same(weight: Tensor, seen: _Seen) -> bool:
             return False
     except (NotImplementedError, RuntimeError):
         return False
-    probe = _probe(weight)
-    return probe is None or seen.probe is None or torch.equal(probe, seen.probe)
+    if seen.probe is None:
+        return True
+    return torch.equal(_probe(weight, len(seen.probe), seen.step), seen.probe)

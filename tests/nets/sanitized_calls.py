@@ -22,6 +22,7 @@ from swatfx.ops.calls import ConvCall, LinearCall
 from swatfx.ops.where import active_weight
 from swatfx.selectors import Axes, topk
 from swatfx.tensors import bits, layouts
+from swatfx.tensors.keeping import let_keep
 from tests.nets.kernel_calls import SAMPLES, Sample, random_sample, run_linear
 from tests.nets.topk_data import KINDS, draw
 
@@ -118,6 +119,24 @@ def sampled() -> None:
             OPS.linear_backward(y, x, None, *others, *record.options)
             kept = OPS.pack(x, torch.tensor(0.5), 0, "nchw", dtype)
             OPS.linear_backward(y, None, kept, *others, *record.options)
+
+
+def kept_rows() -> None:
+    """Forward by rows that were made once: made, and read."""
+    for batch, dtype, least in itertools.product((1, 3, 16, 17), DTYPES[:2], (0.0, 1.0, 9.0)):
+        for shape, weight, call in (
+            ((9, 7), torch.randn(18, 2, 3, 2), ConvCall((1, 1), (1, 1), (1, 1), 3, layout=BATCH)),
+            ((7, 7), torch.randn(33, 19, 3, 3), ConvCall((2, 2), (1, 1), (1, 1), 1, layout=BATCH)),
+            ((5, 5), torch.randn(6, 1, 3, 3), ConvCall((1, 1), (1, 1), (1, 1), 6, layout=BATCH)),
+        ):
+            x = torch.randn(batch, weight.shape[1] * call.groups, *shape).to(dtype)
+            state = let_keep(torch.tensor(least))
+            for _ in range(2):
+                OPS.conv(layouts.as_layout(x, BATCH), weight, None, state, None, *call.options)
+        record, state = LinearCall(sparse_kernels=True), let_keep(torch.tensor(least))
+        x, weight = torch.randn(batch, 19).to(dtype), torch.randn(33, 19)
+        for _ in range(2):
+            OPS.linear(x, weight, None, state, None, *record.options)
 
 
 def linear() -> None:
@@ -229,7 +248,7 @@ def main() -> None:
     watch()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        for part in (convolutions, sampled, linear, leaves, pools, top_k):
+        for part in (convolutions, sampled, kept_rows, linear, leaves, pools, top_k):
             part()
     print(*sorted(called))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,14 +24,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def inputs(
     rows: tuple[int, ...], features: int, layout: str, dtype: torch.dtype, own: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -44,7 +34,7 @@ def inputs(
     return layouts.as_layout(x.to(dtype), layout).detach(), weight, bias, grad
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("each_number_of_threads")
 @pytest.mark.parametrize("layout", [FEATURES_MAJOR, IMAGES_INNERMOST])
 @pytest.mark.parametrize(("rows", "features"), SHAPES, ids=str)
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@
 /* Where a tile's vectors do not lie in the result as they do in registers: by way of a buffer. */
 static void move_columns(const conv_problem *p, const plan *at, elem *buffer, elem *out, int64_t rows,
                          int64_t cols, int to_buffer) {
-    const int64_t line = at->kernel_vectors * LANES;
+    const int64_t line = at->flat ? at->line : at->kernel_vectors * LANES;
     const int64_t out_row = p->step_out_y * p->out_width * p->batch, out_col = p->step_out_x * p->batch;
     const int64_t bytes = at->lanes * sizeof(elem);
     const int joined = out_col == at->lanes; /* columns follow each other in the result, as in the buffer */
@@ -90,7 +90,7 @@ static placement place(const conv_problem *p, const plan *at, const elem *out, i
     /* A vector of the tile is one column of the result; or the columns of a row are one run of it. */
     t.one_column = at->lanes == LANES;
     t.col = t.one_column ? p->step_out_x * p->batch : LANES;
-    t.direct = t.one_column || (p->step_out_x == 1 && p->batch == at->lanes && t.width * at->lanes % LANES == 0);
+    t.direct = t.one_column || (!at->flat && p->step_out_x == 1 && p->batch == at->lanes && t.width * at->lanes % LANES == 0);
     /* Each column of the result begins at a whole vector where the batch is one or several. */
     const int aligned = p->batch % LANES == 0 && (uintptr_t)out % sizeof(vec) == 0;
     t.stream = t.one_column && at->blocks == 1 && streams(p) && aligned;
@@ -103,7 +103,7 @@ static placement place(const conv_problem *p, const plan *at, const elem *out, i
 /* What a thread works with. */
 typedef struct {
     elem *scratch, *buffer;
-    float *sums; /* of bfloat16, where channels come in blocks: [row][row of the tile][kernel_vectors], else NULL */
+    float *sums; /* of bfloat16, where channels come in blocks: [row][sums_rows][kernel_vectors], else NULL */
 } room;
 
 /* Rows of the result over one scratch. */
@@ -157,13 +157,14 @@ static void run_row(const pass *c, const conv_problem *p, const plan *at, nonzer
     float *sums = c->own->sums ? c->own->sums + (o - c->o0) * c->sums_plane : NULL;
 #endif
     for (int64_t y = 0; y < t->height; y += at->kernel_rows, to += at->kernel_rows * t->row) {
-        const int64_t rows = min64(at->kernel_rows, t->height - y);
+        const int64_t rows = min64(at->kernel_rows, t->height - y), in_call = at->flat ? 1 : rows;
+        const int64_t vectors = at->flat ? flat_vectors(at, rows) : t->vectors;
 #if defined(SWATFX_BF16)
-        float *at_sums = sums ? sums + y * c->line : NULL;
+        float *at_sums = sums ? sums + (at->flat ? y / at->kernel_rows : y) * c->line : NULL;
         tile_at_bf16 tile = {c->held + y * c->in_row, c->in_row, to, t->row, t->col, t->stream,
                              c->first ? NULL : at_sums, c->last ? NULL : at_sums, c->line};
         if (!t->direct) tile.out = c->own->buffer, tile.out_row = c->line, tile.out_col = LANES;
-        tile_kernel_bf16(rows, t->vectors, c->finite)(e, tile, start);
+        tile_kernel_bf16(in_call, vectors, c->finite)(e, tile, start);
         if (!t->direct && c->last) move_columns(p, at, c->own->buffer, to, rows, t->width, 0);
 #else
         tile_at tile = {c->held + y * c->in_row, c->in_row, to, t->row, t->col, t->stream};
@@ -171,7 +172,7 @@ static void run_row(const pass *c, const conv_problem *p, const plan *at, nonzer
             tile.out = c->own->buffer, tile.out_row = c->line, tile.out_col = LANES;
             if (!c->first) move_columns(p, at, c->own->buffer, to, rows, t->width, 1);
         }
-        tile_kernel(rows, t->vectors)(e, tile, c->first, start);
+        tile_kernel(in_call, vectors)(e, tile, c->first, start);
         if (!t->direct) move_columns(p, at, c->own->buffer, to, rows, t->width, 0);
 #endif
     }
@@ -183,7 +184,7 @@ static void run_tile(const conv_problem *p, const plan *at, const sparse_rows *w
                      int64_t o0, int64_t o1, int64_t block, upcoming next, int finite) {
     const int64_t line = at->kernel_vectors * LANES;
     const pass c = {w, bias, held, own, out, place(p, at, out, image, y0, x0), p->step_y * at->row, line,
-                    at->tile_rows * line, block * p->rows, o0, block == 0, block + 1 == at->blocks, finite};
+                    sums_rows(at) * line, block * p->rows, o0, block == 0, block + 1 == at->blocks, finite};
     /* Sums of bfloat16 become a result with the last channels, also where these add nothing. */
     const int writes = c.first || (HALF && c.last);
     int64_t members[GROUP], group_end = o0;
@@ -232,7 +233,7 @@ static int64_t share_rows(const conv_problem *p, int64_t tiles) {
 static room make_room(const plan *at, int64_t rows, int *failed) {
     /* Vectors of a ragged last column reach past the scratch: never used, but read. */
     const int64_t held = at->in_place ? 0 : at->block * at->plane, whole = held + MAX_TILE * LANES;
-    const int64_t sums = HALF && at->blocks > 1 ? rows * at->tile_rows * at->kernel_vectors * LANES : 0;
+    const int64_t sums = HALF && at->blocks > 1 ? rows * sums_rows(at) * at->kernel_vectors * LANES : 0;
     const room own = {aligned_alloc(64, ceil_div(whole, 2 * LANES) * 2 * LANES * sizeof(elem)),
                       aligned_alloc(64, ceil_div(MAX_TILE, 2) * 2 * LANES * sizeof(elem)),
                       sums ? aligned_alloc(64, sums * sizeof(float)) : NULL};
@@ -247,9 +248,22 @@ static void free_room(room *own) {
     free(own->sums);
 }
 
+/* Weights, or the rows that were made of them: those of the next group. */
+typedef struct {
+    const float *weight;
+    float threshold;
+    const char **made; /* or NULL */
+} source;
+
+static int does_fit(const plan *at) { return at->in_place || at->block * at->plane <= MAX_SCRATCH; }
+
+static sparse_rows group_rows(const conv_problem *p, const plan *at, source from, int64_t g) {
+    return build_rows(p, at, from.weight + g * p->weight_group, from.threshold, HALF);
+}
+
 /* Where groups are one plane each, these are dealt out: one alone is little work. */
-static int run_planes(const conv_problem *all, const elem *in, const float *weight, const float *bias, elem *out,
-                      float threshold, int64_t image0, int64_t images, int64_t lanes) {
+static int run_planes(const conv_problem *all, const elem *in, source from, const float *bias, elem *out,
+                      int64_t image0, int64_t images, int64_t lanes) {
     conv_problem alone = *all;
     const conv_problem *p = &alone;
     alone.threads = 1; /* a plane is one thread's */
@@ -263,17 +277,17 @@ static int run_planes(const conv_problem *all, const elem *in, const float *weig
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < p->groups; g++) {
             if (failed) continue;
-            const elem *from = in + g * p->height * p->width * p->batch;
+            const elem *plane = in + g * p->height * p->width * p->batch;
             elem *to = out + g * p->out_height * p->out_width * p->batch;
             int32_t offset[MAX_TAPS];
             float value[MAX_TAPS];
-            int64_t begin[2] = {0, build_row(p, &at, weight + g * p->weight_group, threshold, HALF, offset, value)};
+            int64_t begin[2] = {0, build_row(p, &at, from.weight + g * p->weight_group, from.threshold, HALF, offset, value)};
             const sparse_rows w = {.begin = begin, .offset = offset, .value = value};
             for (int64_t tile = 0; tile < images / lanes * tiles_y * tiles_x; tile++) {
                 const int64_t x0 = tile % tiles_x * at.tile_cols, y0 = tile / tiles_x % tiles_y * at.tile_rows;
                 const int64_t image = image0 + tile / (tiles_x * tiles_y) * lanes;
-                const elem *read = at.in_place ? from + x0 * LANES : own.scratch;
-                if (!at.in_place && begin[1]) TYPED(copy_tile)(p, &at, from, image, y0, x0, 1, own.scratch);
+                const elem *read = at.in_place ? plane + x0 * LANES : own.scratch;
+                if (!at.in_place && begin[1]) TYPED(copy_tile)(p, &at, plane, image, y0, x0, 1, own.scratch);
                 const int finite = !begin[1] || reads_finite(p, &at, read, x0, 1);
                 run_tile(p, &at, &w, bias ? bias + g : NULL, read, &own, to, image, y0, x0, 0, 1, 0, (upcoming){0},
                          finite);
@@ -284,13 +298,13 @@ static int run_planes(const conv_problem *all, const elem *in, const float *weig
     return failed ? NO_MEMORY : 0;
 }
 
-static int run_lanes(const conv_problem *p, const elem *in, const float *weight, const float *bias,
-                     elem *out, float threshold, int64_t image0, int64_t images, int64_t lanes) {
+static int run_lanes(const conv_problem *p, const elem *in, source weights, const float *bias, elem *out,
+                     int64_t image0, int64_t images, int64_t lanes) {
     const plan at = make_plan(p, lanes, HALF);
-    if (!at.in_place && at.block * at.plane > MAX_SCRATCH) return DOES_NOT_FIT;
+    if (!does_fit(&at)) return DOES_NOT_FIT;
     int failed = 0;
     for (int64_t g = 0; g < p->groups; g++) {
-        sparse_rows w = build_rows(p, &at, weight + g * p->weight_group, threshold, HALF);
+        sparse_rows w = weights.made ? made_rows(weights.made, at.blocks * p->rows) : group_rows(p, &at, weights, g);
         if (!w.begin) return NO_MEMORY;
         const elem *from = in + g * p->channels * p->height * p->width * p->batch;
         elem *to = out + g * p->rows * p->out_height * p->out_width * p->batch;
@@ -322,19 +336,43 @@ static int run_lanes(const conv_problem *p, const elem *in, const float *weight,
             }
             free_room(&own);
         }
-        free_rows(&w);
+        if (!weights.made) free_rows(&w);
         if (failed) return NO_MEMORY;
     }
     return 0;
 }
 
+/* One plane a group: what is made of such weights is made as they are used. */
+static int is_planes(const conv_problem *p) { return p->groups > 1 && p->channels == 1 && p->rows == 1; }
+
+/* Images that fill vectors, as far as there are so many; what remains is a run of its own. */
+static int64_t whole_images(const conv_problem *p) { return p->batch < LANES ? p->batch : p->batch / LANES * LANES; }
+
 int TYPED(sparse_conv)(const conv_problem *p, const elem *in, const float *weight, const float *bias, elem *out,
-                       float threshold) {
-    const int64_t whole = p->batch < LANES ? p->batch : p->batch / LANES * LANES;
-    const int64_t lanes = min64(whole, LANES), rest = p->batch - whole;
-    int (*const run)(const conv_problem *, const elem *, const float *, const float *, elem *, float, int64_t, int64_t,
-                     int64_t) = p->groups > 1 && p->channels == 1 && p->rows == 1 ? run_planes : run_lanes;
-    const int failed = run(p, in, weight, bias, out, threshold, 0, whole, lanes);
+                       float threshold, const void *made) {
+    const int64_t whole = whole_images(p), lanes = min64(whole, LANES), rest = p->batch - whole;
+    const char *next = made;
+    const source from = {weight, threshold, made ? &next : NULL};
+    int (*const run)(const conv_problem *, const elem *, source, const float *, elem *, int64_t, int64_t, int64_t) =
+        is_planes(p) ? run_planes : run_lanes;
+    const int failed = run(p, in, from, bias, out, 0, whole, lanes);
     if (failed || !rest) return failed;
-    return run(p, in, weight, bias, out, threshold, whole, rest, rest);
+    return run(p, in, from, bias, out, whole, rest, rest);
+}
+
+int64_t TYPED(sparse_conv_rows)(const conv_problem *p, const float *weight, float threshold, void *to, int64_t bytes) {
+    const int64_t whole = whole_images(p), parts[] = {min64(whole, LANES), p->batch - whole};
+    int64_t used = 0;
+    if (is_planes(p)) return 0;
+    for (int i = 0; i < 2 && parts[i]; i++) {
+        const plan at = make_plan(p, parts[i], HALF);
+        if (!does_fit(&at)) return 0;
+        for (int64_t g = 0; g < p->groups; g++) {
+            sparse_rows w = group_rows(p, &at, (source){weight, threshold, NULL}, g);
+            if (!w.begin) return -NO_MEMORY;
+            used += lay_rows(&w, at.blocks * p->rows, (char *)to + used, bytes - used);
+            free_rows(&w);
+        }
+    }
+    return used;
 }

@@ -64,11 +64,22 @@ EXPORT int swatfx_runs_here(void);
  * Vectors are written past the caches if there is one tap, a result of more than 2^22 floats that is
  * aligned to 64 bytes, and a batch that is a multiple of 16.
  *
+ * made: what sparse_conv_rows wrote for an equal problem and the same weight and threshold, in the library
+ * and dtype that run now, or NULL; if it is there, weight may be NULL. Values are the same with it.
+ *
  * Checked by: fitting.convolution and problems.py for convolutions, linear.py for linear layers, which are
- * pointwise convolutions. Returns 0, NO_MEMORY, or DOES_NOT_FIT
+ * pointwise convolutions; kept_rows.py `made`. Returns 0, NO_MEMORY, or DOES_NOT_FIT
  * where a tile with its halo is too large for a scratch buffer, which C finds out. */
 EXPORT int TYPED(sparse_conv)(const conv_problem *p, const elem *in, const float *weight,
-    const float *bias, elem *out, float threshold);
+    const float *bias, elem *out, float threshold, const void *made);
+
+/* What sparse_conv makes of a weight each time, to be made once. p, weight, threshold: as of sparse_conv. to:
+ * `bytes` of them, aligned to 8, or NULL where there are none.
+ *
+ * Checked by: kept_rows.py. Returns the bytes that it takes, of which all are written if there is room for
+ * them, else an undefined part; 0 where there is nothing to be made once; -NO_MEMORY. */
+EXPORT int64_t TYPED(sparse_conv_rows)(const conv_problem *p, const float *weight, float threshold, void *to,
+    int64_t bytes);
 
 /* The weight gradient where a bit of `open` is set. p and in: as those of a sparse_conv that is a forward
  * convolution of row-major weights: rows are filters, grid_height is out_height and grid_width out_width,

@@ -65,6 +65,7 @@ static int64_t whole_columns(int64_t columns, int64_t lanes, int64_t elements) {
 static void measure(const conv_problem *p, plan *at, int64_t bytes) {
     const int64_t columns = ceil_div(at->halo_x + 1, p->step_x) + at->tile_cols;
     at->line = whole_columns(columns, at->lanes, (int64_t)sizeof(vec) / bytes) * at->lanes;
+    if (at->flat) at->line = (at->halo_x + at->tile_cols) * at->lanes;
     at->row = at->line * p->step_x;
     at->plane = at->row * (at->halo_y + 1 + (at->tile_rows - 1) * p->step_y);
 }
@@ -76,6 +77,25 @@ static void finish(const conv_problem *p, plan *at) {
         const int64_t y = p->tap[t].dy - at->min_dy, x = p->tap[t].dx - at->min_dx;
         at->offset[t] = y * at->row + x % p->step_x * at->line + x / p->step_x * at->lanes;
     }
+}
+
+/* Few images, and narrow: a row fills no vectors, so that several rows are one run of them, if that takes less.
+ * A call of the inner loop is worth a few vectors. */
+static void flatten(const conv_problem *p, plan *at, int64_t calls) {
+    enum { CALL = 2 };
+    if (at->lanes == LANES || p->step_y != 1 || p->step_x != 1 || p->grid_height == 1) return;
+    plan flat = *at;
+    flat.flat = 1;
+    flat.tile_cols = flat.kernel_cols = p->grid_width;
+    flat.line = (at->halo_x + p->grid_width) * at->lanes;
+    int64_t rows = min64(p->grid_height, (MAX_TILE * LANES + at->halo_x * at->lanes) / flat.line);
+    if (rows < 1) return;
+    const int64_t flat_calls = ceil_div(p->grid_height, rows);
+    rows = ceil_div(p->grid_height, flat_calls);
+    flat.kernel_rows = flat.tile_rows = rows;
+    flat.kernel_vectors = flat_vectors(&flat, rows);
+    const int64_t plain = p->grid_height * at->kernel_vectors * calls + CALL * ceil_div(p->grid_height, at->kernel_rows) * calls;
+    if (flat_calls * (flat.kernel_vectors + CALL) < plain) *at = flat;
 }
 
 plan make_plan(const conv_problem *p, int64_t lanes, int half) {
@@ -90,6 +110,7 @@ plan make_plan(const conv_problem *p, int64_t lanes, int half) {
 
     at.tile_cols = at.kernel_cols;
     at.tile_rows = at.kernel_rows;
+    flatten(p, &at, calls);
     /* Fewer channels make lists too short to be worth loading and storing a tile for. */
     const int64_t least = p->taps > 1 ? 32 : 256;
     at.block = min64(p->channels, (p->taps > 1 ? 512 : 2048) / bytes);

@@ -301,3 +301,20 @@ void free_rows(sparse_rows *rows) {
     free(rows->place);
     *rows = (sparse_rows){NULL, NULL, NULL, NULL};
 }
+
+int64_t lay_rows(const sparse_rows *rows, int64_t cells, char *to, int64_t room) {
+    const int64_t head = (cells + 1) * sizeof(int64_t), half = rows->begin[cells] * sizeof(int32_t);
+    if (room < head + 2 * half) return head + 2 * half;
+    memcpy(to, rows->begin, head);
+    memcpy(to + head, rows->offset, half);
+    memcpy(to + head + half, rows->value, half);
+    return head + 2 * half;
+}
+
+sparse_rows made_rows(const char **from, int64_t cells) {
+    sparse_rows rows = {.begin = (int64_t *)*from};
+    rows.offset = (int32_t *)(rows.begin + cells + 1);
+    rows.value = (float *)(rows.offset + rows.begin[cells]);
+    *from = (const char *)(rows.value + rows.begin[cells]);
+    return rows;
+}

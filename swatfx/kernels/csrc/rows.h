@@ -24,4 +24,10 @@ int64_t build_row_of_places(const conv_problem *p, const plan *at, const uint8_t
                             int32_t *place);
 void free_rows(sparse_rows *rows);
 
+/* Rows of weights in one piece of memory: begin, offsets and values of so many cells. How many bytes that takes;
+ * nothing is written if `room` is less. */
+int64_t lay_rows(const sparse_rows *rows, int64_t cells, char *to, int64_t room);
+/* Rows that lie at *from, which moves on to what follows; not to be freed. */
+sparse_rows made_rows(const char **from, int64_t cells);
+
 #endif
