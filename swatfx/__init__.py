@@ -7,7 +7,7 @@ from swatfx.compiled import observe
 from swatfx.costs import Report, report
 from swatfx.density import Density
 from swatfx.errors import SwatError, SwatWarning
-from swatfx.exporting import export, load_sparse
+from swatfx.exporting import export, freeze, load_sparse
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import (
     Policy,
@@ -59,6 +59,7 @@ __all__ = [
     "export",
     "forward_activations",
     "forward_weights",
+    "freeze",
     "gradual_magnitude",
     "load",
     "load_sparse",

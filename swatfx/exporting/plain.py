@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from swatfx.ops.layout import between_linear, laid_out
 from swatfx.ops.where import active_weight
 from swatfx.training import refresh
 
+_SPARSE_WEIGHT = "_sparse_weight"  # names of buffers
 _CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 _PLAIN: dict[type[Saver], Callable[..., Any]] = {
     Norm: F.batch_norm,
@@ -53,7 +54,7 @@ def inference_module(gm: SwatModule) -> SwatModule:
     twin = private_copy(gm)
     refresh(twin)
     for node in sparse_nodes(twin):
-        _make_plain(twin, node)
+        make_plain(twin, node)
     for prefix, part in all_parts(twin):
         part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
@@ -66,17 +67,30 @@ def inference_module(gm: SwatModule) -> SwatModule:
                 module = part.get_submodule(str(node.target))
                 if isinstance(module, Saver):
                     _make_saver_plain(module, prefix, node)
+    drop_state(twin, ("eager_root",))
+    return twin.eval()
+
+
+def drop_state(gm: SwatModule, keeps: Container[str]) -> None:
+    """Remove what decides which weights are active, and dense weights that nothing reads any more.
+
+    Args:
+        gm: a private copy, whose layers need neither.
+        keeps: children of `swat` that stay.
+    """
+    for _, part in all_parts(gm):
         for node in reversed(part.graph.nodes):
             ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
             if ours and not node.users and node.target != "swat.eager_root":
                 part.graph.erase_node(node)
+        read = {str(node.target) for node in part.graph.nodes}
+        for name in [n for n in part._buffers if n.endswith(_SPARSE_WEIGHT) and n not in read]:
+            del part._buffers[name]
         part.recompile()
-    for name in list(twin.swat._modules):
-        if name != "eager_root":
-            delattr(twin.swat, name)
-    _drop_unread(twin)
-    twin.eval()
-    return twin
+    for name in list(gm.swat._modules):
+        if name not in keeps:
+            delattr(gm.swat, name)
+    _drop_unread(gm)
 
 
 def _drop_unread(gm: SwatModule) -> None:
@@ -85,38 +99,62 @@ def _drop_unread(gm: SwatModule) -> None:
     for place in all_nodes(gm):
         if place.node.op in ("get_attr", "call_module"):
             read.add(place.path)
+        if place.node.op == "call_module":
+            leaf = gm.get_submodule(place.path)
+            read.update([leaf.path] if isinstance(leaf, Bound) else [])
     for name, module in gm.named_modules():
         above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
-        if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
+        ours = name == "swat" or name.startswith("swat.")
+        if (
+            name
+            and not ours
+            and "" not in gm.eager
+            and not any(p in read or p in gm.eager for p in above)
+        ):
             for key in list(module._parameters):
                 if f"{name}.{key}" not in read:
                     module._parameters[key] = None
 
 
-def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
+def make_plain(gm: SwatModule, layer: LayerNode) -> None:
     """Replace a sparse op by the plain one on its masked weight."""
-    part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
-    weight = layer.weight_now()
-    assert call is not None and weight is not None
-    source, weight_node, bias = layer.input, layer.weight, node.args[2]
+    plan, call = layer.plan, layer.record.call
+    assert call is not None
+    sparse = masked_weight(gm, layer)
+    args: tuple[Any, ...] = (layer.input, sparse, layer.node.args[2])
+    function: Callable[..., Any] = F.linear
+    if plan.kind != "linear":
+        function = _CONV[plan.kind]
+        args = (*args, call.stride, call.padding, call.dilation, call.groups)
+    replace_layer(layer, function, args)
+
+
+def masked_weight(gm: SwatModule, layer: LayerNode) -> fx.Node:
+    """What reads a layer's exact Top-K weight, as a buffer, in front of its op."""
+    part, plan, weight = layer.part, layer.plan, layer.weight_now()
+    assert weight is not None
     masked = weight.detach()
     if plan.rule.forward_weight:
         threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
         assert isinstance(threshold, WeightThreshold)
         masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
+    attribute = plan.state + _SPARSE_WEIGHT
+    if attribute not in part._buffers:
+        part.register_buffer(attribute, masked)
+    with part.graph.inserting_before(layer.node):
+        return part.graph.get_attr(attribute)
+
+
+def replace_layer(
+    layer: LayerNode, function: Callable[..., Any], args: tuple[Any, ...], **options: Any
+) -> None:
+    """Put another call in the place of a sparse op, which no threshold and no pack feeds."""
+    part, node, weight_node = layer.part, layer.node, layer.weight
     with part.graph.inserting_before(node):
-        attribute = f"{plan.state}_sparse_weight"
-        if attribute not in part._buffers:
-            part.register_buffer(attribute, masked)
-        sparse = part.graph.get_attr(attribute)
-        args: tuple[Any, ...] = (source, sparse, bias)
-        function: Callable[..., Any] = F.linear
-        if plan.kind != "linear":
-            function = _CONV[plan.kind]
-            args = (*args, call.stride, call.padding, call.dilation, call.groups)
-        plain = part.graph.call_function(function, args)
+        plain = part.graph.call_function(function, args, options)
     node.replace_all_uses_with(plain)
     part.graph.erase_node(node)
+    plain.name = node.name
     for user in list(weight_node.users):
         # Thresholds and packs that asked whether the weight trains.
         user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")

@@ -87,6 +87,7 @@ def right(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "attach": attached,
         "refresh": lambda: {"gm": compiled()},
         "dense_state_dict": lambda: {"gm": compiled()},
+        "freeze": lambda: {"gm": compiled()},
         "observe": lambda: {"gm": compiled()},
         "to_networkx": lambda: {"gm": compiled()},
         "tune": lambda: {
