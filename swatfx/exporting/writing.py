@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from swatfx import meta
-from swatfx.arguments import FLAG, INPUTS, PATH, checked
+from swatfx.arguments import FLAG, INPUTS, PATH, checked, instance, optional
 from swatfx.compiled import (
     HeldThreshold,
     SwatModule,
@@ -35,6 +35,7 @@ from swatfx.training import refresh
 
 _FORMAT = "swatfx-sparse"  # of a .safetensors file
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @checked(path=PATH, example_inputs=INPUTS, training=FLAG)
@@ -222,15 +223,44 @@ def _same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-@checked(path=PATH)
-def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what `export` wrote as `.safetensors`: a dense state dict with zeros where Top-K was.
+@overload
+def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]: ...
+@overload
+def load_sparse(path: str | os.PathLike[str], model: _Module) -> _Module: ...
+@checked(path=PATH, model=optional(instance(nn.Module)))
+def load_sparse(path: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
+    """Read what `export` wrote as `.safetensors`: dense tensors with zeros where Top-K was none.
 
-    It loads into the original model with strict=True.
+    Args:
+        path: the file. Its layout is told in swatfx/exporting/README.md.
+        model: the original model, which takes the weights and is returned; without it a state
+            dict is, which loads into that model with strict=True.
 
     Raises:
-        ExportError: the file is damaged or not ours.
+        ExportError: the file is damaged or not ours, or the model is another: it stays as it was.
     """
+    state = _read_sparse(path)
+    if model is None:
+        return state
+    own = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    other = sorted(
+        name
+        for name in shapes.keys() | state.keys()
+        if name not in shapes or name not in state or shapes[name] != tuple(state[name].shape)
+    )
+    if other:
+        raise ExportError(
+            "the file is of another model: names or shapes differ",
+            value=other[0] if len(other) == 1 else f"{other[0]} and {len(other) - 1} more",
+            remedy="pass the model that was compiled, built with the same arguments",
+        )
+    model.load_state_dict(state)
+    return model
+
+
+def _read_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The dense state dict that a file holds."""
     _need("safetensors", "safetensors")
     from safetensors import safe_open
 
