@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from swatfx.compiled import (
     NORM,
@@ -21,12 +22,14 @@ from swatfx.compiled import (
     MaxPool2d,
     Multiply,
     Norm,
+    Place,
     Relu,
     Saver,
     SwatModule,
     WeightThreshold,
     all_nodes,
     all_parts,
+    join,
     private_copy,
     relative,
     sparse_nodes,
@@ -52,8 +55,9 @@ def inference_module(gm: SwatModule) -> SwatModule:
     """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
     twin = private_copy(gm)
     refresh(twin)
+    sparse: dict[str, str] = {}  # attribute that holds a masked weight -> path of the dense one
     for node in sparse_nodes(twin):
-        _make_plain(twin, node)
+        sparse |= _make_plain(twin, node)
     for prefix, part in all_parts(twin):
         part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
@@ -75,8 +79,30 @@ def inference_module(gm: SwatModule) -> SwatModule:
         if name != "eager_root":
             delattr(twin.swat, name)
     _drop_unread(twin)
+    _take_places(twin, sparse)
     twin.eval()
     return twin
+
+
+def _take_places(gm: SwatModule, sparse: Mapping[str, str]) -> None:
+    """Masked weights bear the names of the dense ones, wherever nothing else reads those."""
+    claims: dict[str, list[Place]] = {}
+    for place in all_nodes(gm):
+        if place.node.op == "get_attr" and place.node.target in sparse:
+            claims.setdefault(sparse[str(place.node.target)], []).append(place)
+    for path, places in claims.items():
+        owner, _, name = path.rpartition(".")
+        masked = [place.part._buffers[str(place.node.target)] for place in places]
+        first = masked[0]
+        if gm.get_submodule(owner)._parameters.get(name, first) is not None or first is None:
+            continue
+        if all(other is not None and torch.equal(first, other) for other in masked[1:]):
+            weight = nn.Parameter(first, requires_grad=False)
+            gm.get_submodule(owner)._parameters[name] = weight
+            for place in places:
+                place.part._buffers.pop(str(place.node.target), None)
+                place.node.target = relative(place.prefix, path)
+                place.part.recompile()
 
 
 def _drop_unread(gm: SwatModule) -> None:
@@ -93,8 +119,10 @@ def _drop_unread(gm: SwatModule) -> None:
                     module._parameters[key] = None
 
 
-def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
-    """Replace a sparse op by the plain one on its masked weight."""
+def _make_plain(gm: SwatModule, layer: LayerNode) -> dict[str, str]:
+    """Replace a sparse op by the plain one on its masked weight; tells where that lies, and the
+    path of the dense one, if it is no computed one.
+    """
     part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
     weight = layer.weight_now()
     assert call is not None and weight is not None
@@ -122,6 +150,8 @@ def _make_plain(gm: SwatModule, layer: LayerNode) -> None:
         user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")
     if not weight_node.users:
         part.graph.erase_node(weight_node)
+    is_read = weight_node.op == "get_attr"
+    return {attribute: join(layer.prefix, str(weight_node.target))} if is_read else {}
 
 
 def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:
