@@ -7,7 +7,7 @@ from swatfx.compiled import observe
 from swatfx.costs import Report, report
 from swatfx.density import Density
 from swatfx.errors import SwatError, SwatWarning
-from swatfx.exporting import export, load_sparse, shrink
+from swatfx.exporting import export, load_program, load_sparse, shrink
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import (
     Policy,
@@ -61,6 +61,7 @@ __all__ = [
     "forward_weights",
     "gradual_magnitude",
     "load",
+    "load_program",
     "load_sparse",
     "meprop",
     "models",

@@ -1,12 +1,15 @@
 """A compiled model for use elsewhere: torch.export, ONNX, packed weights, a smaller network."""
 
+from swatfx.exporting.loading import load_program
 from swatfx.exporting.shrinking import Shrunk, ShrunkLayer, shrink
-from swatfx.exporting.writing import export, load_sparse
+from swatfx.exporting.sparse_file import load_sparse
+from swatfx.exporting.writing import export
 
 __all__ = [
     "Shrunk",
     "ShrunkLayer",
     "export",
+    "load_program",
     "load_sparse",
     "shrink",
 ]

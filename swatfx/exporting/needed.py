@@ -13,14 +13,16 @@ _NEAR = 0.01  # of the largest constant, which may stand for the others
 class Needed:
     """The fewest channels that have to stay, and why each does."""
 
-    def __init__(self, tracked: Tracked) -> None:
+    def __init__(self, tracked: Tracked, multiple: int = 1) -> None:
         self.tracked = tracked
+        self.multiple = multiple
         self.roots = tracked.roots()
         self.needed = torch.zeros(tracked.count, dtype=torch.bool)
         self.reasons: dict[int, str] = {}
         for i, why in tracked.pins:
             self._need(torch.tensor([i], dtype=torch.int64), why)
-        steps = self._by_readers, self._by_constants, self._by_groups, self._by_emptiness
+        steps = [self._by_readers, self._by_constants, self._by_groups, self._by_emptiness]
+        steps += [self._by_multiples] if multiple > 1 else []
         while any(step() for step in steps):  # each lets others ask for more
             pass
 
@@ -88,23 +90,20 @@ class Needed:
 
     def _by_groups(self) -> bool:
         """Groups of a convolution stay alike, or go."""
+        grew = False
         for layer in self.tracked.layers:
             if layer.groups == 1 or layer.depthwise:
                 continue
-            out = layer.out.ids.view(layer.groups, -1)
-            sides = [out]
-            if layer.source is not None:
-                sides.append(layer.source.ids.view(layer.groups, -1))
+            sides = [c.ids.view(layer.groups, -1) for c in (layer.out, layer.source) if c]
             counts = [self.needed[self.roots[ids]].sum(1) for ids in sides]
-            stay = torch.stack(counts).sum(0) > 0 if layer.source is not None else counts[0] >= 0
+            stay = torch.stack(counts).any(0) | (layer.source is None)
             for ids, count in zip(sides, counts, strict=True):
-                most = max(int(count.max()), 1) if bool(stay.any()) else 0
+                most = max(int(count.max()), 1)
                 for group in (stay & (count < most)).nonzero()[:, 0].tolist():
                     gone = ids[group][~self.needed[self.roots[ids[group]]]]
-                    why = f"groups of {layer.name} are alike"
-                    if self._need(gone[: most - int(count[group])], why):
-                        return True
-        return False
+                    missing = gone[: most - int(count[group])]
+                    grew |= self._need(missing, f"groups of {layer.name} are alike")
+        return grew
 
     def _by_emptiness(self) -> bool:
         """No tensor loses its last channel."""
@@ -112,3 +111,12 @@ class Needed:
             if channels.ids.numel() and not bool(self.kept(channels).any()):
                 return self._need(channels.ids[:1], "the last one there")
         return False
+
+    def _by_multiples(self) -> bool:
+        """Layers keep a multiple of so many filters, or all of them."""
+        grew = False
+        for layer in self.tracked.layers:
+            gone = layer.out.ids[~self.kept(layer.out)]
+            missing = gone[: (len(gone) - len(layer.out.ids)) % self.multiple]
+            grew |= self._need(missing, f"{layer.name} has a multiple of {self.multiple} filters")
+        return grew

@@ -51,16 +51,22 @@ _PLAIN: dict[type[Saver], Callable[..., Any]] = {
 }
 
 
-def inference_module(gm: SwatModule) -> SwatModule:
-    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
+def inference_module(gm: SwatModule, kernels: bool = False) -> SwatModule:
+    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights.
+
+    With `kernels`, layers with sparse weights stay our ops, on exact Top-K weights, with the memory
+    orders that our kernels want.
+    """
     twin = private_copy(gm)
     refresh(twin)
     sparse: dict[str, str] = {}  # attribute that holds a masked weight -> path of the dense one
     for node in sparse_nodes(twin):
-        sparse |= _make_plain(twin, node)
+        sparse |= _make_plain(twin, node, kernels)
     for prefix, part in all_parts(twin):
         part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
+            if kernels and node.target in (laid_out, between_linear):
+                continue
             if node.target is laid_out:  # memory orders are for our own kernels
                 node.replace_all_uses_with(node.args[0])
                 part.graph.erase_node(node)
@@ -68,7 +74,7 @@ def inference_module(gm: SwatModule) -> SwatModule:
                 part.graph.erase_node(node)
             elif node.op == "call_module":
                 module = part.get_submodule(str(node.target))
-                if isinstance(module, Saver):
+                if isinstance(module, Saver) and not kernels:
                     _make_saver_plain(module, prefix, node)
         for node in reversed(part.graph.nodes):
             ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
@@ -76,7 +82,7 @@ def inference_module(gm: SwatModule) -> SwatModule:
                 part.graph.erase_node(node)
         part.recompile()
     for name in list(twin.swat._modules):
-        if name != "eager_root":
+        if name != "eager_root" and not (kernels and name == "saves"):
             delattr(twin.swat, name)
     _drop_unread(twin)
     _take_places(twin, sparse)
@@ -119,7 +125,7 @@ def _drop_unread(gm: SwatModule) -> None:
                     module._parameters[key] = None
 
 
-def _make_plain(gm: SwatModule, layer: LayerNode) -> dict[str, str]:
+def _make_plain(gm: SwatModule, layer: LayerNode, kernels: bool) -> dict[str, str]:
     """Replace a sparse op by the plain one on its masked weight; tells where that lies, and the
     path of the dense one, if it is no computed one.
     """
@@ -127,22 +133,31 @@ def _make_plain(gm: SwatModule, layer: LayerNode) -> dict[str, str]:
     weight = layer.weight_now()
     assert call is not None and weight is not None
     source, weight_node, bias = layer.input, layer.weight, node.args[2]
-    masked = weight.detach()
+    masked, used = weight.detach(), None
     if plan.rule.forward_weight:
         threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
         assert isinstance(threshold, WeightThreshold)
-        masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
+        used = threshold.threshold.detach()
+        masked = active_weight(masked, used, plan.weight_selector, masked.dtype)
     with part.graph.inserting_before(node):
         attribute = f"{plan.state}_sparse_weight"
         if attribute not in part._buffers:
             part.register_buffer(attribute, masked)
         sparse = part.graph.get_attr(attribute)
         args: tuple[Any, ...] = (source, sparse, bias)
-        function: Callable[..., Any] = F.linear
-        if plan.kind != "linear":
-            function = _CONV[plan.kind]
+        if kernels and used is not None:
+            part.register_buffer(f"{plan.state}_threshold", used.clone())
+            state = part.graph.get_attr(f"{plan.state}_threshold")
+            told: dict[str, Any] = {
+                k: v for k, v in node.kwargs.items() if not isinstance(v, fx.Node)
+            }
+            args = (*args, state, None, *node.args[5:])
+            plain = part.graph.create_node("call_function", node.target, args, told)
+        elif plan.kind != "linear":
             args = (*args, call.stride, call.padding, call.dilation, call.groups)
-        plain = part.graph.call_function(function, args)
+            plain = part.graph.call_function(_CONV[plan.kind], args)
+        else:
+            plain = part.graph.call_function(F.linear, args)
     node.replace_all_uses_with(plain)
     part.graph.erase_node(node)
     for user in list(weight_node.users):

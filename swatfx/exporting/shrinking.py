@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from swatfx.arguments import INPUTS, checked
+from swatfx.arguments import COUNT, INPUTS, checked
 from swatfx.compiled import unwrap
 from swatfx.errors import ExportError
 from swatfx.exporting.channels import (
@@ -30,6 +30,7 @@ from swatfx.exporting.channels import (
 from swatfx.exporting.needed import Needed
 from swatfx.exporting.plain import inference_module
 from swatfx.exporting.program import Example, exported
+from swatfx.exporting.rebuilding import drop_guards, rebuilt
 from swatfx.exporting.tracking import VIEWS_WITH_SIZES, Tracker
 from swatfx.pipeline import TRACING
 from swatfx.tables import Table
@@ -85,12 +86,13 @@ def _reasons(stays: Mapping[str, int]) -> str:
     return "; ".join(f"{count}: {why}" for why, count in stays.items())
 
 
-@checked(example_inputs=INPUTS)
+@checked(example_inputs=INPUTS, multiple=COUNT)
 def shrink(
     gm: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | Tensor,
     *,
     dynamic_shapes: Any = None,
+    multiple: int = 1,
 ) -> Shrunk:
     """A smaller network that computes what `gm.eval()` computes after `swatfx.refresh(gm)`.
 
@@ -103,6 +105,7 @@ def shrink(
         gm: a compiled model.
         example_inputs: positional inputs, or a dict of inputs by name.
         dynamic_shapes: as of `swatfx.export`.
+        multiple: of how many filters each layer keeps one; others' kernels like 8 or 16.
 
     Raises:
         ExportError: torch.export cannot follow the model.
@@ -110,10 +113,11 @@ def shrink(
     if example_inputs is None:
         raise ExportError("shrinking wants example inputs", remedy="swatfx.shrink(gm, (x,))")
     with TRACING:
-        return shrunk(inference_module(unwrap(gm)), Example.of(example_inputs, dynamic_shapes))
+        example = Example.of(example_inputs, dynamic_shapes)
+        return shrunk(inference_module(unwrap(gm)), example, multiple)
 
 
-def shrunk(module: nn.Module, example: Example) -> Shrunk:
+def shrunk(module: nn.Module, example: Example, multiple: int = 1) -> Shrunk:
     """The same of a plain module in evaluation mode."""
     program = exported(module, example).run_decompositions({})
     found = program.module()
@@ -121,7 +125,7 @@ def shrunk(module: nn.Module, example: Example) -> Shrunk:
     _tidy(found)
     values = [attribute(found, n) for n in found.graph.nodes if n.op == "get_attr"]
     before = sum(value.numel() for value in values if value is not None)
-    needed = Needed(Tracker(found).run())
+    needed = Needed(Tracker(found).run(), multiple)
     told = tuple(_told(layer, needed) for layer in needed.tracked.layers)
     smaller = _Writer(found, needed).write()
     return Shrunk(smaller, told, (before, sum(p.numel() for p in smaller.state_dict().values())))
@@ -138,12 +142,11 @@ def _told(layer: Layer, needed: Needed) -> ShrunkLayer:
 
 def _tidy(gm: fx.GraphModule) -> None:
     """Batch norms and splits in one form each, and no guards."""
+    drop_guards(gm)
     graph = gm.graph
     for node in list(graph.nodes):
         with graph.inserting_before(node):
-            if node.op == "call_module" and node.target == "_guards_fn":
-                graph.erase_node(node)
-            elif node.target is aten._native_batch_norm_legit_no_training.default:
+            if node.target is aten._native_batch_norm_legit_no_training.default:
                 x, weight, bias, mean, variance, momentum, eps = args_of(node)
                 args = (x, weight, bias, mean, variance, False, momentum, eps, False)
                 plain = graph.call_function(aten.batch_norm.default, args)
@@ -270,35 +273,3 @@ class _Writer:
             node = user.graph.create_node("get_attr", target)
         self.smaller[node] = value
         return node
-
-
-def rebuilt(gm: fx.GraphModule, tensors: Mapping[fx.Node, Tensor]) -> fx.GraphModule:
-    """A module of the tensors that the graph reads: those of `tensors`, and the others as they are.
-
-    Two of one name that differ get two names.
-    """
-    root, taken = nn.Module(), dict[str, Tensor]()
-    read = [node for node in gm.graph.nodes if node.op == "get_attr"]
-    for node in sorted(read, key=lambda node: node in tensors):
-        value = tensors.get(node)
-        if value is None:
-            value = attribute(gm, node)
-            assert value is not None
-        base, count = str(node.target), 1
-        while not torch.equal(taken.setdefault(str(node.target), value), value):
-            count += 1
-            node.target = f"{base}_{count}"
-        place(root, str(node.target), value)
-    return fx.GraphModule(root, gm.graph, type(gm).__name__).eval()
-
-
-def place(root: nn.Module, path: str, value: Tensor) -> None:
-    """Put a parameter that does not train there; modules on the way are made."""
-    *above, name = path.split(".")
-    for atom in above:
-        if atom not in root._modules:
-            root.add_module(atom, nn.Module())
-        root = root.get_submodule(atom)
-    root.register_parameter(name, nn.Parameter(value, requires_grad=False)) if (
-        value.is_floating_point()
-    ) else root.register_buffer(name, value)

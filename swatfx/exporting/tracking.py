@@ -257,7 +257,8 @@ class Tracker:
 
     def _slice(self, node: fx.Node, source: Channels) -> Channels | None:
         rank = len(shape_of(node))
-        dim, start, end, step = (*args_of(node)[1:], *(0, None, None, 1)[len(args_of(node)) - 1 :])
+        given, usual = args_of(node)[1:], (0, None, None, 1)
+        dim, start, end, step = given + usual[len(given) :]
         if dim % rank != source.dim:
             return source
         if step != 1 or not all(x is None or isinstance(x, int) for x in (start, end)):
