@@ -35,10 +35,10 @@ class Call:
     inputs: Sequence[str]
 
 
-def readable(calls: Iterable[Call]) -> dict[str, str]:
-    """Results -> names, all different."""
+def readable(calls: Iterable[Call], others: Iterable[str] = ()) -> dict[str, str]:
+    """Results -> names, all different, and none of `others`."""
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = set(others)
     for call in calls:
         name = call.module
         if not name or name in taken:

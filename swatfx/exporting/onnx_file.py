@@ -48,7 +48,8 @@ def write_onnx(program: ExportedProgram, path: Path, values: str, packed: bool) 
 
 def _rename(graph: Any) -> None:
     ours = {value.name for value in [*graph.inputs, *graph.outputs]}
-    names = readable(_call(node, graph.initializers) for node in graph)
+    calls = (_call(node, graph.initializers) for node in graph)
+    names = readable(calls, ours | graph.initializers.keys())
     for node in graph:
         node.name = names[node.outputs[0].name]
         node.metadata_props.clear()  # paths of the machine that it was made on

@@ -84,7 +84,8 @@ def inference_module(gm: SwatModule, kernels: bool = False) -> SwatModule:
     for name in list(twin.swat._modules):
         if name != "eager_root" and not (kernels and name == "saves"):
             delattr(twin.swat, name)
-    _drop_unread(twin)
+    # Leaves that stay read parameters of modules that no graph calls.
+    _drop_unread(twin, set(sparse.values()) if kernels else None)
     _take_places(twin, sparse)
     twin.eval()
     return twin
@@ -111,7 +112,7 @@ def _take_places(gm: SwatModule, sparse: Mapping[str, str]) -> None:
                 place.part.recompile()
 
 
-def _drop_unread(gm: SwatModule) -> None:
+def _drop_unread(gm: SwatModule, among: set[str] | None) -> None:
     """Remove the dense weights that no graph reads any more, where no eager code could either."""
     read: set[str] = set()
     for place in all_nodes(gm):
@@ -121,7 +122,8 @@ def _drop_unread(gm: SwatModule) -> None:
         above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
         if name and "" not in gm.eager and not any(p in read or p in gm.eager for p in above):
             for key in list(module._parameters):
-                if f"{name}.{key}" not in read:
+                path = f"{name}.{key}"
+                if path not in read and (among is None or path in among):
                     module._parameters[key] = None
 
 

@@ -30,6 +30,7 @@ def rebuilt(gm: fx.GraphModule, tensors: Mapping[fx.Node, Tensor]) -> fx.GraphMo
     for node in gm.graph.nodes:
         if node.op == "call_module":
             root.add_module(str(node.target), gm.get_submodule(str(node.target)))
+    gm.graph._tracer_cls = None  # the exporter's own, which no pickle finds again
     return fx.GraphModule(root, gm.graph, type(gm).__name__).eval()
 
 

@@ -27,6 +27,7 @@ from swatfx.exporting.channels import (
     shape_of,
     split_dim,
 )
+from swatfx.exporting.names import rename_nodes
 from swatfx.exporting.needed import Needed
 from swatfx.exporting.plain import inference_module
 from swatfx.exporting.program import Example, exported
@@ -127,6 +128,7 @@ def shrunk(module: nn.Module, example: Example, multiple: int = 1) -> Shrunk:
     before = sum(value.numel() for value in values if value is not None)
     needed = Needed(Tracker(found).run(), multiple)
     told = tuple(_told(layer, needed) for layer in needed.tracked.layers)
+    rename_nodes(found.graph, {})
     smaller = _Writer(found, needed).write()
     return Shrunk(smaller, told, (before, sum(p.numel() for p in smaller.state_dict().values())))
 
@@ -141,7 +143,7 @@ def _told(layer: Layer, needed: Needed) -> ShrunkLayer:
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    """Batch norms and splits in one form each, and no guards."""
+    """Batch norms and splits in one form each, no guards, and nothing that nobody reads."""
     drop_guards(gm)
     graph = gm.graph
     for node in list(graph.nodes):
@@ -162,6 +164,9 @@ def _tidy(gm: fx.GraphModule) -> None:
                     sizes = [min(size, whole - at) for at in range(0, whole, size)]
                     node.target = aten.split_with_sizes.default
                     node.args = (args_of(node)[0], sizes, dim)
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
 
 
 class _Writer:

@@ -102,7 +102,7 @@ class Tracker:
             visit = self._transpose
         elif target is aten.expand.default:
             visit = self._expand
-        elif target is aten.constant_pad_nd.default:
+        elif target in (aten.pad.default, aten.constant_pad_nd.default):
             visit = self._pad
         elif target is aten.cat.default:
             visit = self._cat
@@ -165,10 +165,22 @@ class Tracker:
             out = Channels(dim, ids, known, value * known)
         else:
             out = self.found.new(known, value * known, dim)
-        self.found.layers.append(
-            Layer(node, weight, bias, source, out, groups, depthwise, absorbed)
-        )
+        layer = Layer(node, weight, bias, source, out, groups, depthwise, absorbed)
+        self._share(layer)
+        self.found.layers.append(layer)
         return out
+
+    def _share(self, layer: Layer) -> None:
+        """Layers of one weight lose the same of it."""
+        for other in self.found.layers:
+            if args_of(other.node)[1].target == args_of(layer.node)[1].target:
+                self._tied([other.out, layer.out])
+                if other.source and layer.source:
+                    self._tied([other.source, layer.source])
+                for source in (other.source, layer.source):
+                    if source and not (other.source and layer.source):
+                        self._keep(source, f"{layer.name} reads another tensor, too")
+                return
 
     def _norm(self, node: fx.Node, source: Channels) -> Channels | None:
         arrays = [attribute(self.gm, n) for n in args_of(node)[1:5]]
@@ -236,7 +248,10 @@ class Tracker:
         rank = len(shape_of(node))
         if source.dim >= rank - len(args_of(node)[1]) // 2:
             return None
-        filled = float(args_of(node)[2]) if len(args_of(node)) > 2 else 0.0
+        said = [a for a in args_of(node)[2:] if a is not None]
+        if said and said[0] in ("reflect", "replicate", "circular"):
+            return source
+        filled = float(said[-1]) if said and said[-1] != "constant" else 0.0
         return source.where(source.value == filled)
 
     def _cat(self, node: fx.Node, source: Channels) -> Channels | None:
