@@ -163,7 +163,9 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="networks (default: resnet50)")
+    parser.add_argument(
+        "--models", type=options.given, nargs="+", metavar="NAME", help="default: resnet50"
+    )
     parser.add_argument("--sparsity", type=options.sparsity, default=0.9, help="of the weights")
     parser.add_argument(
         "--runtimes", nargs="+", choices=tuple(_RUNTIMES), help="default: those installed"
