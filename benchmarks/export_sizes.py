@@ -65,8 +65,14 @@ def _onnxruntime(path: pathlib.Path, dtype: torch.dtype) -> Run:
 
 
 def _openvino(path: pathlib.Path, dtype: torch.dtype) -> Run:
+    import onnx
+    import onnx.inliner
     import openvino
 
+    # It reads no functions of a file.
+    plain = onnx.inliner.inline_local_functions(onnx.load(path))
+    path = path.with_name(f"inlined-{path.name}")
+    onnx.save(plain, path)
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     model = openvino.Core().compile_model(str(path), "CPU", threads)
     return lambda x: model(x.numpy())

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from swatfx.arguments import PATH, checked
 from swatfx.errors import ExportError
 from swatfx.exporting.packing import PARTS
+from swatfx.exporting.program import first_line
 from swatfx.exporting.rebuilding import rebuilt
 
 
@@ -26,9 +27,8 @@ def load_program(path: str | os.PathLike[str]) -> fx.GraphModule:
     try:
         gm = torch.export.load(path).module()
     except Exception as error:  # torch raises what its reader, or a damaged graph, does
-        first = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"cannot read the program ({type(error).__name__}: {first[:100]})",
+            f"cannot read the program ({type(error).__name__}: {first_line(error)[:100]})",
             value=str(path),
             remedy="pass a .pt2 that swatfx.export wrote",
         ) from error

@@ -18,6 +18,7 @@ from swatfx.errors import ExportError
 from swatfx.exporting.archives import need
 from swatfx.exporting.names import Call, readable
 from swatfx.exporting.packing import PARTS, Stored, stored
+from swatfx.exporting.program import first_line
 from swatfx.files.atomic import write_atomically
 
 _DOMAIN = "swatfx"
@@ -35,9 +36,8 @@ def write_onnx(program: ExportedProgram, path: Path, values: str, packed: bool) 
     try:
         found = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"torch.onnx cannot export the model: {type(error).__name__}: {first}"
+            f"torch.onnx cannot export the model: {type(error).__name__}: {first_line(error)}"
         ) from error
     assert found is not None  # with dynamo=True it returns what it would write
     _rename(found.model.graph)

@@ -18,6 +18,7 @@ from swatfx.arguments import PATH, checked, instance, optional
 from swatfx.compiled import SwatModule, private_copy, read_dense, sparse_layers
 from swatfx.errors import ExportError
 from swatfx.exporting.archives import need
+from swatfx.exporting.program import first_line
 from swatfx.files.atomic import write_atomically
 from swatfx.tensors import bits
 from swatfx.training import refresh
@@ -172,5 +173,5 @@ def _digest(tensors: dict[str, Tensor], about: str) -> str:
 
 
 def _why(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
+    first = first_line(error)
     return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

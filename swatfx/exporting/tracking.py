@@ -63,6 +63,23 @@ class Tracker:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.found = Tracked()
+        self.visits: dict[Any, Callable[[fx.Node, Channels], Channels | None]] = {
+            **dict.fromkeys(_ELEMENTWISE, self._elementwise),
+            **dict.fromkeys(_POOLS | _AVERAGES, self._pool),
+            **dict.fromkeys(_MEANS, self._mean),
+            **dict.fromkeys(_VIEWS, self._view),
+            aten.batch_norm.default: self._norm,
+            aten.prelu.default: self._prelu,
+            aten.permute.default: self._permute,
+            aten.transpose.int: self._transpose,
+            aten.expand.default: self._expand,
+            aten.pad.default: self._pad,
+            aten.constant_pad_nd.default: self._pad,
+            aten.cat.default: self._cat,
+            aten.slice.Tensor: self._slice,
+            # Its pieces are told apart where they are taken.
+            aten.split_with_sizes.default: lambda node, source: source,
+        }
 
     def run(self) -> Tracked:
         """What is known once all of the graph was seen."""
@@ -81,38 +98,12 @@ class Tracker:
         sources = [of[n] for n in node.all_input_nodes if n in of]
         if not sources or target is aten.sym_size.int:
             return None
-        source = sources[0]
-        visit: Callable[[fx.Node, Channels], Channels | None] | None = None
-        tags = getattr(target, "tags", ())
-        if target is aten.prelu.default:
-            visit = self._prelu
-        elif target in _ELEMENTWISE or torch.Tag.pointwise in tags:
-            visit = self._elementwise
-        elif target is aten.batch_norm.default and source.dim == 1 and not args_of(node)[5]:
-            visit = self._norm
-        elif target in _POOLS | _AVERAGES:
-            visit = self._pool
-        elif target in _MEANS:
-            visit = self._mean
-        elif target in _VIEWS:
-            visit = self._view
-        elif target is aten.permute.default:
-            visit = self._permute
-        elif target is aten.transpose.int:
-            visit = self._transpose
-        elif target is aten.expand.default:
-            visit = self._expand
-        elif target in (aten.pad.default, aten.constant_pad_nd.default):
-            visit = self._pad
-        elif target is aten.cat.default:
-            visit = self._cat
-        elif target is aten.slice.Tensor:
-            visit = self._slice
-        elif target is aten.split_with_sizes.default:
-            visit = self._split
-        elif target is operator.getitem:
+        if target is operator.getitem:
             return self._piece(node)
-        channels = None if visit is None else visit(node, source)
+        visit = self.visits.get(target)
+        if visit is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+            visit = self._elementwise
+        channels = None if visit is None else visit(node, sources[0])
         if channels is None:
             self._pin(node)
         return channels
@@ -185,7 +176,7 @@ class Tracker:
     def _norm(self, node: fx.Node, source: Channels) -> Channels | None:
         arrays = [attribute(self.gm, n) for n in args_of(node)[1:5]]
         scale, shift, mean, variance = (None if a is None else a.double().cpu() for a in arrays)
-        if mean is None or variance is None:
+        if mean is None or variance is None or source.dim != 1 or args_of(node)[5]:
             return None
         value = (source.value - mean) / (variance + args_of(node)[7]).sqrt()
         known = source.known
@@ -280,9 +271,6 @@ class Tracker:
             return None
         return source.at(slice(start, end))
 
-    def _split(self, node: fx.Node, source: Channels) -> Channels | None:
-        return source  # its pieces are told apart where they are taken
-
     def _piece(self, node: fx.Node) -> Channels | None:
         pieces, index = args_of(node)
         whole = self.found.of.get(pieces)
@@ -322,7 +310,8 @@ class Tracker:
                 return None
         tied = self._tied([self.found.of[n] for n in places])
         known, value = self._values(node, dim - rank, places, count)
-        return Channels(dim, tied.ids, known, value * known)
+        exact = node.meta["val"].dtype.is_floating_point  # and nothing was cut off
+        return Channels(dim, tied.ids, known & exact, value * known)
 
     def _values(
         self, node: fx.Node, dim: int, places: dict[fx.Node, int], count: int
