@@ -7,7 +7,7 @@ from swatfx.compiled import observe
 from swatfx.costs import Report, report
 from swatfx.density import Density
 from swatfx.errors import SwatError, SwatWarning
-from swatfx.exporting import export, freeze, load_sparse
+from swatfx.exporting import export, freeze, load_program, load_sparse, shrink
 from swatfx.pipeline import compile, to_networkx
 from swatfx.policy import (
     Policy,
@@ -62,6 +62,7 @@ __all__ = [
     "freeze",
     "gradual_magnitude",
     "load",
+    "load_program",
     "load_sparse",
     "meprop",
     "models",
@@ -73,6 +74,7 @@ __all__ = [
     "save",
     "saw",
     "set_",
+    "shrink",
     "snfs",
     "soft_filter",
     "ssc",

@@ -43,7 +43,7 @@ from swatfx.cli.subject import DEFAULT_POLICY, allocated, compiled, read_policy
 from swatfx.compiled import evaluation_mode
 from swatfx.costs import report
 from swatfx.errors import InputError, SwatError
-from swatfx.exporting import export
+from swatfx.exporting import VALUES, export
 from swatfx.pipeline import compile as compile_model
 from swatfx.tables import Page, Table
 from swatfx.version import __version__
@@ -214,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", type=file, metavar="FILE", help="weights that swatfx train wrote"
     )
     command.add_argument("--training", action="store_true", help="the training graph (.pt2)")
+    command.add_argument("--kernels", action="store_true", help="leave our kernels in it (.pt2)")
+    command.add_argument("--shrink", action="store_true", help="without empty filters and channels")
+    command.add_argument("--packed", action="store_true", help="sparse weights as bits and values")
+    command.add_argument("--values", choices=VALUES, default="exact", help="how weights are stored")
     command.add_argument(
         "--output", required=True, type=file, metavar="FILE", help="its suffix is the format"
     )
@@ -341,7 +345,8 @@ def _export(args: argparse.Namespace) -> int:
     inputs = allocated(torch.zeros, read_shape(args))
     _check_takes(model, inputs[:1])
     gm = compiled(args, model)
-    export(gm, args.output, (inputs,), training=args.training)
+    given = {name: getattr(args, name) for name in ("training", "kernels", "shrink", "packed")}
+    export(gm, args.output, (inputs,), **given, values=args.values)
     size = Path(args.output).stat().st_size
     if args.json:
         print(json.dumps({"path": args.output, "bytes": size}))

@@ -86,6 +86,11 @@ def _copy(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
+def first_line(error: Exception) -> str:
+    """Of what it says."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
 def exported(module: nn.Module, example: Example) -> torch.export.ExportedProgram:
     """torch.export's program of `module`.
 
@@ -101,7 +106,7 @@ def exported(module: nn.Module, example: Example) -> torch.export.ExportedProgra
         except Exception as error:  # torch.export raises whatever the model does
             failed = failed or error
     assert failed is not None
-    first = (str(failed).strip().splitlines() or [""])[0]
+    first = first_line(failed)
     remedy = "export the parts that it can follow, or write .safetensors"
     if example.dynamic_shapes is not None:
         remedy = "leave dynamic_shapes out, or name only dimensions that the model leaves free"

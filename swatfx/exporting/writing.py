@@ -2,42 +2,77 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import io
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from swatfx import meta
 from swatfx.arguments import FLAG, INPUTS, PATH, checked
-from swatfx.compiled import (
-    HeldThreshold,
-    SwatModule,
-    private_copy,
-    read_dense,
-    sparse_layers,
-    sparse_nodes,
-    unwrap,
-)
+from swatfx.compiled import HeldThreshold, SwatModule, private_copy, sparse_nodes, unwrap
 from swatfx.errors import ExportError, UnknownNameError
+from swatfx.exporting.archives import save_program
+from swatfx.exporting.names import rename_program
+from swatfx.exporting.onnx_file import write_onnx
+from swatfx.exporting.packing import VALUES, pack_module
 from swatfx.exporting.plain import inference_module
 from swatfx.exporting.program import Example, exported
-from swatfx.files.atomic import write_atomically
+from swatfx.exporting.shrinking import shrunk
+from swatfx.exporting.sparse_file import write_weights
 from swatfx.pipeline import TRACING
-from swatfx.tensors import bits
-from swatfx.training import refresh
 
-_FORMAT = "swatfx-sparse"  # of a .safetensors file
 _OPS = ("swatfx.conv.default", "swatfx.linear.default")
+_SUFFIXES = (".pt2", ".onnx", ".safetensors")
 
 
-@checked(path=PATH, example_inputs=INPUTS, training=FLAG)
+@dataclass(frozen=True)
+class _Form:
+    """How a program is written: see `export`."""
+
+    kernels: bool = False
+    shrink: bool = False
+    packed: bool = False
+    values: str = "exact"
+
+    def check(self, suffix: str, training: bool) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            UnknownNameError, ExportError: as `export` tells.
+        """
+        if self.values not in VALUES:
+            raise UnknownNameError("form of values", str(self.values), VALUES)
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if training and suffix != ".pt2":
+            raise ExportError("a training graph is written as .pt2", value=suffix)
+        if training and given:
+            raise ExportError("a training graph is written as it is", value=given[0])
+        if self.kernels and suffix != ".pt2":
+            raise ExportError("our kernels run in a .pt2 program", value=suffix)
+        if self.kernels and self.shrink:
+            raise ExportError(
+                "a smaller network runs plain ops", value="kernels", remedy="choose one of them"
+            )
+        if suffix == ".safetensors" and given not in ([], ["packed"]):
+            raise ExportError(
+                "a file of weights has no graph, and exact values",
+                value=given[0],
+                remedy="write .pt2 or .onnx",
+            )
+
+
+@checked(
+    path=PATH,
+    example_inputs=INPUTS,
+    training=FLAG,
+    kernels=FLAG,
+    shrink=FLAG,
+    packed=FLAG,
+)
 def export(
     gm: nn.Module,
     path: str | os.PathLike[str],
@@ -45,6 +80,10 @@ def export(
     *,
     dynamic_shapes: Any = None,
     training: bool = False,
+    kernels: bool = False,
+    shrink: bool = False,
+    packed: bool = False,
+    values: str = "exact",
 ) -> None:
     """Write `gm` for use elsewhere; the suffix of `path` says how.
 
@@ -63,40 +102,66 @@ def export(
             None: dimension 0 of every input for which the model leaves it open.
         training: write the rewritten training graph itself (`.pt2` only): our ops with their
             metadata; it loads after `import swatfx`.
+        kernels: leave sparse layers our ops, for our kernels (`.pt2` only); it loads after
+            `import swatfx`.
+        shrink: write the smaller network that `swatfx.shrink` makes.
+        packed: store weights of which most are zero as bits and values. The file unpacks them by
+            itself, in plain ops: ONNX Runtime when it loads it, a `.pt2` program at every call,
+            unless `load_program` does.
+        values: "exact", or weights of convolutions and linear layers rounded: "bf16", or "int8",
+            127 steps each way a filter. They are computed with as before.
 
     Raises:
-        UnknownNameError: a suffix of no format.
-        ExportError: a missing package, or a model that torch.export cannot follow.
+        UnknownNameError: a suffix of no format, or unknown `values`.
+        ExportError: a missing package, options that do not go together, or a model that
+            torch.export cannot follow.
         CheckpointError: the file cannot be written.
     """
     root = unwrap(gm)
     suffix = Path(path).suffix
-    writers: dict[str, Callable[..., None]] = {
-        ".pt2": _write_training if training else _write_pt2,
-        ".onnx": _write_onnx,
-        ".safetensors": _write_safetensors,
-    }
-    if suffix not in writers:
-        raise UnknownNameError("export format", suffix or str(path), writers)
-    if training and suffix != ".pt2":
-        raise ExportError("a training graph is written as .pt2", value=str(path))
-    example = Example()
+    if suffix not in _SUFFIXES:
+        raise UnknownNameError("export format", suffix or str(path), _SUFFIXES)
+    form = _Form(kernels, shrink, packed, values)
+    form.check(suffix, training)
     if suffix == ".safetensors":
         if dynamic_shapes is not None:
             raise ExportError("weights alone have no inputs", value="dynamic_shapes")
-    elif example_inputs is None:
+        write_weights(root, Path(path))
+        return
+    if example_inputs is None:
         raise ExportError(f"{suffix} wants example inputs", remedy="swatfx.export(gm, path, (x,))")
-    else:
-        example = Example.of(example_inputs, dynamic_shapes)
+    example = Example.of(example_inputs, dynamic_shapes)
     with TRACING:  # torch's own exporter is for one thread
-        writers[suffix](root, Path(path), example)
+        if training:
+            save_program(_training_program(root, example), Path(path))
+        elif suffix == ".onnx":
+            write_onnx(_program(root, example, form), Path(path), form.values, form.packed)
+        else:
+            _write_pt2(_program(root, example, form), Path(path), example, form)
 
 
-def _write_pt2(gm: SwatModule, path: Path, example: Example) -> None:
-    _save_program(exported(inference_module(gm), example), path)
+def _program(gm: SwatModule, example: Example, form: _Form) -> torch.export.ExportedProgram:
+    """In evaluation, with weights as they are, and names that a person finds again."""
+    module: fx.GraphModule = inference_module(
+        gm, lambda layer: form.kernels and layer.plan.rule.forward_weight
+    )
+    if not form.shrink:
+        return rename_program(exported(module, example))
+    module = shrunk(module, example).module
+    return rename_program(exported(module, example), module.graph)
 
 
-def _write_training(gm: SwatModule, path: Path, example: Example) -> None:
+def _write_pt2(
+    program: torch.export.ExportedProgram, path: Path, example: Example, form: _Form
+) -> None:
+    stored_as = (form.values, form.packed)
+    if stored_as != ("exact", False):
+        module = pack_module(program, *stored_as)
+        program = rename_program(exported(module, example), module.graph)
+    save_program(program, path, small=form.packed)
+
+
+def _training_program(gm: SwatModule, example: Example) -> torch.export.ExportedProgram:
     twin = private_copy(gm)
     twin.swat.clock.optimizer_wanted_by = None
     for _, threshold in twin.swat.thresholds():
@@ -106,18 +171,7 @@ def _write_training(gm: SwatModule, path: Path, example: Example) -> None:
     with torch.enable_grad():
         program = exported(twin, example)
     annotate_exported(program, gm)
-    _save_program(program, path)
-
-
-def _save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    # By way of memory: torch's own writer ends the process where the disk is full.
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(buffer.getbuffer())
-
-    write_atomically(path, write)
+    return program
 
 
 def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> None:
@@ -139,146 +193,3 @@ def annotate_exported(program: torch.export.ExportedProgram, gm: SwatModule) -> 
         meta.erase(node)
     for node, source in zip(exported, ours, strict=True):
         meta.write(node, meta.read(source))
-
-
-def _write_onnx(gm: SwatModule, path: Path, example: Example) -> None:
-    _need("onnxscript", "onnx")
-    exported_program = exported(inference_module(gm), example)
-    try:
-        program = torch.onnx.export(exported_program, dynamo=True, verbose=False)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ExportError(
-            f"torch.onnx cannot export the model: {type(error).__name__}: {first}"
-        ) from error
-    assert program is not None  # with dynamo=True it returns what it would write
-    write_atomically(path, lambda temporary: program.save(str(temporary)))
-
-
-def _need(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(
-            f"the package {package!r} is not installed", remedy=f"pip install swatfx[{extra}]"
-        ) from error
-
-
-def _write_safetensors(gm: SwatModule, path: Path, example: Example) -> None:
-    _need("safetensors", "safetensors")
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    twin = private_copy(gm)
-    refresh(twin)
-    tensors: dict[str, Tensor] = {
-        name: value.detach().contiguous()
-        for name, value in gm.state_dict().items()
-        if not name.startswith("swat.")
-    }
-    tensors = {name: value.clone() for name, value in tensors.items()}  # no two may share memory
-    sparse: dict[str, dict[str, Any]] = {}
-    for layer in sparse_layers(twin):
-        if not layer.plan.rule.forward_weight:
-            continue
-        names = [n for n, v in gm.state_dict().items() if _same(v, layer.weight)]
-        if not names:
-            raise ExportError(
-                "a computed (parametrized) weight has no name to be stored under",
-                layer=layer.plan.name,
-                remedy="export to .pt2, or remove the parametrization first",
-            )
-        for name in names:
-            if read_dense(gm, name):
-                raise ExportError(
-                    f"other code reads {name!r} dense, and a state dict cannot hold both",
-                    layer=layer.plan.name,
-                    remedy="export to .pt2, or keep the layer dense with swatfx.per_layer",
-                )
-        weight = layer.weight.detach().contiguous().reshape(-1)
-        keep = layer.keep_now().reshape(-1) & (weight != 0)
-        for name in names:
-            del tensors[name]
-            tensors[f"{name}.bitmask"] = bits.mask_to_bits(keep)
-            tensors[f"{name}.values"] = weight[keep].clone()
-            sparse[name] = {"shape": list(layer.weight.shape)}
-    about = json.dumps(sparse)
-    metadata = {"format": _FORMAT, "sparse": about, "sha256": _digest(tensors, about)}
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, str(temporary), metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-
-    write_atomically(path, write)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
-
-
-@checked(path=PATH)
-def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read what `export` wrote as `.safetensors`: a dense state dict with zeros where Top-K was.
-
-    It loads into the original model with strict=True.
-
-    Raises:
-        ExportError: the file is damaged or not ours.
-    """
-    _need("safetensors", "safetensors")
-    from safetensors import safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own, undocumented
-        raise ExportError(
-            f"cannot read the file ({type(error).__name__})", value=str(path)
-        ) from error
-    if metadata.get("format") != _FORMAT:
-        raise ExportError("not a file that swatfx.export wrote", value=str(path))
-    try:
-        # Files of versions before 2026-12 have no checksum.
-        if "sha256" in metadata or set(metadata) != {"format", "sparse"}:
-            if metadata["sha256"] != _digest(tensors, metadata["sparse"]):
-                raise ValueError("its checksum is another")
-        for name, about in json.loads(metadata["sparse"]).items():
-            tensors[name] = _unpacked(tensors, name, tuple(about["shape"]))
-    except Exception as error:  # whatever damage may lead to
-        raise ExportError(
-            f"the file is damaged ({_why(error)})",
-            value=str(path),
-            remedy="write it again with swatfx.export",
-        ) from error
-    return tensors
-
-
-def _unpacked(tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """The dense weight of bitmask and values, which leave `tensors`."""
-    keep = bits.bits_to_mask(tensors.pop(f"{name}.bitmask"), torch.Size(shape).numel())
-    values = tensors.pop(f"{name}.values")
-    dense = values.new_zeros(keep.numel())
-    dense[keep] = values
-    return dense.view(shape)
-
-
-def _digest(tensors: dict[str, Tensor], about: str) -> str:
-    """SHA-256 of all that a file of sparse weights holds."""
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _why(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"

@@ -15,7 +15,16 @@ from benchmarks.reproduce.__main__ import main as reproduce
 from tests.nets import bad_commands
 
 RUNNERS = [
-    *("accuracy", "compile_cost", "gpu", "kernel_choice", "layers", "memory", "patterns"),
+    *(
+        "accuracy",
+        "compile_cost",
+        "export_sizes",
+        "gpu",
+        "kernel_choice",
+        "layers",
+        "memory",
+        "patterns",
+    ),
     *("simulator", "small", "step", "topk", "tune"),
 ]
 WORDS = ["", " ", "\0", "\udcff", "no such", "a:b:c:d", "swat-u:nan", "cuda:99", "-1", "nan"]
@@ -75,6 +84,7 @@ def test_odd_values_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None
         ("accuracy", "--dataset=cifar10 --data=nowhere"),
         ("accuracy", "--model=no/such"),
         ("compile_cost", "--models no/such"),
+        ("export_sizes", "--models no/such"),
         ("memory", "--model=no/such --weigh=swat"),
         ("step", "--model no/such"),
         ("tune", "--dataset=imagenet"),

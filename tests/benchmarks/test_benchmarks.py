@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import swatfx
-from benchmarks import common, compile_cost, small
+from benchmarks import common, compile_cost, export_sizes, small
 from benchmarks import topk as topk_runner
 from swatfx.compiled.state import Threshold
 from swatfx.density import Density
@@ -175,6 +175,23 @@ def test_small(capsys: pytest.CaptureFixture[str]) -> None:
         assert list(ratios) == ours
         for values in ratios.values():
             check_spread(values)
+
+
+def test_export_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    (network,) = run_quick(export_sizes, capsys, "--runtimes", "torch")["networks"]
+    sizes = network["bytes"]
+    assert [side.removesuffix(", torch") for side in sizes] == list(export_sizes._forms(0.9))
+    assert sizes["packed, torch"] < 0.6 * sizes["dense fp32, torch"]
+    assert sizes["packed int8, torch"] < sizes["packed, torch"] < sizes["2:4 packed, torch"]
+    for batch in network["batches"].values():
+        assert list(batch["sides"]) == list(batch["dense_over"]) == list(sizes)
+        check_spread(batch["dense_over"]["shrunk, torch"])
+
+
+@pytest.mark.slow
+def test_export_sizes_of_onnx(capsys: pytest.CaptureFixture[str]) -> None:
+    (network,) = run_quick(export_sizes, capsys, "--runtimes", "torch", "onnxruntime")["networks"]
+    assert sum(side.endswith("onnxruntime") for side in network["bytes"]) == 5
 
 
 def test_topk_targets_and_growth(monkeypatch: pytest.MonkeyPatch) -> None:

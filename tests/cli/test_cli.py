@@ -166,6 +166,8 @@ def test_own_model(capsys: pytest.CaptureFixture[str], own: str) -> None:
         (("export", "digits/cnn"), "required: --output"),
         (("export", "digits/cnn", "--output", "a.pt3"), "did you mean .pt2"),
         (("export", "digits/cnn", "--output", "a.onnx", "--training"), "written as .pt2"),
+        (("export", "digits/cnn", "--output", "a.onnx", "--kernels"), "run in a .pt2"),
+        (("export", "digits/cnn", "--output", "a.pt2", "--values", "int4"), "invalid choice"),
         (("export", "digits/cnn", "--output", "a.pt2", "--checkpoint", "no"), "no such checkpoint"),
     ],
 )
@@ -191,6 +193,17 @@ def test_export(capsys: pytest.CaptureFixture[str], own: str, tmp_path: pathlib.
     printed_by(capsys, *common, "--output", "t.pt2", "--training")
     targets = {str(n.target) for n in torch.export.load("t.pt2").graph.nodes}
     assert "swatfx.conv.default" in targets
+
+
+def test_export_stores_less(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    common = ("export", "digits/cnn", "--policy", "swat-u:0.5,weight_selector=filter")
+    path = tmp_path / "a.pt2"
+    sizes = []
+    for options in ((), ("--packed", "--values", "int8"), ("--shrink",), ("--kernels",)):
+        assert main([*common, *options, "--output", str(path), "--json"]) == 0
+        sizes.append(json.loads(capsys.readouterr().out)["bytes"])
+        assert swatfx.load_program(path)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert sizes[1] < sizes[2] < sizes[0]
 
 
 def test_export_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:

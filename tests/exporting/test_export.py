@@ -380,3 +380,34 @@ def test_a_file_of_sparse_weights_without_a_checksum_loads(tmp_path: pathlib.Pat
     want, found = swatfx.load_sparse(path), swatfx.load_sparse(old)
     assert found.keys() == want.keys()
     assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_sparse_weights_load_into_a_model_or_leave_it_as_it_was(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("safetensors")
+    gm, inputs = _trained("residual")
+    swatfx.export(gm, tmp_path / "a.safetensors")
+    model = NETS["residual"][0]()
+    assert swatfx.load_sparse(tmp_path / "a.safetensors", model) is model
+    _check_runs(gm, inputs, model.eval(), exact=True)
+    other = plain()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ExportError, match="of another model.*more"):
+        swatfx.load_sparse(tmp_path / "a.safetensors", other)
+    assert_same(other.state_dict(), before)
+
+
+def test_numpy_reads_sparse_weights_by_the_lines_of_the_page(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("safetensors")
+    gm, _ = _trained("residual")
+    swatfx.export(gm, tmp_path / "a.safetensors")
+    want = swatfx.load_sparse(tmp_path / "a.safetensors")
+    page = (pathlib.Path(swatfx.__file__).parent / "exporting" / "README.md").read_text()
+    lines = page.split("<!-- numpy reader -->\n```python\n")[1].split("```")[0]
+    assert len([line for line in lines.splitlines() if line.strip()]) <= 20
+    assert "torch" not in lines and "swatfx" not in lines
+    scope: dict[str, Any] = {}
+    exec(lines, scope)
+    found = scope["read"](tmp_path / "a.safetensors")
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert found[name].dtype == value.numpy().dtype and (found[name] == value.numpy()).all()

@@ -69,6 +69,10 @@ def right(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
         swatfx.export(compiled(), folder / "b.safetensors")
         return {"path": folder / "b.safetensors"}
 
+    def program() -> dict[str, Any]:
+        swatfx.export(compiled(), folder / "d.pt2", x)
+        return {"path": folder / "d.pt2"}
+
     def attached() -> dict[str, Any]:
         gm = compiled("rigl:0.5,update_every=2,first_dense=false")
         optimizer = torch.optim.SGD(gm.parameters(), 0.1)
@@ -81,7 +85,9 @@ def right(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "bench": lambda: {"model": net(), "example_inputs": x, "seconds": 0.01},
         "compare": lambda: {"model": net, "policies": ["dense"], "example_inputs": x},
         "export": lambda: {"gm": compiled(), "path": folder / "a.safetensors", "example_inputs": x},
+        "load_program": program,
         "load_sparse": exported,
+        "shrink": lambda: {"gm": compiled(), "example_inputs": x},
         "save": lambda: {"gm": compiled(), "path": folder / "c.ckpt"},
         "load": saved,
         "attach": attached,
