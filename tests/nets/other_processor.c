@@ -14,7 +14,7 @@
 #error "arguments go elsewhere on this processor"
 #endif
 
-enum { WHOLE = 32, REAL = 8, BUFFERS = 32 };
+enum { WHOLE = 32, REAL = 8, BUFFERS = 32, INNER = 16 };
 
 typedef struct {
     char name[64];
@@ -22,6 +22,9 @@ typedef struct {
     int64_t buffer[WHOLE]; /* which one `whole` is an offset into, in bytes; -1: it is a number */
     double real[REAL];     /* a float is the lower half */
     int64_t size[BUFFERS]; /* bytes; 0: none */
+    struct {
+        int64_t record, at, buffer, offset; /* in bytes; record < 0: none */
+    } inner[INNER];                         /* addresses that lie in a buffer, to another */
 } call;
 
 typedef int64_t (*function)(
@@ -52,6 +55,11 @@ int main(int count, char **args) {
             if (!c.size[i]) continue;
             need(!posix_memalign((void **)&buffers[i], 64, (size_t)c.size[i]), "no memory");
             need(fread(buffers[i], (size_t)c.size[i], 1, stdin) == 1, "an argument was cut");
+        }
+        for (int i = 0; i < INNER; i++) {
+            if (c.inner[i].record < 0) continue;
+            char *const target = buffers[c.inner[i].buffer] + c.inner[i].offset;
+            memcpy(buffers[c.inner[i].record] + c.inner[i].at, &target, sizeof target);
         }
         for (int i = 0; i < WHOLE; i++) {
             w[i] = c.whole[i] + (c.buffer[i] < 0 ? 0 : (int64_t)buffers[c.buffer[i]]);

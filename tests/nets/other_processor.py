@@ -2,8 +2,8 @@
 
 As a plugin of pytest, `-p tests.nets.other_processor`, every kernel that a test calls runs there.
 What a call reads and may write, the storages of its tensors and its structures, goes there whole,
-and comes back; other_processor.c makes the call. Structures hold no addresses, and lie alike on all
-64-bit processors.
+and comes back; other_processor.c makes the call. Structures lie alike on all 64-bit processors, and
+hold no addresses but where they are `bytes`: there a word is one if a tensor of the call has it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from swatfx.kernels import library
 
 # What to run, and the file for the names of the functions that were called; both for the plugin.
 COMMAND, REACHED = "SWATFX_OTHER_PROCESSOR", "SWATFX_OTHER_REACHED"
-_WHOLE, _REAL, _BUFFERS = 32, 8, 32  # as in other_processor.c
+_WHOLE, _REAL, _BUFFERS, _INNER = 32, 8, 32, 16  # as in other_processor.c
 _GUARD = bytes([0xA5]) * 64  # on both sides of every buffer
 
 
@@ -35,6 +35,16 @@ class Place(ctypes.c_void_p):
     """An address within a tensor that is known with it."""
 
     tensor: Tensor | None = None
+
+
+class _Told(threading.local):
+    """Tensors by their addresses: what this thread has asked for since its last call."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[int, Tensor] = {}
+
+
+_told = _Told()
 
 
 class OtherProcessor:
@@ -57,6 +67,14 @@ class OtherProcessor:
         whole: list[tuple[int, int]] = []
         real = []
         memory: dict[int, Any] = {}  # address -> bytes there, one entry a storage or structure
+        inner: list[tuple[int, int, int, int]] = []  # see `call` in other_processor.c
+
+        def place(at: int, start: int, count: int) -> tuple[int, int]:
+            """(number of the buffer that goes there, offset) of an address."""
+            memory.setdefault(start, (ctypes.c_char * count).from_address(start))
+            return list(memory).index(start), at - start + len(_GUARD)
+
+        tensors, _told.tensors = _told.tensors, {}
         for arg in args:
             if isinstance(arg, ctypes.c_float):
                 real.append(struct.pack("<fI", arg.value, 0))
@@ -65,13 +83,19 @@ class OtherProcessor:
             elif isinstance(arg, int) or type(arg).__base__ is ctypes._SimpleCData:
                 assert not isinstance(arg, ctypes.c_void_p) or arg.value is None, name
                 whole.append((-1, int(getattr(arg, "value", arg) or 0)))
+            elif isinstance(arg, bytes):
+                copied = (ctypes.c_char * len(arg)).from_buffer_copy(arg)
+                memory[ctypes.addressof(copied)] = copied
+                whole.append(place(ctypes.addressof(copied), ctypes.addressof(copied), len(arg)))
+                record, begin = whole[-1]
+                for i, word in enumerate(struct.unpack(f"<{len(arg) // 8}Q", arg)):
+                    if word in tensors:
+                        target = place(*_within(tensors[word], word))
+                        inner.append((record, begin + 8 * i, *target))
             else:
                 at, start, count = _where(arg)
-                if not count:
-                    whole.append((-1, 64))  # to nothing, which may be anything
-                    continue
-                memory.setdefault(start, (ctypes.c_char * count).from_address(start))
-                whole.append((list(memory).index(start), at - start + len(_GUARD)))
+                # To nothing: as it is, since C may ask whether it is NULL.
+                whole.append(place(at, start, count) if count else (-1, at))
         numbers = [number for _, number in whole] + [0] * (_WHOLE - len(whole))
         buffers = [buffer for buffer, _ in whole] + [-1] * (_WHOLE - len(whole))
         sizes = [len(block) + 2 * len(_GUARD) for block in memory.values()]
@@ -79,6 +103,8 @@ class OtherProcessor:
         head = name.encode().ljust(64, b"\0")
         head += struct.pack(f"<{2 * _WHOLE}q", *numbers, *buffers)
         head += b"".join(real).ljust(8 * _REAL, b"\0") + struct.pack(f"<{_BUFFERS}q", *sizes)
+        inner += [(-1, 0, 0, 0)] * (_INNER - len(inner))
+        head += struct.pack(f"<{4 * _INNER}q", *(number for entry in inner for number in entry))
         with self._lock:
             self.called.add(name)
             assert self._pipes.stdin is not None and self._pipes.stdout is not None
@@ -117,18 +143,24 @@ def _where(arg: Any) -> tuple[int, int, int]:
     """(address, where the memory begins that it lies in, bytes of that)."""
     if isinstance(arg, Place):
         assert arg.tensor is not None
-        storage = arg.tensor.untyped_storage()
-        return arg.value or 0, storage.data_ptr(), storage.nbytes()
+        return _within(arg.tensor, arg.value or 0)
     structure = getattr(arg, "_obj", arg)  # of a byref, or an array
     address = ctypes.addressof(structure)
     return address, address, ctypes.sizeof(structure)
 
 
+def _within(tensor: Tensor, address: int) -> tuple[int, int, int]:
+    """`_where`, of an address in the tensor's storage."""
+    storage = tensor.untyped_storage()
+    return address, storage.data_ptr(), storage.nbytes()
+
+
 def install(command: list[str]) -> OtherProcessor:
     """Have all kernels of this process run by `command`, from now on."""
-    for name in ("pointer", "result"):
+    noting = {"address": _telling, "made": _telling, "pointer": _noting, "result": _noting}
+    for name, wrapper in noting.items():
         plain = getattr(library, name)
-        noted = _noting(plain)
+        noted = wrapper(plain)
         for module in (library, *_modules()):
             if getattr(module, name, None) is plain:
                 module.__dict__[name] = noted
@@ -149,6 +181,18 @@ def _noting(plain: Callable[..., ctypes.c_void_p]) -> Callable[..., ctypes.c_voi
         return place
 
     return pointer
+
+
+def _telling(plain: Callable[..., int]) -> Callable[..., int]:
+    """`plain`, an address by itself, which the next call's records may hold."""
+
+    def address(x: Tensor | None) -> int:
+        found = plain(x)
+        if x is not None and found:
+            _told.tensors[found] = x
+        return found
+
+    return address
 
 
 def _modules() -> Iterator[Any]:
