@@ -294,8 +294,21 @@ def test_threads_change_nothing_but_rounding(shape: Any, saves: str, layout: str
         assert torch.equal(a, b)
     for other in results[1:3]:
         for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
-            if i != 5:
+            if i == 8 and saves == "int4":
+                # A statistic that rounds otherwise draws other noise: four deviations of two sums.
+                assert float((b - a).abs().max()) <= 4 * _deviation(case)
+            elif i != 5:
                 assert_close(b, a, {"exact": 1e-5, "int8": 2e-3, "int4": 0.5}[saves])
+
+
+def _deviation(case: Case) -> float:
+    """Of the difference of two weight gradients under `int4`, at most, in the mean over phases.
+
+    A code is rounded up or down by chance: a sixth of a step squared is its variance.
+    """
+    x, grad = (t.double().transpose(0, 1).flatten(1) for t in (case.x, case.grad))
+    step = (x.amax(1) - x.amin(1)) / x.std(1) / 15
+    return float((step * grad.norm(dim=1)).max()) / 3**0.5
 
 
 def test_statistics_survive_a_mean_far_from_zero() -> None:

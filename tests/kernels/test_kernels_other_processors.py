@@ -26,6 +26,30 @@ RUNS = {
         "sparse_weight_gradient_bf16",
         "sampled_weight_gradient_bf16",
     ),
+    "tests/kernels/test_kernels_formula.py": (
+        "put_strided",
+        "sampled_weight_gradient",
+        "sparse_conv",
+        "sparse_weight_gradient",
+        "take_strided",
+    ),
+    "tests/kernels/test_kernels_linear.py": ("sparse_linear_weight_gradient", "swatfx_transpose"),
+    "tests/kernels/test_kernels_blocks.py": (
+        "sparse_conv",
+        "sparse_conv_bf16",
+        "swatfx_keep_blocks",
+    ),
+    "tests/kernels/test_kernels_sampled.py": ("sampled_weight_gradient", "swatfx_keep_bits"),
+    "tests/kernels/test_kernels_pack.py": ("swatfx_pack_top", "swatfx_pack_join", "swatfx_scatter"),
+    "tests/kernels/test_kernels_topk.py": ("swatfx_greatest", "swatfx_count_digit", "swatfx_kth"),
+    "tests/kernels/test_kernels_norm.py": ("swatfx_norm", "swatfx_norm_backward"),
+    "tests/kernels/test_kernels_pool.py": (
+        "swatfx_dropout_backward",
+        "swatfx_max_pool",
+        "swatfx_max_pool_backward",
+        "swatfx_relu_backward",
+    ),
+    "tests/ops/test_features_norm.py": ("swatfx_layer_norm", "swatfx_layer_norm_backward"),
     "tests/ops/test_coded.py": ("swatfx_encode", "swatfx_decode_bf16"),
 }
 
