@@ -6,6 +6,8 @@ Each form is written by `swatfx.export` and read back by who runs it: `torch`, b
 `swatfx.load_program` (eager ops of PyTorch, or ours); `onnxruntime`, and `openvino` if that is
 installed, by their own loaders. All run on the same number of threads, in turns. "shrunk" is
 another network, of a policy that leaves out whole filters at that sparsity, "2:4" is half sparse.
+Beside them, without a file: `swatfx.freeze`, and the strongest dense form of torch, `torch.compile`
+of bf16 in channels_last with weights frozen (`torch._inductor.config.freezing`).
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 import swatfx
 from benchmarks import common, options
 from swatfx import models
+from swatfx.timing.steps import failure
 
 BATCHES = (1, 16)
 DENSE = "dense fp32, torch"
@@ -46,6 +50,8 @@ def _forms(sparsity: float) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
+FROZEN = "frozen"
+COMPILED = "dense bf16, torch.compile"
 _ONNX = ("dense fp32", "zeros stored", "packed", "packed int8", "shrunk")
 
 
@@ -95,6 +101,30 @@ def _written(
     swatfx.export(gm, path, (x,), **rest)
 
 
+def _without_files(name: str, sparsity: float, compiled: bool) -> dict[str, Run]:
+    """What runs as it is, in this process."""
+    torch.manual_seed(0)
+    model = models.create(name)
+    gm = swatfx.compile(model, f"swat-u:{sparsity:g}", kernels="sparse")
+    runs: dict[str, Run] = {FROZEN: swatfx.freeze(gm)}
+    half = swatfx.freeze(gm.bfloat16())
+    runs[f"{FROZEN} bf16"] = lambda x: half(x.bfloat16())
+    if compiled:
+        last = torch.channels_last
+        plain = models.create(name).eval().bfloat16().to(memory_format=last)
+        dense = torch.compile(plain)
+
+        def run(x: Tensor) -> Any:
+            with torch._inductor.config.patch(freezing=True):
+                return dense(x.to(torch.bfloat16, memory_format=last))
+
+        x = torch.randn(2, *models.default_input_shape(name))
+        with torch.no_grad():
+            if failure(lambda: run(x)) is None:
+                runs[COMPILED] = run
+    return runs
+
+
 def _side(run: Run, x: Tensor) -> common.Side:
     def side() -> dict[str, float]:
         start = time.perf_counter()
@@ -106,7 +136,7 @@ def _side(run: Run, x: Tensor) -> common.Side:
 
 
 def measure_network(
-    name: str, sparsity: float, repeats: int, runtimes: list[str]
+    name: str, sparsity: float, repeats: int, runtimes: list[str], *, compiled: bool
 ) -> dict[str, Any]:
     """All forms of one network."""
     shape = models.default_input_shape(name)
@@ -128,6 +158,7 @@ def measure_network(
                 side = f"{form}, {runtime}"
                 sizes[side] = files[suffix].stat().st_size
                 runs[side] = load(files[suffix], dtype)
+    runs |= _without_files(name, sparsity, compiled)
     batches = {}
     for batch in BATCHES:
         x = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
@@ -148,7 +179,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     runtimes = [one for one in args.runtimes or there if one in there]
     if "torch" not in runtimes:
         runtimes = ["torch", *runtimes]  # what the others are compared with
-    found = [measure_network(name, args.sparsity, repeats, runtimes) for name in names]
+    told = (args.sparsity, repeats, runtimes)
+    found = [measure_network(name, *told, compiled=not args.quick) for name in names]
     return {"sparsity": args.sparsity, "networks": found}
 
 
@@ -159,8 +191,11 @@ def table(measured: Mapping[str, Any]) -> tuple[list[str], list[common.Row]]:
     rows: list[common.Row] = []
     for result in measured["networks"]:
         sizes = result["bytes"]
-        for side, size in sizes.items():
-            row = [result["network"], side, size / 1e6, size / sizes[DENSE]]
+        for side in result["batches"][str(BATCHES[0])]["sides"]:
+            size = sizes.get(side)
+            row: common.Row = [result["network"], side, None, None]
+            if size is not None:
+                row[2:] = size / 1e6, size / sizes[DENSE]
             for batch in result["batches"].values():
                 seconds = batch["sides"][side]["seconds"]["median"]
                 row += [seconds * 1e3, common.with_spread(batch["dense_over"][side])]

@@ -8,10 +8,10 @@ from swatfx.exporting.sparse_file import load_sparse
 from swatfx.exporting.writing import export
 
 __all__ = [
-    "VALUES",
     "Frozen",
     "Shrunk",
     "ShrunkLayer",
+    "VALUES",
     "export",
     "freeze",
     "load_program",

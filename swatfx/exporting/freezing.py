@@ -13,19 +13,25 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from swatfx.compiled import (
     CONV,
+    LINEAR,
+    LayerNode,
     NormOf,
     SwatModule,
     all_parts,
     evaluate,
     join,
+    sparse_nodes,
     unwrap,
 )
 from swatfx.compiled.saves import Saves, Then, is_changed
 from swatfx.errors import InputError
-from swatfx.exporting.plain import ALL_ACTIVE, drop_unread, inference_module
+from swatfx.exporting.plain import drop_state, make_plain, masked_weight, replace_layer
 from swatfx.ops.layout import laid_out
 from swatfx.tensors.keeping import let_keep
+from swatfx.training import refresh
 
+ALL_ACTIVE = "_all_active"  # names of states by which every weight but zeros is
+_STAY = ("clock", "eager_root", "saves")  # below `swat`
 _FUNCTIONS = (CONV, F.conv2d, F.conv3d)
 
 
@@ -85,21 +91,44 @@ def freeze(gm: nn.Module) -> Frozen:
     root = unwrap(gm)
     if any(t.is_meta for t in (*root.parameters(), *root.buffers())):
         raise InputError("the model has no weights yet", remedy="load them, then freeze it")
-    twin = inference_module(copy.deepcopy(root), lambda layer: layer.plan.kernels == "sparse")
+    twin = copy.deepcopy(root)
+    refresh(twin)
+    twin.eval()
+    for layer in list(sparse_nodes(twin)):
+        if layer.plan.kernels == "sparse":
+            _make_frozen(twin, layer)
+        else:
+            make_plain(twin, layer)
     uses = _uses(twin)
     for prefix, part in all_parts(twin):
+        part.__dict__["watch"] = None  # its layers are others from here on
         for node in list(part.graph.nodes):
             if node.op == "call_module":
                 _fold(part, prefix, node, uses)
-        part.recompile()
     called = {str(n.target) for _, part in all_parts(twin) for n in part.graph.nodes}
     for name, leaf in twin.swat.named_modules():
         for child in [c for c in leaf._modules if isinstance(leaf, Saves)]:
             if f"swat.{name}.{child}" not in called:
                 del leaf._modules[child]
-    drop_unread(twin)
+    drop_state(twin, _STAY)
     _let_keep(twin)
     return Frozen(twin)
+
+
+def _make_frozen(gm: SwatModule, layer: LayerNode) -> None:
+    """Let a sparse op read its exact Top-K weight, whose zeros alone are not active."""
+    sparse, state = masked_weight(gm, layer), layer.plan.state + ALL_ACTIVE
+    if state not in layer.part._buffers:
+        weight = layer.part.get_buffer(str(sparse.target))
+        layer.part.register_buffer(state, weight.new_zeros(()), persistent=False)
+    with layer.part.graph.inserting_before(layer.node):
+        least = layer.part.graph.get_attr(state)
+    call = layer.record.call
+    assert call is not None
+    steps = (call.stride, call.padding, call.dilation, call.groups) if layer.is_conv else ()
+    options = {k: v for k, v in layer.node.kwargs.items() if k in ("layout", "sparse_kernels")}
+    args = (layer.input, sparse, layer.node.args[2], least, None, *steps)
+    replace_layer(layer, CONV if layer.is_conv else LINEAR, args, **options)
 
 
 def _let_keep(gm: SwatModule) -> None:
@@ -164,9 +193,7 @@ def _fold_into_call(part: SwatModule, made: fx.Node, norm: nn.Module, name: str)
     source, bias = made.args[1], made.args[2]
     assert isinstance(source, fx.Node)
     given = evaluate(part, bias) if isinstance(bias, fx.Node) else None
-    weight = evaluate(part, source)
-    assert weight is not None
-    both = _folded(weight, given, norm)
+    both = _folded(part.get_buffer(str(source.target)), given, norm)
     nodes = []
     for kind, value in zip(("weight", "bias"), both, strict=True):
         attribute = f"{name}_folded_{kind}"

@@ -9,9 +9,11 @@ from torch import Tensor, fx
 
 from swatfx.arguments import PATH, checked
 from swatfx.errors import ExportError
+from swatfx.exporting.freezing import ALL_ACTIVE
 from swatfx.exporting.packing import PARTS
 from swatfx.exporting.program import first_line
 from swatfx.exporting.rebuilding import rebuilt
+from swatfx.tensors.keeping import let_keep
 
 
 @checked(path=PATH)
@@ -19,7 +21,7 @@ def load_program(path: str | os.PathLike[str]) -> fx.GraphModule:
     """Read a `.pt2` that `export` wrote: a module for evaluation, its packed weights unpacked once.
 
     What a program computes from its own tensors alone is computed here, and not at every call.
-    One with our ops wants no import besides this.
+    Our kernels keep what they make of weights: nobody should write into these.
 
     Raises:
         ExportError: the file cannot be read as a program.
@@ -33,7 +35,11 @@ def load_program(path: str | os.PathLike[str]) -> fx.GraphModule:
             remedy="pass a .pt2 that swatfx.export wrote",
         ) from error
     assert isinstance(gm, fx.GraphModule)
-    return _folded(gm)
+    gm = _folded(gm)
+    for name, state in gm.state_dict(keep_vars=True).items():
+        if name.endswith(ALL_ACTIVE):
+            let_keep(state)
+    return gm
 
 
 def _folded(gm: fx.GraphModule) -> fx.GraphModule:

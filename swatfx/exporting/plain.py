@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ from swatfx.ops.layout import between_linear, laid_out
 from swatfx.ops.where import active_weight
 from swatfx.training import refresh
 
-ALL_ACTIVE = "_all_active"  # names of states by which every weight but zeros is
-_ORDERS = ("layout", "sparse_kernels")  # keyword arguments of our ops that say how they run
-_NEEDED = ("clock", "saves")  # below `swat`, by our ops and leaves
+_SPARSE_WEIGHT = "_sparse_weight"  # names of buffers
 _CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 _PLAIN: dict[type[Saver], Callable[..., Any]] = {
     Norm: F.batch_norm,
@@ -54,24 +52,20 @@ _PLAIN: dict[type[Saver], Callable[..., Any]] = {
 }
 
 
-def inference_module(
-    gm: SwatModule, stays: Callable[[LayerNode], bool] = lambda _: False
-) -> SwatModule:
-    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights.
-
-    Layers of which `stays` is true remain our ops; then leaves remain, too, and so do the memory
-    orders that our kernels want.
-    """
+def inference_module(gm: SwatModule) -> SwatModule:
+    """A copy in evaluation mode whose layers are plain convs and linears on exact Top-K weights."""
     twin = private_copy(gm)
     refresh(twin)
-    layers = list(sparse_nodes(twin))
-    kept = [layer for layer in layers if stays(layer)]
-    masked: dict[str, str] = {}  # attribute that holds a masked weight -> path of the dense one
-    for layer in layers:
-        masked |= _make_plain(twin, layer, ours=layer in kept)
+    dense = {
+        node.plan.state + _SPARSE_WEIGHT: join(node.prefix, str(node.weight.target))
+        for node in sparse_nodes(twin)
+        if node.weight.op == "get_attr"  # and no computed one
+    }
+    for node in sparse_nodes(twin):
+        make_plain(twin, node)
     for prefix, part in all_parts(twin):
         part.__dict__["watch"] = None  # its layers are others from here on
-        for node in [] if kept else list(part.graph.nodes):
+        for node in list(part.graph.nodes):
             if node.target is laid_out:  # memory orders are for our own kernels
                 node.replace_all_uses_with(node.args[0])
                 part.graph.erase_node(node)
@@ -81,42 +75,60 @@ def inference_module(
                 module = part.get_submodule(str(node.target))
                 if isinstance(module, Saver):
                     _make_saver_plain(module, prefix, node)
-        for node in reversed(part.graph.nodes):
-            ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
-            if ours and not node.users and node.target != "swat.eager_root":
-                part.graph.erase_node(node)
-        part.recompile()
-    for name in list(twin.swat._modules):
-        if name != "eager_root" and not (kept and name in _NEEDED):
-            delattr(twin.swat, name)
-    drop_unread(twin)
-    _take_places(twin, masked)
+    drop_state(twin, ("eager_root",))
+    _take_places(twin, dense)
     return twin.eval()
 
 
-def _take_places(gm: SwatModule, masked: Mapping[str, str]) -> None:
-    """Masked weights bear the names of the dense ones, wherever nothing else reads those."""
+def _take_places(gm: SwatModule, dense: Mapping[str, str]) -> None:
+    """Masked weights bear the names of the dense ones, wherever nothing else reads those.
+
+    Args:
+        gm: in which no dense weight is left that nothing reads.
+        dense: buffers of masked weights -> paths of the dense ones.
+    """
     claims: dict[str, list[Place]] = {}
     for place in all_nodes(gm):
-        if place.node.op == "get_attr" and place.node.target in masked:
-            claims.setdefault(masked[str(place.node.target)], []).append(place)
+        if place.node.op == "get_attr" and place.node.target in dense:
+            claims.setdefault(dense[str(place.node.target)], []).append(place)
     for path, places in claims.items():
         owner, _, name = path.rpartition(".")
-        found = [place.part._buffers[str(place.node.target)] for place in places]
-        first = found[0]
-        if gm.get_submodule(owner)._parameters.get(name, first) is not None or first is None:
-            continue
-        if all(other is not None and torch.equal(first, other) for other in found[1:]):
-            weight = nn.Parameter(first, requires_grad=False)
-            gm.get_submodule(owner)._parameters[name] = weight
+        masked = [place.part.get_buffer(str(place.node.target)) for place in places]
+        parameters = gm.get_submodule(owner)._parameters
+        if parameters.get(name, masked[0]) is None and all(
+            torch.equal(masked[0], other) for other in masked[1:]
+        ):
+            parameters[name] = nn.Parameter(masked[0], requires_grad=False)
             for place in places:
                 place.part._buffers.pop(str(place.node.target), None)
                 place.node.target = relative(place.prefix, path)
                 place.part.recompile()
 
 
-def drop_unread(gm: SwatModule) -> None:
-    """Remove the parameters that no graph reads any more, where no eager code could either."""
+def drop_state(gm: SwatModule, keeps: Container[str]) -> None:
+    """Remove what decides which weights are active, and dense weights that nothing reads any more.
+
+    Args:
+        gm: a private copy, whose layers need neither.
+        keeps: children of `swat` that stay.
+    """
+    for _, part in all_parts(gm):
+        for node in reversed(part.graph.nodes):
+            ours = node.op in ("call_module", "get_attr") and str(node.target).startswith("swat.")
+            if ours and not node.users and node.target != "swat.eager_root":
+                part.graph.erase_node(node)
+        read = {str(node.target) for node in part.graph.nodes}
+        for name in [n for n in part._buffers if n.endswith(_SPARSE_WEIGHT) and n not in read]:
+            del part._buffers[name]
+        part.recompile()
+    for name in list(gm.swat._modules):
+        if name not in keeps:
+            delattr(gm.swat, name)
+    _drop_unread(gm)
+
+
+def _drop_unread(gm: SwatModule) -> None:
+    """Remove the dense weights that no graph reads any more, where no eager code could either."""
     read: set[str] = set()
     for place in all_nodes(gm):
         if place.node.op in ("get_attr", "call_module"):
@@ -126,42 +138,53 @@ def drop_unread(gm: SwatModule) -> None:
             read.update([leaf.path] if isinstance(leaf, Bound) else [])
     for name, module in gm.named_modules():
         above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
-        stays = "" in gm.eager or above[0] in ("", "swat")
-        if not stays and not any(p in read or p in gm.eager for p in above):
+        ours = name == "swat" or name.startswith("swat.")
+        if (
+            name
+            and not ours
+            and "" not in gm.eager
+            and not any(p in read or p in gm.eager for p in above)
+        ):
             for key in list(module._parameters):
                 if f"{name}.{key}" not in read:
                     module._parameters[key] = None
 
 
-def _make_plain(gm: SwatModule, layer: LayerNode, *, ours: bool) -> dict[str, str]:
-    """Let a layer read its exact Top-K weight, by the plain function or by our op.
+def make_plain(gm: SwatModule, layer: LayerNode) -> None:
+    """Replace a sparse op by the plain one on its masked weight."""
+    plan, call = layer.plan, layer.record.call
+    assert call is not None
+    sparse = masked_weight(gm, layer)
+    args: tuple[Any, ...] = (layer.input, sparse, layer.node.args[2])
+    function: Callable[..., Any] = F.linear
+    if plan.kind != "linear":
+        function = _CONV[plan.kind]
+        args = (*args, call.stride, call.padding, call.dilation, call.groups)
+    replace_layer(layer, function, args)
 
-    Returns:
-        Where that lies -> the path of the dense one, if it is no computed one.
-    """
-    part, node, plan, call = layer.part, layer.node, layer.plan, layer.record.call
-    weight = layer.weight_now()
-    assert call is not None and weight is not None
-    masked, weight_node = weight.detach(), layer.weight
+
+def masked_weight(gm: SwatModule, layer: LayerNode) -> fx.Node:
+    """What reads a layer's exact Top-K weight, as a buffer, in front of its op."""
+    part, plan, weight = layer.part, layer.plan, layer.weight_now()
+    assert weight is not None
+    masked = weight.detach()
     if plan.rule.forward_weight:
         threshold = gm.swat.get_submodule(f"{plan.state}.weight_threshold")
         assert isinstance(threshold, WeightThreshold)
         masked = active_weight(masked, threshold.threshold, plan.weight_selector, masked.dtype)
-    attribute, state = f"{plan.state}_sparse_weight", plan.state + ALL_ACTIVE
+    attribute = plan.state + _SPARSE_WEIGHT
     if attribute not in part._buffers:
         part.register_buffer(attribute, masked)
-        if ours:
-            part.register_buffer(state, masked.new_zeros(()), persistent=False)
-    function: Any = F.linear if plan.kind == "linear" else _CONV[plan.kind]
-    options: dict[str, Any] = {}
+    with part.graph.inserting_before(layer.node):
+        return part.graph.get_attr(attribute)
+
+
+def replace_layer(
+    layer: LayerNode, function: Callable[..., Any], args: tuple[Any, ...], **options: Any
+) -> None:
+    """Put another call in the place of a sparse op, which no threshold and no pack feeds."""
+    part, node, weight_node = layer.part, layer.node, layer.weight
     with part.graph.inserting_before(node):
-        args: tuple[Any, ...] = (layer.input, part.graph.get_attr(attribute), node.args[2])
-        if ours:
-            function = node.target
-            args = (*args, part.graph.get_attr(state), None)
-            options = {k: v for k, v in node.kwargs.items() if k in _ORDERS}
-        if plan.kind != "linear":
-            args = (*args, call.stride, call.padding, call.dilation, call.groups)
         plain = part.graph.call_function(function, args, options)
     node.replace_all_uses_with(plain)
     part.graph.erase_node(node)
@@ -171,8 +194,6 @@ def _make_plain(gm: SwatModule, layer: LayerNode, *, ours: bool) -> dict[str, st
         user.args = tuple(a for a in user.args if a is not weight_node or user.op != "call_module")
     if not weight_node.users:
         part.graph.erase_node(weight_node)
-    is_read = weight_node.op == "get_attr"
-    return {attribute: join(layer.prefix, str(weight_node.target))} if is_read else {}
 
 
 def _make_saver_plain(module: Saver, prefix: str, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ from swatfx.arguments import FLAG, INPUTS, PATH, checked
 from swatfx.compiled import HeldThreshold, SwatModule, private_copy, sparse_nodes, unwrap
 from swatfx.errors import ExportError, UnknownNameError
 from swatfx.exporting.archives import save_program
+from swatfx.exporting.freezing import freeze
 from swatfx.exporting.names import rename_program
 from swatfx.exporting.onnx_file import write_onnx
 from swatfx.exporting.packing import VALUES, pack_module
@@ -102,8 +103,8 @@ def export(
             None: dimension 0 of every input for which the model leaves it open.
         training: write the rewritten training graph itself (`.pt2` only): our ops with their
             metadata; it loads after `import swatfx`.
-        kernels: leave sparse layers our ops, for our kernels (`.pt2` only); it loads after
-            `import swatfx`.
+        kernels: write what `freeze` makes, our ops for our kernels (`.pt2` only); it loads after
+            `import swatfx`, and runs fastest as `load_program` reads it.
         shrink: write the smaller network that `swatfx.shrink` makes.
         packed: store weights of which most are zero as bits and values. The file unpacks them by
             itself, in plain ops: ONNX Runtime when it loads it, a `.pt2` program at every call,
@@ -142,9 +143,7 @@ def export(
 
 def _program(gm: SwatModule, example: Example, form: _Form) -> torch.export.ExportedProgram:
     """In evaluation, with weights as they are, and names that a person finds again."""
-    module: fx.GraphModule = inference_module(
-        gm, lambda layer: form.kernels and layer.plan.rule.forward_weight
-    )
+    module: fx.GraphModule = freeze(gm).graph_module if form.kernels else inference_module(gm)
     if not form.shrink:
         return rename_program(exported(module, example))
     module = shrunk(module, example).module
