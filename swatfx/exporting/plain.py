@@ -134,17 +134,12 @@ def _drop_unread(gm: SwatModule) -> None:
         if place.node.op in ("get_attr", "call_module"):
             read.add(place.path)
         if place.node.op == "call_module":
-            leaf = gm.get_submodule(place.path)
+            leaf = place.part.get_submodule(str(place.node.target))
             read.update([leaf.path] if isinstance(leaf, Bound) else [])
     for name, module in gm.named_modules():
         above = [name[:i] for i, c in enumerate(name) if c == "."] + [name]
-        ours = name == "swat" or name.startswith("swat.")
-        if (
-            name
-            and not ours
-            and "" not in gm.eager
-            and not any(p in read or p in gm.eager for p in above)
-        ):
+        stays = "" in gm.eager or above[0] in ("", "swat")
+        if not stays and not any(p in read or p in gm.eager for p in above):
             for key in list(module._parameters):
                 if f"{name}.{key}" not in read:
                     module._parameters[key] = None

@@ -74,6 +74,22 @@ class Odd(nn.Module):
         return out
 
 
+class Parts(nn.Module):
+    """Tracing cannot follow the forward: its children are graphs of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = block(3, 16), block(16, 16), block(16, 24)
+        self.line = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.first(x))
+        if float(x.detach().sum()) > 1e9:
+            return x
+        out: Tensor = self.line(self.two(x).mean((2, 3)))
+        return out
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "chain": chain,
     "residual": residual,
@@ -81,6 +97,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "twice": Twice,
     "seen": Seen,
     "odd": Odd,
+    "parts": Parts,
 }
 
 
