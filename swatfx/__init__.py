@@ -34,7 +34,7 @@ from swatfx.policy import (
     swat_u,
 )
 from swatfx.timing import BenchResult, bench
-from swatfx.training import Handle, attach, dense_state_dict, refresh
+from swatfx.training import Handle, attach, dense_state_dict, observe_training, refresh
 from swatfx.tuning import tune
 from swatfx.version import __version__
 
@@ -67,6 +67,7 @@ __all__ = [
     "meprop",
     "models",
     "observe",
+    "observe_training",
     "per_layer",
     "refresh",
     "report",

@@ -95,6 +95,7 @@ def right(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "dense_state_dict": lambda: {"gm": compiled()},
         "freeze": lambda: {"gm": compiled()},
         "observe": lambda: {"gm": compiled()},
+        "observe_training": lambda: {"gm": compiled(), "to": print},
         "to_networkx": lambda: {"gm": compiled()},
         "tune": lambda: {
             "gm": compiled(),
