@@ -154,9 +154,9 @@ def observe_training(
     `threshold`, where it is one number; `churn`, the share of the active weights that were not
     active at the last record; `dead_filters` without an active weight and `dead_channels` that no
     active weight reads (numbers). Scalars are called ``quantity/layer``; ``quantity/mean`` is over
-    weights. A layer with dead filters is warned of once. Training goes on as it would, bit for bit,
-    and steps that are not recorded cost nothing. Forwards of `torch.compile(gm)` are not seen: call
-    `gm` itself at steps to be recorded.
+    weights. A layer with dead filters is warned of once. Training goes on as it would, bit for bit;
+    steps that are not recorded cost nothing, one that is a few passes over all weights. Forwards of
+    `torch.compile(gm)` are not seen: call `gm` itself at steps to be recorded.
 
     Args:
         gm: a compiled model, or one wrapped by DistributedDataParallel.
